@@ -1,0 +1,164 @@
+//! A model: its shape and all its weights in one flat vector.
+//!
+//! Weights, gradients and optimizer moments share one [`Layout`], so "for every parameter" is a loop
+//! over a slice, and matrices that are applied to the same input (query, key and value; gate and up)
+//! lie next to each other and are multiplied as one.
+
+use std::ops::Range;
+
+use rand::SeedableRng;
+use rand::distr::{Distribution, StandardUniform};
+use rand_chacha::ChaCha8Rng;
+
+use crate::config::ModelConfig;
+
+/// One tensor of a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParamSpec {
+    /// The name in a Hugging Face checkpoint, such as `model.layers.0.self_attn.q_proj.weight`.
+    pub name: String,
+    /// `[out, in]` for matrices, `[width]` for norms.
+    pub shape: Vec<usize>,
+    /// Where the tensor lies in the flat vector, row-major.
+    pub range: Range<usize>,
+}
+
+impl ParamSpec {
+    /// Whether weight decay applies: to matrices, not to the gains of norms.
+    pub fn decays(&self) -> bool {
+        self.shape.len() > 1
+    }
+}
+
+/// Where the tensors of one block lie in the flat vector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BlockLayout {
+    /// Gain of the norm before attention, `[hidden]`.
+    pub attention_norm: Range<usize>,
+    /// Query, key and value projections, `[(heads + 2·kv_heads)·head_dim, hidden]`.
+    pub qkv: Range<usize>,
+    /// Output projection of attention, `[hidden, heads·head_dim]`.
+    pub output: Range<usize>,
+    /// Gain of the norm before the feed-forward layer, `[hidden]`.
+    pub feed_forward_norm: Range<usize>,
+    /// Gate and up projections, `[2·intermediate, hidden]`.
+    pub gate_up: Range<usize>,
+    /// Down projection, `[hidden, intermediate]`.
+    pub down: Range<usize>,
+}
+
+/// Where every tensor of a model lies in the flat vector.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// All tensors, in order.
+    pub specs: Vec<ParamSpec>,
+    /// Token embedding, `[vocab, hidden]`.
+    pub embedding: Range<usize>,
+    /// The blocks, first to last.
+    pub blocks: Vec<BlockLayout>,
+    /// Gain of the last norm, `[hidden]`.
+    pub final_norm: Range<usize>,
+    /// Vocabulary head, `[vocab, hidden]`; the embedding's range when tied.
+    pub head: Range<usize>,
+    /// Total number of weights.
+    pub len: usize,
+}
+
+impl Layout {
+    /// The layout of a model of the given shape.
+    pub fn new(config: &ModelConfig) -> Self {
+        let mut specs: Vec<ParamSpec> = Vec::new();
+        let mut add = |name: String, shape: &[usize]| {
+            let start = specs.last().map_or(0, |s| s.range.end);
+            let range = start..start + shape.iter().product::<usize>();
+            specs.push(ParamSpec { name, shape: shape.to_vec(), range: range.clone() });
+            range
+        };
+        let (d, f) = (config.hidden_size, config.intermediate_size);
+        let (q, kv) = (config.query_width(), config.key_value_width());
+        let embedding = add("model.embed_tokens.weight".into(), &[config.vocab_size, d]);
+        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+        for i in 0..config.num_hidden_layers {
+            let p = format!("model.layers.{i}");
+            let attention_norm = add(format!("{p}.input_layernorm.weight"), &[d]);
+            let query = add(format!("{p}.self_attn.q_proj.weight"), &[q, d]);
+            add(format!("{p}.self_attn.k_proj.weight"), &[kv, d]);
+            let value = add(format!("{p}.self_attn.v_proj.weight"), &[kv, d]);
+            let output = add(format!("{p}.self_attn.o_proj.weight"), &[d, q]);
+            let feed_forward_norm = add(format!("{p}.post_attention_layernorm.weight"), &[d]);
+            let gate = add(format!("{p}.mlp.gate_proj.weight"), &[f, d]);
+            let up = add(format!("{p}.mlp.up_proj.weight"), &[f, d]);
+            let down = add(format!("{p}.mlp.down_proj.weight"), &[d, f]);
+            blocks.push(BlockLayout {
+                attention_norm,
+                qkv: query.start..value.end,
+                output,
+                feed_forward_norm,
+                gate_up: gate.start..up.end,
+                down,
+            });
+        }
+        let final_norm = add("model.norm.weight".into(), &[d]);
+        let head = if config.tie_word_embeddings {
+            embedding.clone()
+        } else {
+            add("lm_head.weight".into(), &[config.vocab_size, d])
+        };
+        let len = specs.last().map_or(0, |s| s.range.end);
+        Self { specs, embedding, blocks, final_norm, head, len }
+    }
+}
+
+/// A decoder's shape and weights.
+#[derive(Debug, Clone)]
+pub struct Model {
+    /// The shape.
+    pub config: ModelConfig,
+    /// Where each tensor lies in `weights`.
+    pub layout: Layout,
+    /// All weights, f32.
+    pub weights: Vec<f32>,
+}
+
+impl Model {
+    /// A model with the given weights.
+    ///
+    /// # Panics
+    /// If the number of weights is not that of the layout.
+    pub fn new(config: ModelConfig, weights: Vec<f32>) -> Self {
+        let layout = Layout::new(&config);
+        assert_eq!(weights.len(), layout.len, "the number of weights does not fit the layout");
+        Self { config, layout, weights }
+    }
+
+    /// A model with random weights: normal with standard deviation `std` for matrices, 1 for norms.
+    pub fn random(config: ModelConfig, std: f32, seed: u64) -> Self {
+        let layout = Layout::new(&config);
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut weights = vec![1.0; layout.len];
+        for spec in layout.specs.iter().filter(|s| s.decays()) {
+            for pair in weights[spec.range.clone()].chunks_mut(2) {
+                // Box–Muller, with u in (0, 1] so that the logarithm is finite
+                let u: f64 = 1.0 - Distribution::<f64>::sample(&StandardUniform, &mut rng);
+                let v: f64 = StandardUniform.sample(&mut rng);
+                let radius = f64::from(std) * (-2.0 * u.ln()).sqrt();
+                let (sin, cos) = (std::f64::consts::TAU * v).sin_cos();
+                for (weight, part) in pair.iter_mut().zip([cos, sin]) {
+                    *weight = (radius * part) as f32;
+                }
+            }
+        }
+        Self { config, layout, weights }
+    }
+
+    /// A hash of shape and weights that names this model: 64 hexadecimal digits.
+    pub fn hash(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?}", self.config).as_bytes());
+        for chunk in self.weights.chunks(1 << 16) {
+            let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
+            hasher.update(&bytes);
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+}
