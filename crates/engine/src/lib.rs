@@ -6,6 +6,7 @@
 pub mod config;
 pub mod error;
 pub mod model;
+pub mod ops;
 
 pub use config::{ModelConfig, RopeScaling};
 pub use error::{Error, Result};

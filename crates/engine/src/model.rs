@@ -162,3 +162,54 @@ impl Model {
         hasher.finalize().to_hex().to_string()
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::config::RopeScaling;
+
+    /// A model small enough for finite differences: two blocks, grouped heads, untied.
+    pub(crate) fn tiny_config() -> ModelConfig {
+        ModelConfig {
+            vocab_size: 11,
+            hidden_size: 12,
+            intermediate_size: 20,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 4,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: false,
+            model_type: "llama".into(),
+            bos_token_id: Some(1),
+            eos_token_ids: vec![2],
+        }
+    }
+
+    #[test]
+    fn the_layout_covers_the_weights_without_gaps() {
+        for tie_word_embeddings in [false, true] {
+            let layout = Layout::new(&ModelConfig { tie_word_embeddings, ..tiny_config() });
+            let mut end = 0;
+            for spec in &layout.specs {
+                assert_eq!(spec.range.start, end);
+                assert_eq!(spec.range.len(), spec.shape.iter().product::<usize>());
+                end = spec.range.end;
+            }
+            assert_eq!(end, layout.len);
+            assert_eq!(layout.head == layout.embedding, tie_word_embeddings);
+        }
+    }
+
+    #[test]
+    fn the_hash_sees_every_weight() {
+        let model = Model::random(tiny_config(), 0.1, 1);
+        let mut other = model.clone();
+        assert_eq!(model.hash(), other.hash());
+        *other.weights.last_mut().unwrap() += 1e-6;
+        assert_ne!(model.hash(), other.hash());
+    }
+}

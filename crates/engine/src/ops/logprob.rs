@@ -1,0 +1,123 @@
+//! The vocabulary head as log-probabilities of given tokens: log p(t|x) = (x·Wᵀ)ₜ − logsumexp(x·Wᵀ).
+//!
+//! Only rows that predict a token of a response come here, in chunks; logits of all rows never exist at once.
+
+use rayon::prelude::*;
+
+use super::linear;
+use super::simd::{dispatch, exp_sum, max};
+
+/// Logits held at once: 64 MiB of f32.
+const LOGITS: usize = 1 << 24;
+
+/// How many rows to process at once for a vocabulary of this size.
+pub fn chunk_rows(vocab: usize) -> usize {
+    (LOGITS / vocab).clamp(32, 1024)
+}
+
+/// Log-probabilities of `targets`. x `[n, width]`, w `[vocab, width]`; `logits` is scratch, grown as needed.
+pub fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> Vec<f32> {
+    let (width, vocab) = shape(x, w, targets);
+    let logits = compute_logits(x, w, width, vocab, logits);
+    let rows = logits.par_chunks_mut(vocab).zip(targets);
+    rows.map(|(row, &target)| {
+        dispatch(
+            #[inline(always)]
+            || log_softmax_at(row, target).0,
+        )
+    })
+    .collect()
+}
+
+/// As [`forward`], with gradients: d_x is overwritten and d_w added to, for the derivative `d_logps[i]` of
+/// the loss with respect to each log-probability.
+pub fn forward_backward(
+    x: &[f32],
+    w: &[f32],
+    targets: &[u32],
+    d_logps: &[f32],
+    d_x: &mut [f32],
+    d_w: &mut [f32],
+    logits: &mut Vec<f32>,
+) -> Vec<f32> {
+    let (width, vocab) = shape(x, w, targets);
+    assert!(d_logps.len() == targets.len() && d_x.len() == x.len() && d_w.len() == w.len());
+    let logits = compute_logits(x, w, width, vocab, logits);
+    let rows = logits.par_chunks_mut(vocab).zip(targets).zip(d_logps);
+    let logps = rows
+        .map(|((row, &target), &d)| {
+            dispatch(
+                #[inline(always)]
+                || {
+                    let (logp, inverse_sum) = log_softmax_at(row, target);
+                    // d logp/d logit = 1[target] − p
+                    let scale = -d * inverse_sum;
+                    row.iter_mut().for_each(|e| *e *= scale);
+                    row[target as usize] += d;
+                    logp
+                },
+            )
+        })
+        .collect();
+    linear::backward_input(logits, w, d_x, width);
+    linear::backward_weight(logits, x, d_w, width);
+    logps
+}
+
+fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {
+    let width = x.len() / targets.len().max(1);
+    assert!(width > 0 && x.len() == width * targets.len() && w.len() % width == 0);
+    (width, w.len() / width)
+}
+
+fn compute_logits<'l>(x: &[f32], w: &[f32], width: usize, vocab: usize, logits: &'l mut Vec<f32>) -> &'l mut [f32] {
+    let len = x.len() / width * vocab;
+    if logits.len() < len {
+        logits.resize(len, 0.0);
+    }
+    let logits = &mut logits[..len];
+    linear::forward(x, w, logits, width, false);
+    logits
+}
+
+/// Replaces the row by exp(logit − max); returns the target's log-probability and 1/Σ of the new row.
+#[inline(always)]
+fn log_softmax_at(row: &mut [f32], target: u32) -> (f32, f32) {
+    let target = row[target as usize];
+    let highest = max(row);
+    let sum = exp_sum(row, 1.0, highest);
+    (target - highest - sum.ln(), 1.0 / sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::finite_difference::{check, random};
+
+    #[test]
+    fn log_probabilities_and_gradients() {
+        let (width, vocab, targets) = (5, 19, [3u32, 0, 18]);
+        let (x, w, d) = (random(3 * width, 1), random(vocab * width, 2), random(3, 3));
+        let run = |x: &[f32], w: &[f32]| forward(x, w, &targets, &mut Vec::new());
+        // probabilities of all tokens sum to one
+        let total: f64 =
+            (0..vocab as u32).map(|t| f64::from(forward(&x[..width], &w, &[t], &mut Vec::new())[0]).exp()).sum();
+        assert!((total - 1.0).abs() < 1e-5);
+        let (mut d_x, mut d_w) = (vec![0.0; x.len()], vec![0.0; w.len()]);
+        let logps = forward_backward(&x, &w, &targets, &d, &mut d_x, &mut d_w, &mut Vec::new());
+        assert_eq!(logps, run(&x, &w));
+        check(&x, &d_x, &d, |x| run(x, &w));
+        check(&w, &d_w, &d, |w| run(&x, w));
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow() {
+        let logps = forward(&[1.0], &[500.0, -500.0], &[0], &mut vec![]);
+        assert_eq!(logps, [0.0]);
+    }
+
+    #[test]
+    fn nan_shows() {
+        assert!(forward(&[f32::NAN], &[1.0, 2.0], &[0], &mut vec![])[0].is_nan());
+    }
+}

@@ -1,0 +1,125 @@
+//! Rotary position embedding (arXiv 2104.09864), in Hugging Face's half-split layout.
+
+use rayon::prelude::*;
+
+use super::simd::dispatch;
+use crate::config::{ModelConfig, RopeScaling};
+
+/// Rows per task.
+const ROWS: usize = 64;
+
+/// Cosines and sines of every position and frequency of a model.
+#[derive(Debug, Clone)]
+pub struct RopeTable {
+    head_dim: usize,
+    /// `[positions, head_dim]`: the cosines of a position, then its sines.
+    table: Vec<f32>,
+}
+
+/// The angular frequency of each of the head_dim/2 planes, in radians per token.
+fn frequencies(config: &ModelConfig) -> Vec<f64> {
+    let half = config.head_dim / 2;
+    (0..half)
+        .map(|i| {
+            let plain = config.rope_theta.powf(-(i as f64) / half as f64);
+            match config.rope_scaling {
+                RopeScaling::Default => plain,
+                RopeScaling::Linear { factor } => plain / factor,
+                RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                    let turns = original_context as f64 * plain / std::f64::consts::TAU;
+                    let smooth = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let keep = smooth.clamp(0.0, 1.0);
+                    plain * keep + plain / factor * (1.0 - keep)
+                }
+            }
+        })
+        .collect()
+}
+
+impl RopeTable {
+    /// The table of positions 0 to `positions` − 1.
+    pub fn new(config: &ModelConfig, positions: usize) -> Self {
+        // angles in f32, as PyTorch computes them: checkpoints were trained with these very values
+        let frequencies: Vec<f32> = frequencies(config).into_iter().map(|f| f as f32).collect();
+        let table = (0..positions)
+            .flat_map(|p| {
+                let angles = frequencies.iter().map(move |f| f64::from(p as f32 * f));
+                angles.clone().map(|a| a.cos() as f32).chain(angles.map(|a| a.sin() as f32))
+            })
+            .collect();
+        Self { head_dim: config.head_dim, table }
+    }
+
+    /// Number of positions in the table.
+    pub fn positions(&self) -> usize {
+        self.table.len() / self.head_dim
+    }
+
+    /// Rotates the first `heads` heads of each row by its position. x `[n, stride]`, positions `[n]`.
+    pub fn forward(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
+        self.rotate(x, stride, heads, positions, 1.0);
+    }
+
+    /// Turns the gradient with respect to the rotated rows into that with respect to the plain ones.
+    pub fn backward(&self, dx: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
+        self.rotate(dx, stride, heads, positions, -1.0);
+    }
+
+    fn rotate(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32], sign: f32) {
+        let dim = self.head_dim;
+        assert!(x.len() == positions.len() * stride && heads * dim <= stride);
+        x.par_chunks_mut(ROWS * stride).zip(positions.par_chunks(ROWS)).for_each(|(x, positions)| {
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (row, &position) in x.chunks_exact_mut(stride).zip(positions) {
+                        let start = position as usize * dim;
+                        let (cos, sin) = self.table[start..start + dim].split_at(dim / 2);
+                        for head in row[..heads * dim].chunks_exact_mut(dim) {
+                            let (a, b) = head.split_at_mut(dim / 2);
+                            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                                let (p, q) = (*a, *b);
+                                *a = p * c - sign * q * s;
+                                *b = q * c + sign * p * s;
+                            }
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tests::tiny_config;
+    use crate::ops::finite_difference::{check, random};
+
+    #[test]
+    fn gradient_matches_finite_differences() {
+        let config = ModelConfig { head_dim: 6, ..tiny_config() };
+        let rope = RopeTable::new(&config, 10);
+        let (positions, stride) = ([3, 9, 0], 14);
+        let (x, dy) = (random(3 * stride, 1), random(3 * stride, 2));
+        let mut dx = dy.clone();
+        rope.backward(&mut dx, stride, 2, &positions);
+        check(&x, &dx, &dy, |x| {
+            let mut y = x.to_vec();
+            rope.forward(&mut y, stride, 2, &positions);
+            y
+        });
+    }
+
+    #[test]
+    fn llama3_keeps_fast_planes_and_stretches_slow_ones() {
+        let plain = ModelConfig { head_dim: 64, rope_theta: 500_000.0, ..tiny_config() };
+        let scaling =
+            RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_context: 8192 };
+        let before = frequencies(&plain);
+        let after = frequencies(&ModelConfig { rope_scaling: scaling, ..plain });
+        assert_eq!(before[0], after[0]);
+        assert_eq!(before[31] / 8.0, after[31]);
+        assert!((0..32).any(|i| after[i] < before[i] && after[i] > before[i] / 8.0));
+    }
+}

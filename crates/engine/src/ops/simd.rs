@@ -1,0 +1,141 @@
+//! Vector arithmetic that the compiler turns into SIMD for the processor at hand.
+
+/// Lanes of a partial sum: one 512-bit register of f32.
+pub(crate) const LANES: usize = 16;
+
+/// Runs `kernel` compiled for the best instruction set of this processor.
+///
+/// Only code that is inlined into `kernel` profits: mark helpers `#[inline(always)]`.
+#[inline(always)]
+pub(crate) fn dispatch<R>(kernel: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(kernel)
+}
+
+/// eˣ with a relative error below 2e-7 for x in [−87.3, 88.3]; clamped outside; NaN stays NaN.
+///
+/// Range reduction by ln 2 in two parts and a polynomial of degree 6 (the classic Cephes scheme),
+/// free of branches so that loops over it vectorise.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // adding 1.5·2²³ rounds to the nearest integer and leaves it in the low bits
+    const ROUND: f32 = 12_582_912.0;
+    // comparisons that are false for NaN, so that NaN passes through
+    let x = if x < -87.3 { -87.3 } else { x };
+    let x = if x > 88.3 { 88.3 } else { x };
+    let shifted = x.mul_add(LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let mut p = 1.987_569_1e-4f32;
+    for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        p = p.mul_add(r, c);
+    }
+    let y = p.mul_add(r * r, r) + 1.0;
+    y * f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000))
+}
+
+/// The logistic function 1/(1 + e⁻ˣ).
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// Σᵢ aᵢ·bᵢ.
+#[inline(always)]
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (a_body, a_tail) = a.as_chunks::<LANES>();
+    let (b_body, b_tail) = b.as_chunks::<LANES>();
+    for (x, y) in a_body.iter().zip(b_body) {
+        for j in 0..LANES {
+            lanes[j] = x[j].mul_add(y[j], lanes[j]);
+        }
+    }
+    let tail: f32 = a_tail.iter().zip(b_tail).map(|(&x, &y)| x * y).sum();
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// Σᵢ aᵢ·bᵢ·cᵢ.
+#[inline(always)]
+pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (a_body, a_tail) = a.as_chunks::<LANES>();
+    let (b_body, b_tail) = b.as_chunks::<LANES>();
+    let (c_body, c_tail) = c.as_chunks::<LANES>();
+    for ((x, y), z) in a_body.iter().zip(b_body).zip(c_body) {
+        for j in 0..LANES {
+            lanes[j] = (x[j] * y[j]).mul_add(z[j], lanes[j]);
+        }
+    }
+    let tail: f32 = a_tail.iter().zip(b_tail).zip(c_tail).map(|((&x, &y), &z)| x * y * z).sum();
+    lanes.iter().sum::<f32>() + tail
+}
+
+/// The largest element; −∞ for an empty slice. NaN elements are passed over.
+#[inline(always)]
+pub(crate) fn max(a: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (body, tail) = a.as_chunks::<LANES>();
+    for x in body {
+        for j in 0..LANES {
+            lanes[j] = if x[j] > lanes[j] { x[j] } else { lanes[j] };
+        }
+    }
+    lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
+}
+
+/// Replaces each xᵢ by exp(xᵢ·scale − shift) and returns the sum of the results.
+#[inline(always)]
+pub(crate) fn exp_sum(x: &mut [f32], scale: f32, shift: f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (body, tail) = x.as_chunks_mut::<LANES>();
+    for chunk in body {
+        for j in 0..LANES {
+            chunk[j] = exp(chunk[j].mul_add(scale, -shift));
+            lanes[j] += chunk[j];
+        }
+    }
+    let mut sum = lanes.iter().sum::<f32>();
+    for x in tail {
+        *x = exp(x.mul_add(scale, -shift));
+        sum += *x;
+    }
+    sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_accurate_over_its_range() {
+        let worst = (-87_300..88_300)
+            .map(|i| {
+                let x = i as f32 / 1000.0;
+                (f64::from(exp(x)) / f64::from(x).exp() - 1.0).abs()
+            })
+            .fold(0.0, f64::max);
+        assert!(worst < 2e-7, "worst relative error {worst:e}");
+    }
+
+    #[test]
+    fn exp_clamps_and_keeps_nan() {
+        assert!(exp(f32::NEG_INFINITY) < 1.3e-38);
+        assert!(exp(f32::INFINITY).is_finite());
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_cover_body_and_tail() {
+        let a: Vec<f32> = (0..37).map(|i| i as f32 - 30.0).collect();
+        assert_eq!(max(&a), 6.0);
+        assert_eq!(dot(&a, &a), a.iter().map(|x| x * x).sum::<f32>());
+        assert_eq!(dot3(&a, &a, &a), a.iter().map(|x| x * x * x).sum::<f32>());
+        let mut e = a.clone();
+        let sum = dispatch(|| exp_sum(&mut e, 0.5, 1.0));
+        let expected: f64 = a.iter().map(|&x| (f64::from(x) * 0.5 - 1.0).exp()).sum();
+        assert!((f64::from(sum) / expected - 1.0).abs() < 1e-6);
+    }
+}
