@@ -3,11 +3,16 @@
 //! This crate turns tokens into log-probabilities and derivatives into weight updates. It knows
 //! nothing of preferences: see the `align` crate for those.
 
+pub mod batch;
 pub mod config;
+pub mod decoder;
 pub mod error;
 pub mod model;
 pub mod ops;
+pub mod optim;
 
+pub use batch::PackedBatch;
 pub use config::{ModelConfig, RopeScaling};
+pub use decoder::{Decoder, Keep};
 pub use error::{Error, Result};
 pub use model::{Layout, Model, ParamSpec};

@@ -1,0 +1,138 @@
+//! Packed batches: sequences of different lengths in one flat array, without padding.
+
+use std::ops::Range;
+
+use crate::ops::attention::{Prefix, Span};
+
+/// Prompts with their responses, ready for the decoder.
+///
+/// A prompt that has several responses is computed once; each response attends to it and to itself,
+/// and takes the positions after it. The last token of a response predicts nothing and is not computed.
+#[derive(Debug, Clone, Default)]
+pub struct PackedBatch {
+    /// Tokens that the decoder computes, `[rows]`.
+    pub tokens: Vec<u32>,
+    /// Position of each token in its sequence, `[rows]`.
+    pub positions: Vec<u32>,
+    segments: Vec<Segment>,
+    /// For each scored token, the row that predicts it.
+    pub scored_rows: Vec<u32>,
+    /// The scored tokens: every token of every response.
+    pub targets: Vec<u32>,
+    /// For each response, in the order of insertion, its range in `targets`.
+    pub responses: Vec<Range<usize>>,
+}
+
+#[derive(Debug, Clone)]
+struct Segment {
+    rows: Range<usize>,
+    prompt: Option<Range<usize>>,
+}
+
+impl PackedBatch {
+    /// A batch of prompts with their responses.
+    pub fn new<'a, R: AsRef<[u32]> + 'a>(groups: impl IntoIterator<Item = (&'a [u32], Vec<R>)>) -> Self {
+        let mut batch = Self::default();
+        for (prompt, responses) in groups {
+            let responses: Vec<&[u32]> = responses.iter().map(AsRef::as_ref).collect();
+            batch.push(prompt, &responses);
+        }
+        batch
+    }
+
+    /// Adds a prompt with its responses.
+    ///
+    /// # Panics
+    /// If the prompt or a response is empty: the first token of a sequence is predicted by nothing.
+    pub fn push(&mut self, prompt: &[u32], responses: &[&[u32]]) {
+        assert!(!prompt.is_empty(), "a prompt has at least one token");
+        assert!(responses.iter().all(|r| !r.is_empty()), "a response has at least one token");
+        if let [response] = responses {
+            // nothing to share: one segment is cheaper than two
+            let computed = &response[..response.len() - 1];
+            let rows = self.add_segment(prompt.iter().chain(computed), 0, None);
+            self.score(rows.start + prompt.len() - 1, rows.start + prompt.len(), response);
+            return;
+        }
+        let prompt_rows = self.add_segment(prompt, 0, None);
+        for response in responses {
+            let computed = &response[..response.len() - 1];
+            let rows = self.add_segment(computed, prompt.len(), Some(prompt_rows.clone()));
+            self.score(prompt_rows.end - 1, rows.start, response);
+        }
+    }
+
+    fn add_segment<'t>(
+        &mut self,
+        tokens: impl IntoIterator<Item = &'t u32>,
+        offset: usize,
+        prompt: Option<Range<usize>>,
+    ) -> Range<usize> {
+        let start = self.tokens.len();
+        self.tokens.extend(tokens);
+        let rows = start..self.tokens.len();
+        self.positions.extend((0..rows.len()).map(|i| (offset + i) as u32));
+        if !rows.is_empty() {
+            self.segments.push(Segment { rows: rows.clone(), prompt });
+        }
+        rows
+    }
+
+    /// Records the targets of a response whose first token is predicted by row `first` and the others
+    /// by the rows from `rest`.
+    fn score(&mut self, first: usize, rest: usize, response: &[u32]) {
+        let start = self.targets.len();
+        self.targets.extend_from_slice(response);
+        self.scored_rows.push(first as u32);
+        self.scored_rows.extend((rest..rest + response.len() - 1).map(|row| row as u32));
+        self.responses.push(start..self.targets.len());
+    }
+
+    /// Number of tokens that the decoder computes.
+    pub fn rows(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// What each segment attends to.
+    pub(crate) fn spans(&self) -> Vec<Span<'static>> {
+        let prefix = |s: &Segment| s.prompt.clone().map_or(Prefix::None, Prefix::Rows);
+        self.segments.iter().map(|s| Span { rows: s.rows.clone(), prefix: prefix(s) }).collect()
+    }
+
+    /// Sums one value per scored token into one per response, in f64.
+    pub(crate) fn sum_responses(&self, token_logps: &[f32]) -> Vec<f64> {
+        self.responses.iter().map(|r| token_logps[r.clone()].iter().map(|&l| f64::from(l)).sum()).collect()
+    }
+
+    /// Gives every scored token the value of its response.
+    pub(crate) fn spread_responses(&self, values: &[f64]) -> Vec<f32> {
+        assert_eq!(values.len(), self.responses.len(), "one value per response is needed");
+        self.responses.iter().zip(values).flat_map(|(r, &v)| std::iter::repeat_n(v as f32, r.len())).collect()
+    }
+}
+
+/// Number of rows that [`PackedBatch::push`] computes for a prompt and responses of these lengths.
+pub fn packed_rows(prompt: usize, responses: &[usize]) -> usize {
+    prompt + responses.iter().map(|r| r - 1).sum::<usize>()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_shared_prompt_is_computed_once_and_last_tokens_not_at_all() {
+        let mut batch = PackedBatch::default();
+        batch.push(&[5, 6], &[&[7, 8, 2], &[9]]);
+        batch.push(&[4], &[&[3, 2]]);
+        assert_eq!(batch.tokens, [5, 6, 7, 8, 4, 3]);
+        assert_eq!(batch.positions, [0, 1, 2, 3, 0, 1]);
+        assert_eq!(batch.scored_rows, [1, 2, 3, 1, 4, 5]);
+        assert_eq!(batch.targets, [7, 8, 2, 9, 3, 2]);
+        assert_eq!(batch.responses, [0..3, 3..4, 4..6]);
+        assert_eq!(batch.spans().len(), 3);
+        assert_eq!(packed_rows(2, &[3, 1]) + packed_rows(1, &[2]), batch.rows());
+        assert_eq!(batch.sum_responses(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), [6.0, 4.0, 11.0]);
+        assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]);
+    }
+}
