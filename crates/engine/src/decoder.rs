@@ -164,17 +164,16 @@ impl Decoder {
         logps
     }
 
-    /// Runs all blocks over rows that attend as `spans` say, without keeping anything, and hands each block's
-    /// rotated queries, keys and values `[rows, qkv_width]` to `visit`; spans are asked for per block.
+    /// The logits `[wanted, vocab]` of the wanted rows, for tokens that continue the sequences of a cache.
     ///
-    /// Returns the logits `[wanted, vocab]` of the wanted rows. This is the pass of generation.
-    pub(crate) fn infer<'a>(
+    /// Keeps nothing for a backward pass; the cache takes each block's keys and values.
+    pub(crate) fn infer(
         &mut self,
         weights: &[f32],
         tokens: &[u32],
         positions: &[u32],
         wanted: &[usize],
-        cache: &'a mut dyn KeyValueCache,
+        cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
         self.check_weights(weights);
         self.kept = None;
@@ -203,7 +202,7 @@ impl Decoder {
         logits
     }
 
-    /// Width of keys (and of values) of one token in one block.
+    /// Numbers and width of the attention heads.
     pub(crate) fn heads(&self) -> Heads {
         self.heads
     }

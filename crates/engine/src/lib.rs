@@ -7,6 +7,7 @@ pub mod batch;
 pub mod config;
 pub mod decoder;
 pub mod error;
+pub mod generate;
 pub mod model;
 pub mod ops;
 pub mod optim;

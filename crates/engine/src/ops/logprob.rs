@@ -66,7 +66,7 @@ pub fn forward_backward(
 
 fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {
     let width = x.len() / targets.len().max(1);
-    assert!(width > 0 && x.len() == width * targets.len() && w.len() % width == 0);
+    assert!(width > 0 && x.len() == width * targets.len() && w.len().is_multiple_of(width));
     (width, w.len() / width)
 }
 

@@ -1,0 +1,435 @@
+//! Generation: cached keys and values, continuous batching, greedy and random sampling.
+
+use rand::distr::{Distribution, StandardUniform};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::decoder::{Decoder, KeyValueCache};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::ops::attention::{Heads, Prefix, Span};
+
+/// How the next token is chosen, and when an answer ends.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SamplingOptions {
+    /// The longest answer in tokens.
+    pub max_new_tokens: usize,
+    /// 0 takes the likeliest token; otherwise logits are divided by this.
+    pub temperature: f64,
+    /// Only this many likeliest tokens are eligible; 0 for all.
+    pub top_k: usize,
+    /// Only the likeliest tokens that together reach this probability are eligible; 1 for all.
+    pub top_p: f64,
+    /// Only tokens at least this likely relative to the likeliest are eligible; 0 for all.
+    pub min_p: f64,
+    /// Each prompt draws from its own stream of this seed, so answers do not depend on the batch size.
+    pub seed: u64,
+    /// Tokens that end an answer; they are not part of it.
+    pub end_tokens: Vec<u32>,
+    /// Texts that end an answer; the answer's text is cut before them.
+    pub stop: Vec<String>,
+    /// Answers generated at once.
+    pub batch_size: usize,
+}
+
+impl Default for SamplingOptions {
+    fn default() -> Self {
+        Self {
+            max_new_tokens: 256,
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            end_tokens: Vec::new(),
+            stop: Vec::new(),
+            batch_size: 16,
+        }
+    }
+}
+
+impl SamplingOptions {
+    /// Checks the ranges of all options.
+    ///
+    /// # Errors
+    /// [`Error::Input`] that names the option and its range.
+    pub fn validate(&self) -> Result<()> {
+        let wrong = |name: &str, value: f64, range: &str| {
+            Err(Error::input(format!("{name} is {value}, but must be {range}. Choose a value in that range.")))
+        };
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return wrong("temperature", self.temperature, "a finite number of at least 0");
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return wrong("top_p", self.top_p, "above 0 and at most 1");
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return wrong("min_p", self.min_p, "from 0 to 1");
+        }
+        if self.max_new_tokens == 0 {
+            return wrong("max_new_tokens", 0.0, "at least 1");
+        }
+        if self.batch_size == 0 {
+            return wrong("batch_size", 0.0, "at least 1");
+        }
+        if self.stop.iter().any(String::is_empty) {
+            return Err(Error::input("A stop text is empty and would end every answer at once. Remove it."));
+        }
+        Ok(())
+    }
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Finish {
+    /// An end token or a stop text came.
+    Stop,
+    /// The answer reached its limit, or the context was full.
+    Length,
+}
+
+/// One generated answer.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Answer {
+    /// The generated tokens, without the end token.
+    pub tokens: Vec<u32>,
+    /// Their text, cut before the first stop text.
+    pub text: String,
+    /// Why the answer ended.
+    pub finish: Finish,
+}
+
+/// Generates one answer per prompt, in the order of the prompts.
+///
+/// `decode` turns tokens into text. `finished` is called after each answer with the number of answers so far;
+/// an error from it stops the work and is returned.
+///
+/// # Errors
+/// Options out of range, an empty prompt, or one that leaves no room in the model's context
+/// ([`Error::Input`]); logits that are not numbers ([`Error::Failed`]).
+pub fn generate(
+    model: &Model,
+    prompts: &[Vec<u32>],
+    options: &SamplingOptions,
+    decode: &dyn Fn(&[u32]) -> Result<String>,
+    finished: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<Vec<Answer>> {
+    options.validate()?;
+    let context = model.config.max_position_embeddings;
+    for (index, prompt) in prompts.iter().enumerate() {
+        check_prompt(model, prompt, index)?;
+    }
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let mut decoder = Decoder::new(model, context.min(longest + options.max_new_tokens));
+    let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
+    let mut waiting = prompts.iter().enumerate();
+    let mut active = Active { heads: decoder.heads(), sequences: Vec::new() };
+    let mut done = 0;
+    loop {
+        while active.sequences.len() < options.batch_size {
+            let Some((index, prompt)) = waiting.next() else { break };
+            active.sequences.push(Sequence::new(index, prompt, model.config.num_hidden_layers, options.seed));
+        }
+        if active.sequences.is_empty() {
+            break;
+        }
+        let tokens: Vec<u32> = active.sequences.iter().flat_map(|s| s.pending.clone()).collect();
+        let positions: Vec<u32> = active.sequences.iter().flat_map(Sequence::positions).collect();
+        let mut end = 0;
+        let last_rows: Vec<usize> = active.sequences.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
+        let logits = decoder.infer(&model.weights, &tokens, &positions, &last_rows, &mut active);
+        let mut still = Vec::with_capacity(active.sequences.len());
+        for (mut sequence, logits) in active.sequences.drain(..).zip(logits.chunks_exact(model.config.vocab_size)) {
+            sequence.past += sequence.pending.len();
+            let token = choose(logits, options, &mut sequence.rng).ok_or_else(|| {
+                Error::Failed(format!(
+                    "The model's logits for prompt {} are not numbers. Its weights are damaged, or training diverged: \
+                     check the checkpoint.",
+                    sequence.index + 1
+                ))
+            })?;
+            match sequence.accept(token, options, context, decode)? {
+                Some(answer) => {
+                    answers[sequence.index] = Some(answer);
+                    done += 1;
+                    finished(done)?;
+                }
+                None => still.push(sequence),
+            }
+        }
+        active.sequences = still;
+    }
+    Ok(answers.into_iter().flatten().collect())
+}
+
+/// Refuses prompts that the model cannot continue.
+fn check_prompt(model: &Model, prompt: &[u32], index: usize) -> Result<()> {
+    let context = model.config.max_position_embeddings;
+    let number = index + 1;
+    if prompt.is_empty() {
+        return Err(Error::input(format!("Prompt {number} has no tokens. Give a prompt of at least one token.")));
+    }
+    if prompt.len() >= context {
+        return Err(Error::input(format!(
+            "Prompt {number} has {} tokens, which leaves no room for an answer in the model's context of {context} \
+             tokens. Shorten the prompt.",
+            prompt.len()
+        )));
+    }
+    match prompt.iter().find(|&&t| t as usize >= model.config.vocab_size) {
+        Some(token) => Err(Error::input(format!(
+            "Prompt {number} contains token {token}, but the model knows only {} tokens. The tokenizer belongs to \
+             another model.",
+            model.config.vocab_size
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// A sequence in generation.
+struct Sequence {
+    index: usize,
+    /// Keys and values of past tokens, per block `[past, key_value_width]`.
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+    past: usize,
+    /// Tokens that the model has not seen yet: the prompt, then one token at a time.
+    pending: Vec<u32>,
+    answer: Vec<u32>,
+    rng: ChaCha8Rng,
+}
+
+impl Sequence {
+    fn new(index: usize, prompt: &[u32], blocks: usize, seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(index as u64);
+        Self {
+            index,
+            keys: vec![Vec::new(); blocks],
+            values: vec![Vec::new(); blocks],
+            past: 0,
+            pending: prompt.to_vec(),
+            answer: Vec::new(),
+            rng,
+        }
+    }
+
+    fn positions(&self) -> impl Iterator<Item = u32> + use<> {
+        (self.past as u32)..(self.past + self.pending.len()) as u32
+    }
+
+    /// Takes the next token; returns the answer when it is complete.
+    fn accept(
+        &mut self,
+        token: u32,
+        options: &SamplingOptions,
+        context: usize,
+        decode: &dyn Fn(&[u32]) -> Result<String>,
+    ) -> Result<Option<Answer>> {
+        let ended = options.end_tokens.contains(&token);
+        if !ended {
+            self.answer.push(token);
+            self.pending = vec![token];
+        }
+        let full = self.answer.len() >= options.max_new_tokens || self.past + 1 >= context;
+        let mut stopped_at = None;
+        if !options.stop.is_empty() {
+            let text = decode(&self.answer)?;
+            stopped_at =
+                options.stop.iter().filter_map(|s| text.find(s.as_str())).min().map(|at| text[..at].to_owned());
+        }
+        if !(ended || full || stopped_at.is_some()) {
+            return Ok(None);
+        }
+        let finish = if ended || stopped_at.is_some() { Finish::Stop } else { Finish::Length };
+        let tokens = std::mem::take(&mut self.answer);
+        let text = stopped_at.map_or_else(|| decode(&tokens), Ok)?;
+        Ok(Some(Answer { tokens, text, finish }))
+    }
+}
+
+/// The sequences of one forward pass; their pending tokens are the rows.
+struct Active {
+    heads: Heads,
+    sequences: Vec<Sequence>,
+}
+
+impl KeyValueCache for Active {
+    fn spans(&self, block: usize) -> Vec<Span<'_>> {
+        let mut end = 0;
+        let spans = self.sequences.iter().map(|s| {
+            let start = end;
+            end += s.pending.len();
+            Span { rows: start..end, prefix: Prefix::Cache { keys: &s.keys[block], values: &s.values[block] } }
+        });
+        spans.collect()
+    }
+
+    fn store(&mut self, block: usize, qkv: &[f32]) {
+        let (q, kv) = (self.heads.query_width(), self.heads.key_value_width());
+        let mut rows = qkv.chunks_exact(self.heads.qkv_width());
+        for sequence in &mut self.sequences {
+            for row in rows.by_ref().take(sequence.pending.len()) {
+                sequence.keys[block].extend_from_slice(&row[q..q + kv]);
+                sequence.values[block].extend_from_slice(&row[q + kv..]);
+            }
+        }
+    }
+}
+
+/// The next token, or nothing when a logit is not a number.
+fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Option<u32> {
+    if logits.iter().any(|l| l.is_nan()) {
+        return None;
+    }
+    let best =
+        logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).map(|(i, _)| i as u32)?;
+    if options.temperature == 0.0 {
+        return Some(best);
+    }
+    let highest = f64::from(logits[best as usize]);
+    let mut candidates: Vec<(u32, f64)> = logits
+        .iter()
+        .enumerate()
+        .map(|(i, &l)| (i as u32, ((f64::from(l) - highest) / options.temperature).exp()))
+        .collect();
+    let by_weight = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if options.top_k > 0 && options.top_k < candidates.len() {
+        candidates.select_nth_unstable_by(options.top_k - 1, by_weight);
+        candidates.truncate(options.top_k);
+    }
+    if options.top_p < 1.0 || options.min_p > 0.0 {
+        candidates.sort_unstable_by(by_weight);
+        let total: f64 = candidates.iter().map(|c| c.1).sum();
+        let mut before = 0.0;
+        // the likeliest token has weight 1, so min_p compares with the weights themselves
+        candidates.retain(|c| {
+            let eligible = before < options.top_p * total && c.1 >= options.min_p;
+            before += c.1;
+            eligible
+        });
+    }
+    let total: f64 = candidates.iter().map(|c| c.1).sum();
+    let uniform: f64 = StandardUniform.sample(rng);
+    let mut left = uniform * total;
+    for &(token, weight) in &candidates {
+        left -= weight;
+        if left < 0.0 {
+            return Some(token);
+        }
+    }
+    candidates.last().map(|c| c.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::PackedBatch;
+    use crate::model::tests::tiny_config;
+
+    fn text(tokens: &[u32]) -> Result<String> {
+        Ok(tokens.iter().map(|t| format!("<{t}>")).collect())
+    }
+
+    fn run(model: &Model, prompts: &[Vec<u32>], options: &SamplingOptions) -> Vec<Answer> {
+        generate(model, prompts, options, &text, &mut |_| Ok(())).unwrap()
+    }
+
+    fn prompts() -> Vec<Vec<u32>> {
+        vec![vec![1, 2, 3], vec![4], vec![5, 6, 7, 8, 9], vec![10, 1], vec![3, 3, 3]]
+    }
+
+    #[test]
+    fn greedy_answers_are_the_likeliest_by_the_training_pass() {
+        let model = Model::random(tiny_config(), 0.5, 3);
+        let options = SamplingOptions { max_new_tokens: 6, ..SamplingOptions::default() };
+        let mut decoder = Decoder::new(&model, 32);
+        for (prompt, answer) in prompts().iter().zip(run(&model, &prompts(), &options)) {
+            assert_eq!(answer.tokens.len(), 6);
+            let mut so_far = prompt.clone();
+            for &token in &answer.tokens {
+                let mut batch = PackedBatch::default();
+                let all: Vec<[u32; 1]> = (0..11).map(|t| [t]).collect();
+                batch.push(&so_far, &all.iter().map(|t| &t[..]).collect::<Vec<_>>());
+                let logps = decoder.logps(&model.weights, &batch);
+                let best = (0..11).max_by(|&a, &b| logps[a].total_cmp(&logps[b])).unwrap();
+                assert_eq!(best as u32, token);
+                so_far.push(token);
+            }
+        }
+    }
+
+    #[test]
+    fn answers_do_not_depend_on_the_batch_size() {
+        let model = Model::random(tiny_config(), 0.5, 4);
+        for temperature in [0.0, 1.0] {
+            let options = |batch_size| SamplingOptions {
+                max_new_tokens: 9,
+                temperature,
+                batch_size,
+                end_tokens: vec![0],
+                ..SamplingOptions::default()
+            };
+            let alone = run(&model, &prompts(), &options(1));
+            assert_eq!(alone, run(&model, &prompts(), &options(2)));
+            assert_eq!(alone, run(&model, &prompts(), &options(16)));
+        }
+    }
+
+    #[test]
+    fn samples_follow_the_distribution_and_its_cuts() {
+        let logits = [0.0f32, 1.0, 2.0, -1.0];
+        let draw = |options: &SamplingOptions| {
+            let mut rng = ChaCha8Rng::seed_from_u64(1);
+            let mut counts = [0usize; 4];
+            (0..20_000).for_each(|_| counts[choose(&logits, options, &mut rng).unwrap() as usize] += 1);
+            counts.map(|c| c as f64 / 20_000.0)
+        };
+        let warm = SamplingOptions { temperature: 1.0, ..SamplingOptions::default() };
+        let total: f64 = logits.iter().map(|&l| f64::from(l).exp()).sum();
+        for (share, l) in draw(&warm).iter().zip(logits) {
+            assert!((share - f64::from(l).exp() / total).abs() < 0.015);
+        }
+        let eligible = |options: SamplingOptions| draw(&options).map(|s| s > 0.0);
+        assert_eq!(eligible(SamplingOptions { top_k: 2, ..warm.clone() }), [false, true, true, false]);
+        assert_eq!(eligible(SamplingOptions { top_p: 0.7, ..warm.clone() }), [false, true, true, false]);
+        assert_eq!(eligible(SamplingOptions { top_p: 0.6, ..warm.clone() }), [false, false, true, false]);
+        assert_eq!(eligible(SamplingOptions { min_p: 0.1, ..warm.clone() }), [true, true, true, false]);
+        assert_eq!(choose(&logits, &SamplingOptions::default(), &mut ChaCha8Rng::seed_from_u64(1)), Some(2));
+    }
+
+    #[test]
+    fn answers_end_at_end_tokens_stop_texts_and_limits() {
+        let model = Model::random(tiny_config(), 0.5, 5);
+        let prompt = vec![vec![1, 2]];
+        let long = SamplingOptions { max_new_tokens: 500, ..SamplingOptions::default() };
+        let answer = run(&model, &prompt, &long).remove(0);
+        assert_eq!(answer.finish, Finish::Length);
+        assert_eq!(answer.tokens.len(), tiny_config().max_position_embeddings - 2);
+        let third = answer.tokens[2];
+        let first_at = answer.tokens.iter().position(|&t| t == third).unwrap();
+        let ended = run(&model, &prompt, &SamplingOptions { end_tokens: vec![third], ..long.clone() }).remove(0);
+        assert_eq!((ended.finish, ended.tokens.as_slice()), (Finish::Stop, &answer.tokens[..first_at]));
+        let stop = vec![format!("<{third}>")];
+        let stopped = run(&model, &prompt, &SamplingOptions { stop, ..long }).remove(0);
+        assert_eq!((stopped.finish, stopped.text), (Finish::Stop, text(&answer.tokens[..first_at]).unwrap()));
+    }
+
+    #[test]
+    fn bad_prompts_and_options_are_named() {
+        let model = Model::random(tiny_config(), 0.5, 5);
+        let fail = |prompts: &[Vec<u32>], options: SamplingOptions| {
+            generate(&model, prompts, &options, &text, &mut |_| Ok(())).unwrap_err().to_string()
+        };
+        assert!(fail(&[vec![1], vec![]], SamplingOptions::default()).contains("Prompt 2"));
+        assert!(fail(&[vec![1; 64]], SamplingOptions::default()).contains("64 tokens"));
+        assert!(fail(&[vec![11]], SamplingOptions::default()).contains("token 11"));
+        let hot = SamplingOptions { temperature: f64::NAN, ..SamplingOptions::default() };
+        assert!(fail(&[vec![1]], hot).contains("temperature"));
+        let mut broken = model.clone();
+        broken.weights.fill(f32::NAN);
+        let error = generate(&broken, &prompts(), &SamplingOptions::default(), &text, &mut |_| Ok(())).unwrap_err();
+        assert!(matches!(error, Error::Failed(_)), "{error}");
+    }
+}
