@@ -8,6 +8,7 @@ pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod generate;
+pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod optim;

@@ -1,0 +1,99 @@
+//! Log-probabilities of pairs under a fixed model, computed once and kept on disk.
+//!
+//! The key of a cache file is a hash of everything that the values depend on: the model's weights and shape,
+//! every token of every pair, and the arithmetic's version. Template, tokenizer and truncation show in the tokens.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use engine::checkpoint::atomic;
+use engine::{Decoder, Error, Model, Result};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::data::TokenizedPair;
+use crate::objective::Objective;
+use crate::task::{Preferences, Task};
+use crate::trainer::{micro_batches, pack};
+
+/// Changes whenever the engine's f32 results may change.
+const ARITHMETIC: &str = "f32 v1";
+
+/// Log-probabilities of each pair's chosen and rejected response under `model`.
+///
+/// Read from `cache` if it holds them, else computed and kept there. `progress` gets the number of pairs done and may
+/// end the work with an error.
+///
+/// # Errors
+/// A cache folder that cannot be written, or the error of `progress`.
+pub fn pair_logps(
+    model: &Model,
+    pairs: &[TokenizedPair],
+    micro_batch_tokens: usize,
+    cache: Option<&Path>,
+    progress: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<Vec<[f64; 2]>> {
+    let place = cache.map(|folder| cache_file(folder, model, pairs));
+    if let Some(path) = &place
+        && let Some(logps) = read(path, pairs.len())
+    {
+        progress(pairs.len())?;
+        return Ok(logps);
+    }
+    let logps = compute(model, pairs, micro_batch_tokens, progress)?;
+    if let Some(path) = &place {
+        write(path, &logps)?;
+    }
+    Ok(logps)
+}
+
+fn compute(
+    model: &Model,
+    pairs: &[TokenizedPair],
+    micro_batch_tokens: usize,
+    progress: &mut dyn FnMut(usize) -> Result<()>,
+) -> Result<Vec<[f64; 2]>> {
+    let longest = pairs.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
+    let mut decoder = Decoder::new(model, longest);
+    let unknown = vec![[0.0; 2]; pairs.len()];
+    let task = Preferences::new(pairs, &unknown, &Objective::Dpo { beta: 1.0, label_smoothing: 0.0 });
+    let all: Vec<usize> = (0..task.len()).collect();
+    let mut logps: Vec<f64> = Vec::with_capacity(2 * pairs.len());
+    for part in micro_batches(&task, &all, micro_batch_tokens) {
+        logps.extend(decoder.logps(&model.weights, &pack(&task, &all[part.clone()])));
+        progress(part.end)?;
+    }
+    Ok(logps.as_chunks::<2>().0.to_vec())
+}
+
+fn cache_file(folder: &Path, model: &Model, pairs: &[TokenizedPair]) -> PathBuf {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{ARITHMETIC} {}", model.hash()).as_bytes());
+    for pair in pairs {
+        hasher.update(format!("{:?} {:?} {:?}", pair.prompt, pair.chosen, pair.rejected).as_bytes());
+    }
+    folder.join(format!("{}.safetensors", hasher.finalize().to_hex()))
+}
+
+/// The cached values, or nothing when the file is missing or damaged (they are then computed again).
+fn read(path: &Path, pairs: usize) -> Option<Vec<[f64; 2]>> {
+    let bytes = std::fs::read(path).ok()?;
+    let tensors = SafeTensors::deserialize(&bytes).ok()?;
+    let logps = tensors.tensor("logps").ok()?;
+    let values = logps.data().as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b));
+    let values: Vec<[f64; 2]> = values.collect::<Vec<f64>>().as_chunks::<2>().0.to_vec();
+    (values.len() == pairs).then_some(values)
+}
+
+fn write(path: &Path, logps: &[[f64; 2]]) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    }
+    let bytes: Vec<u8> = logps.as_flattened().iter().flat_map(|v| v.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F64, vec![logps.len(), 2], &bytes)
+        .map_err(|e| Error::Failed(format!("Could not lay out the reference log-probabilities: {e}.")))?;
+    atomic::write_file(path, |out| {
+        let metadata: Option<HashMap<String, String>> = None;
+        out.write_all(&safetensors::serialize([("logps", view)], metadata).map_err(std::io::Error::other)?)
+    })
+}

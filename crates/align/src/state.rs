@@ -1,0 +1,78 @@
+//! The state of an unfinished training: weights, moments and the number of steps taken.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use engine::checkpoint::atomic;
+use engine::optim::AdamW;
+use engine::{Error, Model, Result};
+use safetensors::tensor::{Dtype, TensorView};
+use safetensors::SafeTensors;
+
+const FILE: &str = "training-state.safetensors";
+
+/// Reads and writes `training-state.safetensors` in a training's folder.
+pub(crate) struct TrainingState;
+
+impl TrainingState {
+    /// Writes the state; the previous one stays until the new one is complete.
+    pub(crate) fn save(folder: &Path, identity: &str, policy: &Model, optimizer: &AdamW) -> Result<()> {
+        let path = folder.join(FILE);
+        let metadata = HashMap::from([
+            ("identity".to_owned(), identity.to_owned()),
+            ("steps".to_owned(), optimizer.steps.to_string()),
+        ]);
+        let bytes = [&policy.weights, &optimizer.first, &optimizer.second].map(|v| to_bytes(v));
+        let mut tensors = Vec::new();
+        for (name, bytes) in ["weights", "first", "second"].into_iter().zip(&bytes) {
+            let view = TensorView::new(Dtype::F32, vec![policy.layout.len], bytes);
+            tensors.push((name, view.map_err(|e| Error::Failed(format!("Could not lay out the training state: {e}.")))?));
+        }
+        atomic::write_file(&path, |out| {
+            let file = safetensors::serialize(tensors, Some(metadata)).map_err(std::io::Error::other)?;
+            out.write_all(&file)
+        })
+    }
+
+    /// Restores a state of the same training; leaves policy and optimizer as they are when there is none.
+    pub(crate) fn load(folder: &Path, identity: &str, policy: &mut Model, optimizer: &mut AdamW) -> Result<()> {
+        let path = folder.join(FILE);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Error::io("read", &path)(error)),
+        };
+        let damaged = |what: &str| {
+            Error::input(format!(
+                "The training state {} {what}. Delete it to train from the start, or restore it.",
+                path.display()
+            ))
+        };
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|_| damaged("is damaged"))?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        if metadata.get("identity").map(String::as_str) != Some(identity) {
+            return Err(damaged("belongs to another training: the model, the data or the options have changed"));
+        }
+        let steps = metadata.get("steps").and_then(|s| s.parse().ok()).ok_or_else(|| damaged("is damaged"))?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged("is damaged"))?;
+        for (name, to) in [
+            ("weights", &mut policy.weights),
+            ("first", &mut optimizer.first),
+            ("second", &mut optimizer.second),
+        ] {
+            let data = tensors.tensor(name).map_err(|_| damaged("is damaged"))?;
+            if data.data().len() != to.len() * size_of::<f32>() {
+                return Err(damaged("is of a model of another size"));
+            }
+            for (to, bytes) in to.iter_mut().zip(data.data().as_chunks::<4>().0) {
+                *to = f32::from_le_bytes(*bytes);
+            }
+        }
+        optimizer.steps = steps;
+        Ok(())
+    }
+}
+
+fn to_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|v| v.to_le_bytes()).collect()
+}
