@@ -1,0 +1,4 @@
+//! The `sacpo` command's own parts: the recipe that a run follows, and how it is read.
+
+pub mod recipe;
+pub mod suggest;
