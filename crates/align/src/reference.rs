@@ -1,7 +1,7 @@
 //! Log-probabilities of pairs under a fixed model, computed once and kept on disk.
 //!
 //! The key of a cache file is a hash of everything that the values depend on: the model's weights and shape,
-//! every token of every pair, and the arithmetic's version. Template, tokenizer and truncation show in the tokens.
+//! every token of every pair, the arithmetic's version and the processor's instruction set. Template, tokenizer and truncation show in the tokens.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -67,12 +67,20 @@ fn compute(
 }
 
 fn cache_file(folder: &Path, model: &Model, pairs: &[TokenizedPair]) -> PathBuf {
+    let key = format!("{ARITHMETIC} {} {} {}", engine::instruction_set(), model.hash(), fingerprint(pairs));
+    folder.join(format!("{}.safetensors", blake3::hash(key.as_bytes()).to_hex()))
+}
+
+/// A hash of every token of the pairs, in their order: 64 hexadecimal digits.
+pub fn fingerprint(pairs: &[TokenizedPair]) -> String {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{ARITHMETIC} {}", model.hash()).as_bytes());
     for pair in pairs {
-        hasher.update(format!("{:?} {:?} {:?}", pair.prompt, pair.chosen, pair.rejected).as_bytes());
+        for tokens in [&pair.prompt, &pair.chosen, &pair.rejected] {
+            hasher.update(&(tokens.len() as u64).to_le_bytes());
+            tokens.iter().for_each(|token| drop(hasher.update(&token.to_le_bytes())));
+        }
     }
-    folder.join(format!("{}.safetensors", hasher.finalize().to_hex()))
+    hasher.finalize().to_hex().to_string()
 }
 
 /// The cached values, or nothing when the file is missing or damaged (they are then computed again).

@@ -71,6 +71,15 @@ impl TrainingState {
         optimizer.steps = steps;
         Ok(())
     }
+
+    /// Removes the state, if there is one.
+    pub(crate) fn discard(folder: &Path) -> Result<()> {
+        let path = folder.join(FILE);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
 }
 
 fn to_bytes(values: &[f32]) -> Vec<u8> {

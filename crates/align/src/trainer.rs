@@ -48,6 +48,13 @@ pub struct TrainOptions {
     pub save_every: u64,
 }
 
+impl TrainOptions {
+    /// The options that decide the result of a training, as text. How the work is cut and when it is saved does not.
+    pub fn course(&self) -> String {
+        format!("{:?}", Self { micro_batch_tokens: 0, memory_bytes: None, save_every: 0, ..self.clone() })
+    }
+}
+
 /// One line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StepRecord {
@@ -164,6 +171,14 @@ pub fn train(
     Ok(records)
 }
 
+/// Removes the state of a training that is complete and saved elsewhere.
+///
+/// # Errors
+/// If the file exists and cannot be removed.
+pub fn discard_state(folder: &Path) -> Result<()> {
+    TrainingState::discard(folder)
+}
+
 /// Mean loss and metrics of a task, without training.
 pub fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
     let all: Vec<usize> = (0..task.len()).collect();
@@ -182,9 +197,7 @@ fn epoch_order(examples: usize, seed: u64, epoch: u64) -> Vec<usize> {
 /// A hash of all that decides the course of a training.
 fn identity(policy: &Model, task: &dyn Task, options: &TrainOptions) -> String {
     let mut hasher = blake3::Hasher::new();
-    // how the work is cut and when it is saved does not change its result
-    let options = TrainOptions { micro_batch_tokens: 0, memory_bytes: None, save_every: 0, ..options.clone() };
-    hasher.update(format!("{} {options:?}", policy.hash()).as_bytes());
+    hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
     for example in 0..task.len() {
         let responses = task.responses(example);
         // the loss at zero stands for the objective's parameters and the reference

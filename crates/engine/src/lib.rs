@@ -18,3 +18,9 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Keep};
 pub use error::{Error, Result};
 pub use model::{Layout, Model, ParamSpec};
+
+/// The processor's instruction set as the engine uses it. Results in f32 may differ in the last bits between
+/// instruction sets, so what is cached on disk names it.
+pub fn instruction_set() -> String {
+    ops::simd::instruction_set()
+}

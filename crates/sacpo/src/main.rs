@@ -1,2 +1,24 @@
-//! x
-fn main() {}
+//! `sacpo`: align language models under safety constraints, step by step.
+
+mod cli;
+mod commands;
+mod interrupt;
+mod pipeline;
+mod recipe;
+mod suggest;
+mod ui;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let arguments = cli::Arguments::parse();
+    match commands::run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -11,6 +11,11 @@ pub(crate) fn dispatch<R>(kernel: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(kernel)
 }
 
+/// The instruction set that [`dispatch`] chooses here. Results in f32 may differ between instruction sets.
+pub(crate) fn instruction_set() -> String {
+    format!("{:?}", pulp::Arch::new())
+}
+
 /// eˣ with a relative error below 2e-7 for x in [−87.3, 88.3]; clamped outside; NaN stays NaN.
 ///
 /// Range reduction by ln 2 in two parts and a polynomial of degree 6 (the classic Cephes scheme),

@@ -1,0 +1,220 @@
+//! The command line: one struct per command.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::recipe::{Format, TemplateTail};
+
+/// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
+#[derive(Debug, Parser)]
+#[command(name = "sacpo", version, max_term_width = 100)]
+#[command(after_help = "Examples:\n  \
+    sacpo quickstart                                  the whole method in a small exact world, no files needed\n  \
+    sacpo run recipes/hh-rlhf-smollm2.toml            both steps on a real model\n  \
+    sacpo generate --model runs/hh/steps/helpful/checkpoint --prompt \"Who are you?\"\n\n\
+    Exit codes: 0 done, 1 failed, 2 bad input.")]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Clone, Copy, Args)]
+pub(crate) struct Global {
+    /// Print one JSON object on standard output instead of text.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Number of threads [default: physical cores].
+    #[arg(long, global = true, value_name = "N", value_parser = positive)]
+    pub(crate) threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    Quickstart(Quickstart),
+    Run(Run),
+    Train(Train),
+    Logps(Logps),
+    Generate(Generate),
+    /// Look at models and convert them.
+    #[command(subcommand)]
+    Model(ModelCommand),
+}
+
+/// Run the whole method in a small world where reward and safety are known exactly.
+///
+/// Trains a small model from scratch, aligns it on helpfulness, then on safety at several β/λ, and reports the exact
+/// expected reward and safety of every policy on held-out prompts. Needs no file and no network.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  sacpo quickstart --out runs/quickstart\n\n\
+    The folder then holds a table (summary.md), a plot (frontier.svg), every policy, and the recipe that made them.")]
+pub(crate) struct Quickstart {
+    /// Folder for everything that is made.
+    #[arg(long, default_value = "runs/quickstart", value_name = "FOLDER")]
+    pub(crate) out: PathBuf,
+    /// How much data and training: `small` is a smoke test of seconds, whose policies are not well trained.
+    #[arg(long, value_enum, default_value_t = Size::Full)]
+    pub(crate) size: Size,
+    /// Seed of all randomness.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Size {
+    Small,
+    Full,
+}
+
+/// Run a recipe: all its alignment steps and the comparison of their policies.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo run recipes/hh-rlhf-smollm2.toml\n  \
+    sacpo run recipes/hh-rlhf-smollm2.toml --set train.learning_rate=1e-6 --set step.2.beta_over_lambda=[0.1,0.05]\n\n\
+    A run that was stopped continues where it was when the same command is given again. Steps that are finished are not \
+    repeated.")]
+pub(crate) struct Run {
+    /// The recipe, a TOML file; docs/recipes.md lists its keys.
+    pub(crate) recipe: PathBuf,
+    /// Change a value of the recipe; steps are counted from 1.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+    /// Seed of all randomness, instead of the recipe's.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+}
+
+/// Align a model on one metric; the model is start and reference.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo train --model models/SmolLM2 --data helpful.jsonl.gz --metric helpfulness --beta 0.1 --out runs/helpful\n  \
+    sacpo train --model runs/helpful/steps/helpfulness/checkpoint --data harmless.jsonl.gz --metric harmlessness \\\n    \
+    --beta 0.05 --out runs/harmless        (the second step of a chain: --beta is then β/λ)")]
+pub(crate) struct Train {
+    /// Folder in Hugging Face's layout, or .gguf file: where training starts, and the reference.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+    /// Preference pairs, .jsonl, .jsonl.gz or .json.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// What the preferences are about, such as helpfulness or harmlessness.
+    #[arg(long)]
+    pub(crate) metric: String,
+    /// The loss.
+    #[arg(long, default_value = "dpo")]
+    pub(crate) objective: String,
+    /// Temperature: β in the first step of a chain, β/λ in a later one.
+    #[arg(long)]
+    pub(crate) beta: f64,
+    /// Folder for everything that is made.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) out: PathBuf,
+    /// Seed of all randomness.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Set any other key of a recipe, such as train.learning_rate=1e-6 or data.max_length=256.
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+/// Print the log-probability of every response of a preference file.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  sacpo logps --model models/SmolLM2 --data pairs.jsonl --json")]
+pub(crate) struct Logps {
+    /// Folder in Hugging Face's layout, or .gguf file.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+    /// Preference pairs, .jsonl, .jsonl.gz or .json.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) data: PathBuf,
+    /// Which preference to read from files that hold several.
+    #[arg(long, default_value = "helpfulness")]
+    pub(crate) metric: String,
+    /// Schema of the file [default: found from its first row].
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
+    /// Only the first N pairs.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) limit: Option<usize>,
+    /// Longest prompt and response together, in tokens [default: the model's context].
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub(crate) max_length: Option<usize>,
+    /// Whether what the template writes after the end of a response is scored.
+    #[arg(long, value_enum, default_value = "drop")]
+    pub(crate) template_tail: TemplateTail,
+}
+
+/// Answer prompts.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo generate --model models/SmolLM2 --prompt \"Write a haiku.\" --prompt \"Who are you?\"\n  \
+    sacpo generate --model models/SmolLM2 --prompts prompts.jsonl --temperature 0.7 --top-p 0.9 --json")]
+pub(crate) struct Generate {
+    /// Folder in Hugging Face's layout, or .gguf file.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+    /// A prompt; may be given several times.
+    #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "prompts")]
+    pub(crate) prompt: Vec<String>,
+    /// A file of prompts: .txt with one a line, or .json, .jsonl, .jsonl.gz with a column `prompt`.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub(crate) prompts: Option<PathBuf>,
+    /// A system message before every prompt.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+    /// Continue the text as it stands, without the chat template.
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// The longest answer in tokens.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub(crate) max_new_tokens: usize,
+    /// 0 takes the likeliest token each time; higher is more random.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) temperature: f64,
+    /// Draw only from this many likeliest tokens; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) top_k: usize,
+    /// Draw only from the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) top_p: f64,
+    /// Draw only from tokens at least this likely relative to the likeliest.
+    #[arg(long, default_value_t = 0.0)]
+    pub(crate) min_p: f64,
+    /// A text that ends an answer; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+    /// Answers generated at once.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) batch_size: usize,
+    /// Seed of the random draws.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Describe a model without loading its weights.
+    Inspect {
+        /// Folder in Hugging Face's layout, or .gguf file.
+        model: PathBuf,
+    },
+    /// Write a model as a folder in Hugging Face's layout, with f32 weights.
+    #[command(after_help = "Example:\n  sacpo model convert models/SmolLM2.gguf models/SmolLM2")]
+    Convert {
+        /// Folder in Hugging Face's layout, or .gguf file.
+        from: PathBuf,
+        /// Folder to write.
+        to: PathBuf,
+    },
+}
+
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(n) => Ok(n),
+        Err(_) => Err("must be a whole number of at least 1".into()),
+    }
+}

@@ -1,0 +1,72 @@
+//! `sacpo logps`.
+
+use align::data::{self, LongPrompts, RenderOptions};
+use align::reference::pair_logps;
+use engine::Result;
+use engine::checkpoint::Checkpoint;
+use serde::Serialize;
+
+use super::{print_json, start_threads};
+use crate::cli::{Global, Logps};
+use crate::ui;
+
+/// Tokens per forward pass.
+const TOKENS: usize = 2048;
+
+#[derive(Serialize)]
+struct Output {
+    rows: Vec<Row>,
+}
+
+#[derive(Serialize)]
+struct Row {
+    /// The row of the file, from 1.
+    row: usize,
+    responses: [Response; 2],
+}
+
+#[derive(Serialize)]
+struct Response {
+    role: &'static str,
+    logp: f64,
+    tokens: usize,
+}
+
+pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
+    start_threads(global, None)?;
+    let file = data::read_pairs(&options.data, options.format, &options.metric, false)?;
+    let Checkpoint { model, tokenizer, .. } = Checkpoint::load(&options.model)?;
+    let context = model.config.max_position_embeddings;
+    let render = RenderOptions {
+        max_length: options.max_length.unwrap_or(context).min(context),
+        template_tail: options.template_tail,
+        long_prompts: LongPrompts::Error,
+    };
+    let first = &file.pairs[..options.limit.unwrap_or(usize::MAX).min(file.pairs.len())];
+    let tokenized = data::tokenize_pairs(first, &options.data, &tokenizer, &render)?;
+    let bar = ui::bar(tokenized.pairs.len() as u64, "log-probabilities");
+    let logps = pair_logps(&model, &tokenized.pairs, TOKENS, None, &mut ui::advance(&bar))?;
+    bar.finish_and_clear();
+    if tokenized.truncated_responses > 0 {
+        ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));
+    }
+    let rows = tokenized.pairs.iter().zip(logps).map(|(pair, [chosen, rejected])| Row {
+        row: pair.row,
+        responses: [
+            Response { role: "chosen", logp: chosen, tokens: pair.chosen.len() },
+            Response { role: "rejected", logp: rejected, tokens: pair.rejected.len() },
+        ],
+    });
+    let output = Output { rows: rows.collect() };
+    if global.json {
+        return print_json(&output);
+    }
+    println!("{:>6}  {:>12} {:>6}  {:>12} {:>6}", "row", "chosen", "tokens", "rejected", "tokens");
+    for Row { row, responses: [chosen, rejected] } in &output.rows {
+        println!(
+            "{row:>6}  {:>12.4} {:>6}  {:>12.4} {:>6}",
+            chosen.logp, chosen.tokens, rejected.logp, rejected.tokens
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,44 @@
+//! What each command does.
+
+mod generate;
+mod logps;
+mod model;
+mod quickstart;
+mod run;
+
+use engine::{Error, Result};
+use serde::Serialize;
+
+use crate::cli::{Arguments, Command, Global};
+use crate::interrupt;
+
+/// Carries out the command line.
+pub(crate) fn run(arguments: Arguments) -> Result<()> {
+    let global = arguments.global;
+    interrupt::listen()?;
+    match arguments.command {
+        Command::Quickstart(options) => quickstart::run(&options, global),
+        Command::Run(options) => run::run(&options, global),
+        Command::Train(options) => run::train(&options, global),
+        Command::Logps(options) => logps::run(&options, global),
+        Command::Generate(options) => generate::run(&options, global),
+        Command::Model(command) => model::run(&command, global),
+    }
+}
+
+/// Sizes the thread pool; call once, before the first computation.
+fn start_threads(global: Global, recipe: Option<usize>) -> Result<()> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = global.threads.or(recipe).unwrap_or_else(|| cores.min(num_cpus::get_physical()));
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|error| Error::Failed(format!("Could not start {threads} threads: {error}.")))
+}
+
+/// Prints the one JSON object of a command.
+fn print_json(value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string(value).map_err(|e| Error::Failed(format!("The result is no JSON: {e}.")))?;
+    println!("{text}");
+    Ok(())
+}

@@ -1,0 +1,34 @@
+//! `sacpo model`.
+
+use std::path::Path;
+
+use engine::Result;
+use engine::checkpoint::{Checkpoint, describe};
+
+use super::print_json;
+use crate::cli::{Global, ModelCommand};
+use crate::ui;
+
+pub(super) fn run(command: &ModelCommand, global: Global) -> Result<()> {
+    match command {
+        ModelCommand::Inspect { model } => {
+            let description = describe(model)?;
+            if global.json {
+                return print_json(&description);
+            }
+            println!("{description}");
+            Ok(())
+        }
+        ModelCommand::Convert { from, to } => convert(from, to, global),
+    }
+}
+
+fn convert(from: &Path, to: &Path, global: Global) -> Result<()> {
+    let checkpoint = Checkpoint::load(from)?;
+    checkpoint.save(to)?;
+    ui::say(format!("Wrote {} parameters to {}.", checkpoint.model.layout.len, to.display()));
+    if global.json {
+        return print_json(&describe(to)?);
+    }
+    Ok(())
+}

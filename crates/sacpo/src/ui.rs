@@ -1,0 +1,65 @@
+//! Messages and progress on standard error: bars on a terminal, quiet when piped.
+
+use align::trainer::{Monitor, StepRecord};
+use engine::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::interrupt;
+
+/// Says what is going on.
+pub(crate) fn say(message: impl AsRef<str>) {
+    eprintln!("{}", message.as_ref());
+}
+
+/// A bar of `length` items; hidden when standard error is not a terminal.
+pub(crate) fn bar(length: u64, what: &str) -> ProgressBar {
+    let bar = ProgressBar::new(length);
+    let template = "  {prefix} {bar:30} {pos}/{len}  {elapsed} elapsed, {eta} left  {msg}";
+    if let Ok(style) = ProgressStyle::with_template(template) {
+        bar.set_style(style);
+    }
+    bar.set_prefix(what.to_owned());
+    bar
+}
+
+/// A callback that moves a bar and ends the work on Ctrl-C.
+pub(crate) fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> Result<()> + '_ {
+    |done| {
+        bar.set_position(done as u64);
+        interrupt::check()
+    }
+}
+
+/// Shows training steps on a bar.
+pub(crate) struct TrainingBar(ProgressBar);
+
+impl TrainingBar {
+    pub(crate) fn new(what: &str) -> Self {
+        Self(bar(0, what))
+    }
+}
+
+impl Monitor for TrainingBar {
+    fn step(&mut self, total: u64, record: &StepRecord) {
+        if self.0.length() != Some(total) {
+            self.0.set_length(total);
+            // a continued training starts in the middle: only what is done from here counts for the rate
+            self.0.set_position(record.step - 1);
+            self.0.reset_eta();
+        }
+        self.0.set_position(record.step);
+        let accuracy = record.metrics.get("rewards/accuracies");
+        let accuracy = accuracy.map(|a| format!(", accuracy {a:.2}")).unwrap_or_default();
+        self.0.set_message(format!("loss {:.4}{accuracy}", record.loss));
+    }
+
+    fn stop_requested(&self) -> bool {
+        interrupt::requested()
+    }
+}
+
+impl Drop for TrainingBar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
