@@ -7,7 +7,7 @@
 mod section;
 mod tree;
 
-use std::ops::Bound::{Excluded, Unbounded};
+use std::ops::Bound::{self, Excluded, Unbounded};
 use std::path::{Path, PathBuf};
 
 use engine::{Error, Result};
@@ -16,6 +16,9 @@ use serde::Serialize;
 
 /// Sweeps multiply along the chain; a recipe that asks for more policies than this is a mistake.
 const MAX_POLICIES: usize = 1000;
+
+/// Greater than 0.
+const POSITIVE: (Bound<f64>, Bound<f64>) = (Excluded(0.0), Unbounded);
 
 const ROOT_KEYS: &[&str] = &["model", "run", "data", "train", "step", "evaluate"];
 const MODEL_KEYS: &[&str] = &["base"];
@@ -404,9 +407,6 @@ impl Run {
         })
     }
 }
-
-/// Greater than 0.
-const POSITIVE: (std::ops::Bound<f64>, std::ops::Bound<f64>) = (Excluded(0.0), Unbounded);
 
 impl Default for DataOptions {
     fn default() -> Self {

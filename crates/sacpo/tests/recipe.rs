@@ -1,5 +1,7 @@
 //! Recipes: what is read, what is planned, and how every mistake is named.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
@@ -187,6 +189,8 @@ fn wrong_overrides_are_named() {
         ("train.epochs=many", &["`train.epochs`", "--set train.epochs=many", "the text \"many\""]),
         ("train.epochs=1\nbatch_size=0", &["`train.epochs`", "the text"]),
         ("step=3", &["`step`", "[[step]]"]),
+        (&format!("{}=1", "a.".repeat(100_000)), &["no place"]),
+        (&format!("{}b=1", "a.".repeat(100_000)), &["no place"]),
     ] {
         let message = message(SMALL, &[setting]);
         for part in parts {
@@ -279,6 +283,9 @@ fn sweeps_that_multiply_beyond_reason_are_refused() {
 
 #[test]
 fn files_that_are_no_recipes() {
+    for deep in ["a.".repeat(100_000) + "b = 1", "a = ".to_string() + &"[".repeat(100_000)] {
+        assert!(message(&deep, &[]).contains("recipe.toml:1"));
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("r.toml");
     let missing = Recipe::load(&path, &[]).unwrap_err();
