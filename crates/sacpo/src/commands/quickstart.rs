@@ -1,0 +1,225 @@
+//! `sacpo quickstart`: the whole method in a world where everything is known exactly.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use align::data::{Prompt, tokenize_prompt};
+use align::task::{Demonstration, Demonstrations};
+use align::trainer::{TrainOptions, discard_state, train};
+use align::world::{self, Evaluation, Metric, World};
+use engine::checkpoint::{Checkpoint, GenerationConfig};
+use engine::optim::Schedule;
+use engine::tokenizer::Tokenizer;
+use engine::{Decoder, Error, Model, ModelConfig, PackedBatch, Result, RopeScaling};
+use evaluate::frontier::{Metrics, Point, frontier_svg, table};
+use serde_json::{Value, json};
+
+use super::{print_json, start_threads};
+use crate::cli::{Global, Quickstart, Size};
+use crate::interrupt;
+use crate::pipeline::{self, RunFolder};
+use crate::recipe::Recipe;
+use crate::ui;
+
+/// The recipe that the quickstart runs, with its paths and sizes set below.
+const RECIPE: &str = include_str!("../../../../recipes/quickstart.toml");
+
+/// Amounts of data.
+struct Amounts {
+    demonstrations: usize,
+    epochs: usize,
+    pairs: usize,
+}
+
+impl Amounts {
+    fn of(size: Size) -> Self {
+        match size {
+            Size::Small => Self { demonstrations: 2_000, epochs: 1, pairs: 400 },
+            Size::Full => Self { demonstrations: 20_000, epochs: 2, pairs: 8_000 },
+        }
+    }
+}
+
+pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
+    let start = Instant::now();
+    start_threads(global, None)?;
+    let amounts = Amounts::of(options.size);
+    let folder = RunFolder::open(&options.out)?;
+    let world = World::new(options.seed);
+    let base = folder.path.join("base");
+    ui::say(format!(
+        "A world of {} prompts and {} tokens; every policy is evaluated exactly on {} held-out prompts.",
+        world.train_prompts.len() + world.heldout_prompts.len(),
+        world.vocab_size(),
+        world.heldout_prompts.len()
+    ));
+    train_base(&world, &amounts, options.seed, &base, &folder)?;
+    let recipe = recipe(&world, &amounts, options, &folder, &base)?;
+    let outcome = pipeline::run(&recipe, &folder)?;
+
+    let mut policies = Vec::new();
+    let mut reference = Vec::new();
+    for policy in &outcome.policies {
+        interrupt::check()?;
+        let logps = answer_logps(&world, &Checkpoint::load(&policy.path)?)?;
+        if reference.is_empty() {
+            reference.clone_from(&logps);
+        }
+        policies.push((policy, world.evaluate(&logps, &reference)?));
+    }
+    let points: Vec<Point> = policies
+        .iter()
+        .map(|(policy, worth)| Point {
+            name: policy.name.clone(),
+            step: policy.step.clone().unwrap_or_else(|| "base".into()),
+            beta_over_lambda: policy.beta_over_lambda,
+            reward: worth.reward,
+            safety: worth.risky_safety,
+            kl: Some(worth.kl),
+        })
+        .collect();
+    let metrics = Metrics { reward: "E[r*], helpfulness", safety: "E[g*] on risky prompts, safety" };
+    let table = table(metrics, &points)?;
+    folder.write("frontier.svg", &frontier_svg("Quickstart: helpfulness against safety", metrics, &points)?)?;
+    folder.write("summary.md", &format!("# Quickstart\n\n{table}\n![Frontier](frontier.svg)\n"))?;
+    let result = json!({
+        "policies": policies.iter().map(|(policy, worth)| policy_json(policy, worth)).collect::<Vec<_>>(),
+        "constraint": Value::Null,
+        "seconds": start.elapsed().as_secs_f64(),
+        "peak_memory_bytes": engine::memory::peak(),
+        "out": folder.path,
+    });
+    folder.write("results.json", &format!("{result:#}\n"))?;
+    if global.json {
+        return print_json(&result);
+    }
+    println!("{table}");
+    println!("Plot: {}", folder.path.join("frontier.svg").display());
+    Ok(())
+}
+
+fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {
+    json!({
+        "name": policy.name,
+        "step": policy.step,
+        "beta_over_lambda": policy.beta_over_lambda,
+        "q": Value::Null,
+        "reward": worth.reward,
+        "safety": worth.safety,
+        "kl": worth.kl,
+        "risky_reward": worth.risky_reward,
+        "risky_safety": worth.risky_safety,
+        "harmless_refusal": worth.harmless_refusal,
+        "outside": worth.outside,
+        "checkpoint": policy.path,
+    })
+}
+
+/// The shape of the world's language model.
+fn shape(world: &World) -> ModelConfig {
+    ModelConfig {
+        vocab_size: world.vocab_size(),
+        hidden_size: 96,
+        intermediate_size: 256,
+        num_hidden_layers: 3,
+        num_attention_heads: 3,
+        num_key_value_heads: 3,
+        head_dim: 32,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::Default,
+        tie_word_embeddings: true,
+        model_type: "llama".into(),
+        bos_token_id: Some(world::BOS),
+        eos_token_ids: vec![world::EOS],
+    }
+}
+
+/// Trains the base model on the world's answers from random weights, unless it is there already.
+fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: &RunFolder) -> Result<()> {
+    if base.join("config.json").exists() {
+        ui::say("Base model: complete.");
+        return Ok(());
+    }
+    let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None)?;
+    let samples = world.sft_samples(amounts.demonstrations, seed);
+    let demonstrations = samples.iter().map(|sample| {
+        let mut response = tokenizer.encode(&sample.completion)?;
+        response.push(world::EOS);
+        Ok(Demonstration { prompt: tokenize_prompt(&Prompt::Text(sample.prompt.clone()), &tokenizer)?, response })
+    });
+    let demonstrations = demonstrations.collect::<Result<Vec<_>>>()?;
+    let options = TrainOptions {
+        learning_rate: 3e-3,
+        schedule: Schedule::Cosine,
+        warmup_ratio: 0.05,
+        epochs: amounts.epochs,
+        batch_size: 64,
+        micro_batch_tokens: 2048,
+        memory_bytes: None,
+        max_grad_norm: 1.0,
+        weight_decay: 0.0,
+        seed,
+        save_every: 0,
+    };
+    let mut model = Model::random(shape(world), 0.05, seed);
+    ui::say(format!(
+        "Base model: {} parameters, trained from scratch on {} answers.",
+        model.layout.len,
+        demonstrations.len()
+    ));
+    let training = folder.path.join("pretraining");
+    train(&mut model, &Demonstrations(&demonstrations), &options, &training, &mut ui::TrainingBar::new("training"))?;
+    let generation = GenerationConfig {
+        bos_token_id: Some(world::BOS),
+        eos_token_ids: vec![world::EOS],
+        ..GenerationConfig::default()
+    };
+    Checkpoint { model, tokenizer, generation }.save(base)?;
+    discard_state(&training)
+}
+
+/// Writes the world's preference pairs as files and points the recipe at them.
+fn recipe(
+    world: &World,
+    amounts: &Amounts,
+    options: &Quickstart,
+    folder: &RunFolder,
+    base: &Path,
+) -> Result<Recipe> {
+    let data = folder.path.join("data");
+    std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
+    let mut overrides = vec![
+        setting("model.base", base)?,
+        setting("run.out", &folder.path)?,
+        format!("run.seed={}", options.seed),
+    ];
+    for (step, name, metric) in [(1, "helpfulness", Metric::Reward), (2, "safety", Metric::Safety)] {
+        let file = format!("data/{name}.jsonl");
+        folder.write(&file, &world::json_lines(&world.preference_pairs(metric, amounts.pairs, options.seed))?)?;
+        overrides.push(setting(&format!("step.{step}.data"), &folder.path.join(file))?);
+    }
+    Recipe::parse(RECIPE, Path::new("recipes/quickstart.toml"), &overrides)
+}
+
+/// An override whose value is a path, quoted as TOML.
+fn setting(key: &str, path: &Path) -> Result<String> {
+    let path: PathBuf = path.into();
+    let text = path.to_str().ok_or_else(|| {
+        Error::input(format!("The folder {} is not UTF-8. Choose another with --out.", path.display()))
+    })?;
+    Ok(format!("{key}={}", toml::Value::String(text.to_owned())))
+}
+
+/// The log-probability of every answer to every held-out prompt, `[prompt][answer]`.
+fn answer_logps(world: &World, checkpoint: &Checkpoint) -> Result<Vec<Vec<f64>>> {
+    let mut decoder = Decoder::new(&checkpoint.model, checkpoint.model.config.max_position_embeddings);
+    let of_prompt = |prompt| {
+        let answers: Vec<Vec<u32>> = world.answers(prompt).iter().map(|a| world.answer_tokens(a)).collect();
+        let mut batch = PackedBatch::default();
+        batch.push(&world.prompt_tokens(prompt), &answers.iter().map(Vec::as_slice).collect::<Vec<_>>());
+        decoder.logps(&checkpoint.model.weights, &batch)
+    };
+    Ok(world.heldout_prompts.iter().map(of_prompt).collect())
+}

@@ -1,0 +1,207 @@
+//! `sacpo run` and `sacpo train`.
+
+use std::fmt::Write as _;
+use std::path::Path;
+use std::time::Instant;
+
+use align::data::Prompt;
+use engine::checkpoint::Checkpoint;
+use engine::generate::{Answer, SamplingOptions};
+use engine::{Error, Result};
+use evaluate::curves::{Series, curves_svg};
+use serde_json::{Value, json};
+
+use super::generate::{answer, as_chat};
+use super::{print_json, start_threads};
+use crate::cli::{Global, Run, Train};
+use crate::pipeline::{self, Outcome, Policy, RunFolder};
+use crate::recipe::Recipe;
+use crate::ui;
+
+pub(super) fn run(options: &Run, global: Global) -> Result<()> {
+    let mut overrides = options.set.clone();
+    overrides.extend(options.seed.map(|seed| format!("run.seed={seed}")));
+    carry_out(&Recipe::load(&options.recipe, &overrides)?, global)
+}
+
+pub(super) fn train(options: &Train, global: Global) -> Result<()> {
+    carry_out(&recipe_of(options)?, global)
+}
+
+/// The recipe of one step that the options describe.
+fn recipe_of(options: &Train) -> Result<Recipe> {
+    let text = |path: &Path| {
+        let text = path.to_str().map(str::to_owned);
+        text.ok_or_else(|| Error::input(format!("The path {} is not UTF-8. Rename it.", path.display())))
+    };
+    let document = json!({
+        "model": {"base": text(&options.model)?},
+        "run": {"out": text(&options.out)?, "seed": options.seed},
+        "step": [{
+            "metric": options.metric,
+            "objective": options.objective,
+            "beta": options.beta,
+            "data": text(&options.data)?,
+        }],
+    });
+    let toml = toml::to_string(&document)
+        .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}. Check --seed and --beta.")))?;
+    Recipe::parse(&toml, Path::new("(made from the command line)"), &options.set)
+}
+
+fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
+    let start = Instant::now();
+    start_threads(global, recipe.run.threads)?;
+    let folder = RunFolder::open(&recipe.run.out)?;
+    let outcome = pipeline::run(recipe, &folder)?;
+    let answers = answers(recipe, &outcome, &folder)?;
+    let metrics: Vec<&str> = recipe.steps.iter().map(|step| step.metric.as_str()).collect();
+    for (file, title, metric) in
+        [("loss.svg", "Training loss", "loss"), ("margins.svg", "Reward margin in training", "rewards/margins")]
+    {
+        folder.write(file, &curves_svg(title, metric, &curves(&outcome, &folder, metric)?)?)?;
+    }
+    let table = validation_table(&metrics, &outcome.policies);
+    let seconds = start.elapsed().as_secs_f64();
+    folder.write("summary.md", &summary(recipe, &outcome, &table, &answers, seconds))?;
+    let result = json!({
+        "policies": outcome.policies.iter().map(|p| policy_json(p, &metrics)).collect::<Vec<_>>(),
+        "constraint": Value::Null,
+        "seconds": seconds,
+        "peak_memory_bytes": engine::memory::peak(),
+        "out": folder.path,
+    });
+    folder.write("results.json", &format!("{result:#}\n"))?;
+    if global.json {
+        return print_json(&result);
+    }
+    println!("{table}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display());
+    Ok(())
+}
+
+fn policy_json(policy: &Policy, metrics: &[&str]) -> Value {
+    let validation: serde_json::Map<String, Value> =
+        metrics.iter().zip(&policy.validation).map(|(metric, report)| ((*metric).to_owned(), json!(report))).collect();
+    json!({
+        "name": policy.name,
+        "step": policy.step,
+        "beta_over_lambda": policy.beta_over_lambda,
+        "q": Value::Null,
+        "reward": Value::Null,
+        "safety": Value::Null,
+        "kl": Value::Null,
+        "validation": validation,
+        "checkpoint": policy.path,
+        "seconds": policy.seconds,
+    })
+}
+
+/// How every policy ranks the held-out pairs, as a Markdown table.
+fn validation_table(metrics: &[&str], policies: &[Policy]) -> String {
+    let mut table = String::from("| policy |");
+    for metric in metrics {
+        let _ = write!(table, " {metric}: accuracy | margin | likelihood accuracy |");
+    }
+    table.push_str(" training |\n|---|");
+    table.push_str(&"---:|".repeat(3 * metrics.len() + 1));
+    for policy in policies {
+        let _ = write!(table, "\n| {} |", policy.name);
+        for report in &policy.validation {
+            let (accuracy, margin, likelihood) = (report.accuracy, report.margin, report.likelihood_accuracy);
+            let _ = write!(table, " {accuracy:.3} | {margin:+.3} | {likelihood:.3} |");
+        }
+        let _ = write!(table, " {} |", duration(policy.seconds));
+    }
+    table.push('\n');
+    table
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds as u64 {
+        0 => "–".into(),
+        s if s < 60 => format!("{s} s"),
+        s => format!("{} min {:02} s", s / 60, s % 60),
+    }
+}
+
+/// The greedy answers of every policy to the recipe's prompts, `[policy][prompt]`.
+fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec<Vec<Answer>>> {
+    let prompts = &recipe.evaluate.prompts;
+    if prompts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sampling =
+        SamplingOptions { max_new_tokens: recipe.evaluate.max_new_tokens, ..SamplingOptions::default() };
+    let mut all = Vec::new();
+    let mut lines = String::new();
+    for policy in &outcome.policies {
+        let checkpoint = Checkpoint::load(&policy.path)?;
+        let as_prompt = |text: &String| Prompt::Text(text.clone());
+        let chat = checkpoint.tokenizer.has_chat_template();
+        let prompts: Vec<Prompt> =
+            prompts.iter().map(as_prompt).map(|p| if chat { as_chat(p, None) } else { p }).collect();
+        let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name));
+        all.push(answer(&checkpoint, &prompts, &sampling, &mut ui::advance(&bar))?);
+        bar.finish_and_clear();
+    }
+    for (policy, answers) in outcome.policies.iter().zip(&all) {
+        for (prompt, answer) in prompts.iter().zip(answers) {
+            let line = json!({"policy": policy.name, "prompt": prompt, "text": answer.text, "finish": answer.finish});
+            let _ = writeln!(lines, "{line}");
+        }
+    }
+    folder.write("answers.jsonl", &lines)?;
+    Ok(all)
+}
+
+/// A metric of every trained policy over its optimizer steps.
+fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Series>> {
+    let trained = outcome.policies.iter().filter(|policy| policy.step.is_some());
+    let series = trained.map(|policy| {
+        let path = folder.path.join("steps").join(&policy.name).join("metrics.jsonl");
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        let point = |line: &str| {
+            let record: Value = serde_json::from_str(line).ok()?;
+            Some((record.get("step")?.as_u64()?, record.get(metric)?.as_f64()?))
+        };
+        Ok(Series { name: policy.name.clone(), points: text.lines().filter_map(point).collect() })
+    });
+    series.collect()
+}
+
+/// The run as a page to read: policies, answers, and what it took.
+fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answer>], seconds: f64) -> String {
+    let mut page = String::from("# Results\n\n");
+    let _ = writeln!(page, "Base model: `{}`. Seed {}.\n", recipe.model.base.display(), recipe.run.seed);
+    for (step, data) in recipe.steps.iter().zip(&outcome.data) {
+        let _ = writeln!(
+            page,
+            "- Step `{}`: {} pairs to train on, {} held out (`{}`).",
+            step.name,
+            data.train.len(),
+            data.validation.len(),
+            step.data.file_name().unwrap_or_default().display()
+        );
+    }
+    let _ = write!(
+        page,
+        "\n## Held-out pairs\n\n{table}\nAccuracy: share of held-out pairs whose implicit reward, \
+         log π − log π_base, prefers the chosen response (ties count half). Margin: mean difference of these rewards \
+         in nats. Likelihood accuracy: share of pairs whose chosen response is likelier than the rejected one.\n"
+    );
+    if !answers.is_empty() {
+        page.push_str("\n## Answers\n");
+    }
+    for (number, prompt) in recipe.evaluate.prompts.iter().enumerate() {
+        let _ = writeln!(page, "\n### {prompt}\n");
+        for (policy, answers) in outcome.policies.iter().zip(answers) {
+            let text = answers[number].text.trim().replace('\n', "\n> ");
+            let _ = writeln!(page, "**{}**\n\n> {text}\n", policy.name);
+        }
+    }
+    let memory = engine::memory::peak().map(|b| format!(", {:.2} GiB at most", b as f64 / (1u64 << 30) as f64));
+    let threads = rayon::current_num_threads();
+    let took = duration(seconds);
+    let _ = writeln!(page, "\n## Cost\n\nThis call took {took} on {threads} threads{}.", memory.unwrap_or_default());
+    page
+}
