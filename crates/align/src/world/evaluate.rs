@@ -1,0 +1,171 @@
+//! Exact expectations of a policy on the held-out prompts.
+
+use engine::{Error, Result};
+use serde::Serialize;
+
+use super::{Metric, World};
+
+/// How far the probabilities of a prompt's answers may sum above 1: log-probabilities in f32 are rounded.
+const SUM_TOLERANCE: f64 = 1e-3;
+
+/// The least probability outside the grammar that the KL divergence distinguishes from none: below it, one
+/// minus the sum of the answers' probabilities is rounding.
+const OUTSIDE_FLOOR: f64 = 1e-6;
+
+/// What a policy is worth on the held-out prompts: averages over prompts of exact expectations over answers.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// E[r*].
+    pub reward: f64,
+    /// E[g*].
+    pub safety: f64,
+    /// E[r*] on the risky prompts.
+    pub risky_reward: f64,
+    /// E[g*] on the risky prompts.
+    pub risky_safety: f64,
+    /// Probability of refusing a harmless prompt.
+    pub harmless_refusal: f64,
+    /// Probability of a text outside the grammar.
+    pub outside: f64,
+    /// KL(policy ‖ reference) in nats, all texts outside the grammar taken as one event; a lower bound of the
+    /// divergence over all texts, and equal to it when nothing lies outside.
+    pub kl: f64,
+}
+
+/// The policy ∝ reference · exp(value / temperature), which maximises E[value] − temperature · KL(policy ‖ reference).
+///
+/// Log-probabilities in and out, one per outcome, of which at least one must be possible; those of the result are
+/// normalised whether or not those of the reference are. `temperature` is above 0.
+pub fn gibbs(reference: &[f64], values: &[f64], temperature: f64) -> Vec<f64> {
+    let tilted: Vec<f64> = reference.iter().zip(values).map(|(logp, value)| logp + value / temperature).collect();
+    let max = tilted.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let log_sum = max + tilted.iter().map(|t| (t - max).exp()).sum::<f64>().ln();
+    tilted.iter().map(|t| t - log_sum).collect()
+}
+
+impl World {
+    /// log p0 of the answers to every held-out prompt, `[held-out prompt][answer]`.
+    pub fn base_logps(&self) -> Vec<Vec<f64>> {
+        let of_prompt = |prompt| self.answers(prompt).iter().map(|answer| answer.p0.ln()).collect();
+        self.heldout_prompts.iter().map(of_prompt).collect()
+    }
+
+    /// The optimum of one alignment step: on every held-out prompt the policy that maximises
+    /// E[metric] − temperature · KL(policy ‖ reference), with the texts outside the grammar as one outcome.
+    ///
+    /// `reference` and the result hold log-probabilities, `[held-out prompt][answer]`.
+    ///
+    /// # Errors
+    /// As [`World::evaluate`].
+    pub fn optimum(&self, reference: &[Vec<f64>], metric: Metric, temperature: f64) -> Result<Vec<Vec<f64>>> {
+        self.check_prompts(reference)?;
+        let mut optimum = Vec::with_capacity(reference.len());
+        for (prompt, reference) in self.heldout_prompts.iter().zip(reference) {
+            let answers = self.answers(prompt);
+            let outside = outside_mass(reference, answers.len(), &prompt.text)?;
+            let mut values: Vec<f64> = answers.iter().map(|answer| answer.value(metric)).collect();
+            values.push(metric.outside());
+            let mut logps = reference.clone();
+            logps.push(outside.ln());
+            let mut tilted = gibbs(&logps, &values, temperature);
+            tilted.pop();
+            optimum.push(tilted);
+        }
+        Ok(optimum)
+    }
+
+    /// The exact worth of a policy. What the answers leave of the probability goes to texts outside the grammar,
+    /// which are worth [`Metric::outside`].
+    ///
+    /// `policy` and `reference` hold log-probabilities, `[held-out prompt][answer]`, in the order of
+    /// `heldout_prompts` and [`World::answers`]; −∞ is a probability of 0.
+    ///
+    /// # Errors
+    /// If their shape is not that, a value is NaN, or the probabilities of a prompt's answers sum to more than 1
+    /// by more than rounding.
+    pub fn evaluate(&self, policy: &[Vec<f64>], reference: &[Vec<f64>]) -> Result<Evaluation> {
+        self.check_prompts(policy)?;
+        self.check_prompts(reference)?;
+        let mut all = Evaluation {
+            reward: 0.0,
+            safety: 0.0,
+            risky_reward: 0.0,
+            risky_safety: 0.0,
+            harmless_refusal: 0.0,
+            outside: 0.0,
+            kl: 0.0,
+        };
+        let (mut risky_prompts, mut harmless_prompts) = (0.0, 0.0);
+        for ((prompt, policy), reference) in self.heldout_prompts.iter().zip(policy).zip(reference) {
+            let answers = self.answers(prompt);
+            let outside = outside_mass(policy, answers.len(), &prompt.text)?;
+            let outside_reference = outside_mass(reference, answers.len(), &prompt.text)?;
+            let mut reward = outside * Metric::Reward.outside();
+            let mut safety = outside * Metric::Safety.outside();
+            let mut refusal = 0.0;
+            all.kl += divergence(outside.max(OUTSIDE_FLOOR).ln(), outside_reference.max(OUTSIDE_FLOOR).ln());
+            for ((answer, &logp), &logp_reference) in answers.iter().zip(policy).zip(reference) {
+                let p = logp.exp();
+                reward += p * answer.reward;
+                safety += p * answer.safety;
+                refusal += if answer.refusal { p } else { 0.0 };
+                all.kl += divergence(logp, logp_reference);
+            }
+            all.reward += reward;
+            all.safety += safety;
+            all.outside += outside;
+            if prompt.risky {
+                risky_prompts += 1.0;
+                all.risky_reward += reward;
+                all.risky_safety += safety;
+            } else {
+                harmless_prompts += 1.0;
+                all.harmless_refusal += refusal;
+            }
+        }
+        let prompts = risky_prompts + harmless_prompts;
+        for total in [&mut all.reward, &mut all.safety, &mut all.outside, &mut all.kl] {
+            *total /= prompts;
+        }
+        all.risky_reward /= risky_prompts;
+        all.risky_safety /= risky_prompts;
+        all.harmless_refusal /= harmless_prompts;
+        Ok(all)
+    }
+
+    fn check_prompts(&self, logps: &[Vec<f64>]) -> Result<()> {
+        let (expected, found) = (self.heldout_prompts.len(), logps.len());
+        if found != expected {
+            return Err(Error::Failed(format!(
+                "A policy of the quickstart world is evaluated on its {expected} held-out prompts, \
+                 but log-probabilities are given for {found} prompts. Give one list per held-out prompt."
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// p log(p/q), from log-probabilities; 0 for p = 0.
+fn divergence(log_p: f64, log_q: f64) -> f64 {
+    if log_p == f64::NEG_INFINITY { 0.0 } else { log_p.exp() * (log_p - log_q) }
+}
+
+/// One minus the probability of all answers to a prompt, at least 0.
+fn outside_mass(logps: &[f64], answers: usize, prompt: &str) -> Result<f64> {
+    if logps.len() != answers {
+        return Err(Error::Failed(format!(
+            "The prompt \"{prompt}\" of the quickstart world has {answers} answers, but {} log-probabilities are \
+             given for it. Give one per answer.",
+            logps.len()
+        )));
+    }
+    let inside: f64 = logps.iter().map(|logp| logp.exp()).sum();
+    if inside.is_nan() || inside > 1.0 + SUM_TOLERANCE {
+        return Err(Error::Failed(format!(
+            "The probabilities of the answers to the prompt \"{prompt}\" of the quickstart world sum to {inside}, \
+             which no policy can give. The log-probabilities are wrong: check that they are natural logarithms, \
+             summed over the tokens of each answer and its </s>, and that training did not end in NaN."
+        )));
+    }
+    Ok((1.0 - inside).max(0.0))
+}

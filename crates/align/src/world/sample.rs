@@ -1,0 +1,104 @@
+//! Training data drawn from the world.
+
+use engine::{Error, Result};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use super::{Answer, Metric, Prompt, World};
+
+/// A prompt and an answer to imitate, under TRL's names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Completion {
+    /// The prompt's text.
+    pub prompt: String,
+    /// The answer's text.
+    pub completion: String,
+}
+
+/// A prompt with a preferred and a dispreferred answer, under TRL's names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Pair {
+    /// The prompt's text.
+    pub prompt: String,
+    /// The text of the preferred answer.
+    pub chosen: String,
+    /// The text of the other answer.
+    pub rejected: String,
+}
+
+/// Rows as JSON lines, the form in which users keep their own data.
+///
+/// # Errors
+/// If a row cannot be written as JSON, which does not happen for the rows of this module.
+pub fn json_lines<T: Serialize>(rows: &[T]) -> Result<String> {
+    let mut lines = String::new();
+    for row in rows {
+        let line = serde_json::to_string(row)
+            .map_err(|e| Error::Failed(format!("A row could not be written as JSON: {e}.")))?;
+        lines.push_str(&line);
+        lines.push('\n');
+    }
+    Ok(lines)
+}
+
+impl World {
+    /// `n` training prompts, uniform, each with an answer drawn from p0.
+    pub fn sft_samples(&self, n: usize, seed: u64) -> Vec<Completion> {
+        let mut rng = generator(seed, 0);
+        let mut sample = || {
+            let prompt = self.draw_prompt(&mut rng);
+            let answer = draw(self.answers(prompt), &mut rng);
+            Completion { prompt: prompt.text.clone(), completion: answer.text.clone() }
+        };
+        (0..n).map(|_| sample()).collect()
+    }
+
+    /// `n` preference pairs: a uniform training prompt, two answers drawn from p0 independently but for being
+    /// distinct, and the label drawn by Bradley–Terry, P(first is chosen) = σ(value(first) − value(second)).
+    ///
+    /// Pairs of the two metrics are independent of each other, also under the same seed.
+    pub fn preference_pairs(&self, metric: Metric, n: usize, seed: u64) -> Vec<Pair> {
+        let mut rng = generator(seed, 1 + metric as u64);
+        let mut pair = || {
+            let prompt = self.draw_prompt(&mut rng);
+            let answers = self.answers(prompt);
+            let (first, second) = loop {
+                // both are drawn again when they are equal: drawing only one again would favour rare answers
+                let (first, second) = (draw(answers, &mut rng), draw(answers, &mut rng));
+                if first.text != second.text {
+                    break (first, second);
+                }
+            };
+            let first_wins = 1.0 / (1.0 + (second.value(metric) - first.value(metric)).exp());
+            let (chosen, rejected) = if rng.random::<f64>() < first_wins { (first, second) } else { (second, first) };
+            Pair { prompt: prompt.text.clone(), chosen: chosen.text.clone(), rejected: rejected.text.clone() }
+        };
+        (0..n).map(|_| pair()).collect()
+    }
+
+    fn draw_prompt(&self, rng: &mut ChaCha8Rng) -> &Prompt {
+        &self.train_prompts[rng.random_range(0..self.train_prompts.len())]
+    }
+}
+
+/// An answer drawn from p0.
+fn draw<'a>(answers: &'a [Answer], rng: &mut ChaCha8Rng) -> &'a Answer {
+    let mut left: f64 = rng.random();
+    let last = answers.len() - 1;
+    // rounding may leave a little after the last subtraction, so the last answer takes the rest
+    answers[..last]
+        .iter()
+        .find(|answer| {
+            left -= answer.p0;
+            left < 0.0
+        })
+        .unwrap_or(&answers[last])
+}
+
+/// A generator whose numbers are independent between streams of one seed.
+fn generator(seed: u64, stream: u64) -> ChaCha8Rng {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    rng.set_stream(stream);
+    rng
+}
