@@ -1,3 +1,15 @@
-//! x
+//! Preference data, objectives, the trainer and the stepwise chain.
+//!
+//! A preference pair's way from the file to the weights: [`data`] reads and tokenises it, [`reference`] scores it
+//! under the policy before, [`task`] turns log-probabilities into a loss by an [`objective`], and [`trainer`] takes
+//! the gradient back through the engine. [`step`] is one step of the chain; [`world`] a place where all is known.
 
+pub mod data;
+mod log;
+pub mod objective;
+pub mod reference;
+mod state;
+pub mod step;
+pub mod task;
+pub mod trainer;
 pub mod world;

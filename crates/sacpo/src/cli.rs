@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
+use align::data::{Format, TemplateTail};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::recipe::{Format, TemplateTail};
 
 /// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
 #[derive(Debug, Parser)]
@@ -134,7 +135,7 @@ pub(crate) struct Logps {
     #[arg(long, default_value = "helpfulness")]
     pub(crate) metric: String,
     /// Schema of the file [default: found from its first row].
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = format_parser())]
     pub(crate) format: Option<Format>,
     /// Only the first N pairs.
     #[arg(long, value_name = "N", value_parser = positive)]
@@ -143,7 +144,7 @@ pub(crate) struct Logps {
     #[arg(long, value_name = "TOKENS", value_parser = positive)]
     pub(crate) max_length: Option<usize>,
     /// Whether what the template writes after the end of a response is scored.
-    #[arg(long, value_enum, default_value = "drop")]
+    #[arg(long, default_value = "drop", value_parser = template_tail_parser())]
     pub(crate) template_tail: TemplateTail,
 }
 
@@ -217,4 +218,15 @@ fn positive(text: &str) -> Result<usize, String> {
         Ok(n) => Ok(n),
         Err(_) => Err("must be a whole number of at least 1".into()),
     }
+}
+
+fn format_parser() -> impl TypedValueParser<Value = Format> {
+    let formats = [Format::Trl, Format::Pku, Format::Hh];
+    PossibleValuesParser::new(formats.map(Format::name))
+        .map(move |name| formats.into_iter().find(|f| f.name() == name).unwrap_or(Format::Trl))
+}
+
+fn template_tail_parser() -> impl TypedValueParser<Value = TemplateTail> {
+    PossibleValuesParser::new(["drop", "keep"])
+        .map(|name| if name == "keep" { TemplateTail::Keep } else { TemplateTail::Drop })
 }

@@ -4,8 +4,6 @@ mod cli;
 mod commands;
 mod interrupt;
 mod pipeline;
-mod recipe;
-mod suggest;
 mod ui;
 
 use std::process::ExitCode;

@@ -19,7 +19,7 @@ use engine::checkpoint::{Checkpoint, atomic};
 use engine::{Error, Model, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::recipe::{PlannedStep, Recipe, Step};
+use sacpo::recipe::{PlannedStep, Recipe, Step};
 use crate::ui;
 
 /// A policy of a run: the base model, or what a step made.
@@ -305,7 +305,7 @@ fn rank(
     folder: &RunFolder,
 ) -> Result<()> {
     let cache = folder.path.join("cache");
-    let mut base_logps = Vec::new();
+    let mut base_logps: Vec<Vec<[f64; 2]>> = Vec::new();
     for (index, policy) in policies.iter_mut().enumerate() {
         let trained;
         let model = if index == 0 {

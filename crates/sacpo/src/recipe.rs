@@ -10,6 +10,8 @@ mod tree;
 use std::ops::Bound::{self, Excluded, Unbounded};
 use std::path::{Path, PathBuf};
 
+use align::data::{Format, LongPrompts, TemplateTail};
+use engine::optim::Schedule;
 use engine::{Error, Result};
 use section::Section;
 use serde::Serialize;
@@ -35,7 +37,6 @@ const TRAIN_KEYS: &[&str] = &[
     "max_grad_norm",
     "micro_batch_tokens",
     "save_every",
-    "log_every",
 ];
 /// The keys of a step beside those of `[data]` and `[train]`, which a step may override.
 const STEP_KEYS: &[&str] =
@@ -104,26 +105,6 @@ pub struct DataOptions {
     pub template_tail: TemplateTail,
 }
 
-/// What to do with a prompt that leaves no room for a response.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LongPrompts {
-    /// Stop with an error that names the row.
-    Error,
-    /// Leave the pair out and count it.
-    Drop,
-}
-
-/// What happens to the text that a chat template writes after the end of a response (ChatML: a newline).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum TemplateTail {
-    /// It is not scored.
-    Drop,
-    /// It is scored as part of the response, as TRL does.
-    Keep,
-}
-
 /// `[train]`: how a step trains.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainOptions {
@@ -146,20 +127,6 @@ pub struct TrainOptions {
     pub micro_batch_tokens: usize,
     /// Optimizer steps between the states that a killed run continues from, ≥ 1. Default 20.
     pub save_every: usize,
-    /// Optimizer steps between lines of `metrics.jsonl`, ≥ 1. Default 1.
-    pub log_every: usize,
-}
-
-/// The course of the learning rate after warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Schedule {
-    /// Half a cosine down to 0.
-    Cosine,
-    /// A straight line down to 0.
-    Linear,
-    /// The peak throughout.
-    Constant,
 }
 
 /// `[[step]]`: one preference alignment, which starts from and is referenced to the policy before it.
@@ -204,18 +171,6 @@ pub enum Temperature {
     Beta(f64),
     /// A later step's β/λ, each > 0: one policy for each value.
     BetaOverLambda(Vec<f64>),
-}
-
-/// The schema of a file of preference pairs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// Transcripts `chosen` and `rejected`, as in hh-rlhf.
-    Hh,
-    /// `prompt`, `chosen`, `rejected`, as TRL reads them.
-    Trl,
-    /// PKU-SafeRLHF rows with both labels.
-    Pku,
 }
 
 /// `[evaluate]`: what to ask every policy when training is done.
@@ -450,7 +405,6 @@ impl Default for TrainOptions {
             max_grad_norm: 1.0,
             micro_batch_tokens: 2048,
             save_every: 20,
-            log_every: 1,
         }
     }
 }
@@ -468,7 +422,6 @@ impl TrainOptions {
             max_grad_norm: section.number("max_grad_norm", POSITIVE)?.unwrap_or(defaults.max_grad_norm),
             micro_batch_tokens: section.count("micro_batch_tokens", 1)?.unwrap_or(defaults.micro_batch_tokens),
             save_every: section.count("save_every", 1)?.unwrap_or(defaults.save_every),
-            log_every: section.count("log_every", 1)?.unwrap_or(defaults.log_every),
         })
     }
 }

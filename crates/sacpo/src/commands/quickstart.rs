@@ -18,7 +18,7 @@ use super::{print_json, start_threads};
 use crate::cli::{Global, Quickstart, Size};
 use crate::interrupt;
 use crate::pipeline::{self, RunFolder};
-use crate::recipe::Recipe;
+use sacpo::recipe::Recipe;
 use crate::ui;
 
 /// The recipe that the quickstart runs, with its paths and sizes set below.

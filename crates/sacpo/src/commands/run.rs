@@ -15,7 +15,7 @@ use super::generate::{answer, as_chat};
 use super::{print_json, start_threads};
 use crate::cli::{Global, Run, Train};
 use crate::pipeline::{self, Outcome, Policy, RunFolder};
-use crate::recipe::Recipe;
+use sacpo::recipe::Recipe;
 use crate::ui;
 
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
