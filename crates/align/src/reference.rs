@@ -77,7 +77,8 @@ pub fn fingerprint(pairs: &[TokenizedPair]) -> String {
     for pair in pairs {
         for tokens in [&pair.prompt, &pair.chosen, &pair.rejected] {
             hasher.update(&(tokens.len() as u64).to_le_bytes());
-            tokens.iter().for_each(|token| drop(hasher.update(&token.to_le_bytes())));
+            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+            hasher.update(&bytes);
         }
     }
     hasher.finalize().to_hex().to_string()

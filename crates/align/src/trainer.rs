@@ -336,3 +336,6 @@ pub(crate) fn pack(task: &dyn Task, examples: &[usize]) -> PackedBatch {
     }
     packed
 }
+
+#[cfg(test)]
+mod tests;
