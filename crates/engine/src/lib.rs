@@ -3,9 +3,11 @@
 //! This crate turns tokens into log-probabilities and derivatives into weight updates. It knows
 //! nothing of preferences: see the `align` crate for those.
 
+pub mod chat;
 pub mod config;
 pub mod error;
 pub mod model;
+pub mod tokenizer;
 
 pub use config::{ModelConfig, RopeScaling};
 pub use error::{Error, Result};
