@@ -74,7 +74,7 @@ pub enum Objective {
 }
 
 impl Objective {
-    /// DPO with parameters that have been checked, as [`Objective::validate`] does.
+    /// DPO with parameters that have been checked, as [`Objective::validated`] does.
     pub fn dpo(beta: f64, label_smoothing: f64) -> Result<Self> {
         Self::Dpo { beta, label_smoothing }.validated()
     }
