@@ -4,6 +4,7 @@
 //! nothing of preferences: see the `align` crate for those.
 
 pub mod batch;
+pub mod chat;
 pub mod config;
 pub mod decoder;
 pub mod error;
@@ -12,6 +13,7 @@ pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod optim;
+pub mod tokenizer;
 
 pub use batch::PackedBatch;
 pub use config::{ModelConfig, RopeScaling};

@@ -1,0 +1,42 @@
+//! Training and validation pairs.
+
+use engine::chat::Message;
+
+use super::schema::transcript;
+use super::{PreferencePair, Prompt};
+
+/// Splits pairs into training and validation pairs, each in the order given.
+///
+/// Pairs whose conversations open with the same human turn go to the same side, so that no opening
+/// is seen in training and again in validation. A hash of that turn and `seed` decides, so the side of
+/// a pair depends neither on its position nor on the other pairs. `validation_fraction` is the
+/// probability (0 ≤ fraction < 1) that a turn is held out; the share of pairs is near it.
+pub fn split(
+    pairs: Vec<PreferencePair>,
+    validation_fraction: f64,
+    seed: u64,
+) -> (Vec<PreferencePair>, Vec<PreferencePair>) {
+    pairs.into_iter().partition(|pair| uniform(&first_turn(&pair.prompt), seed) >= validation_fraction)
+}
+
+/// What the human says first, or the whole text of a prompt that is no transcript.
+fn first_turn(prompt: &Prompt) -> String {
+    let turns = match prompt {
+        Prompt::Text(text) => {
+            &transcript(text).unwrap_or_else(|_| vec![Message { role: "user".into(), content: text.clone() }])
+        }
+        Prompt::Chat(messages) => messages,
+    };
+    let turn = turns.iter().find(|turn| turn.role == "user").or(turns.first());
+    turn.map(|turn| turn.content.trim().to_owned()).unwrap_or_default()
+}
+
+/// A number in [0, 1) that is fixed by text and seed.
+fn uniform(text: &str, seed: u64) -> f64 {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&seed.to_le_bytes()).update(text.as_bytes());
+    let mut word = [0; 8];
+    hasher.finalize_xof().fill(&mut word);
+    // The upper 53 bits, all that an f64 holds.
+    (u64::from_le_bytes(word) >> 11) as f64 / (1u64 << 53) as f64
+}

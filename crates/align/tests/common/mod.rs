@@ -1,0 +1,34 @@
+//! What the tests of preference data share.
+
+use std::path::PathBuf;
+
+use align::data::{PreferencePair, Prompt};
+use engine::chat::Message;
+
+/// A file of the shared test data, or nothing (loudly) where that is absent.
+pub(crate) fn shared(name: &str) -> Option<PathBuf> {
+    let root = std::env::var_os("SACPO_DATA")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")), PathBuf::from);
+    present(root.join(name), "set SACPO_DATA to the folder of the shared test data")
+}
+
+/// The path if something is there, or nothing, and a loud line that says so.
+pub(crate) fn present(path: PathBuf, remedy: &str) -> Option<PathBuf> {
+    if path.exists() {
+        return Some(path);
+    }
+    eprintln!("SKIPPED: {} is not there; {remedy}.", path.display());
+    None
+}
+
+/// A conversation of (role, content).
+pub(crate) fn chat(turns: &[(&str, &str)]) -> Prompt {
+    Prompt::Chat(
+        turns.iter().map(|(role, content)| Message { role: (*role).into(), content: (*content).into() }).collect(),
+    )
+}
+
+/// A pair on row 1.
+pub(crate) fn pair(prompt: Prompt, chosen: &str, rejected: &str) -> PreferencePair {
+    PreferencePair { prompt, chosen: chosen.into(), rejected: rejected.into(), row: 1 }
+}
