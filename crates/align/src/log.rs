@@ -22,7 +22,9 @@ impl MetricsLog {
             std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         }
         let kept = match std::fs::read_to_string(path) {
-            Ok(text) => text.split_inclusive('\n').take_while(|line| step_of(line).is_some_and(|s| s <= steps)).collect(),
+            Ok(text) => {
+                text.split_inclusive('\n').take_while(|line| step_of(line).is_some_and(|s| s <= steps)).collect()
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(Error::io("read", path)(error)),
         };
@@ -32,7 +34,8 @@ impl MetricsLog {
     }
 
     pub(crate) fn append(&mut self, record: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_string(record).map_err(|e| Error::Failed(format!("A metric is no JSON: {e}.")))?;
+        let mut line =
+            serde_json::to_string(record).map_err(|e| Error::Failed(format!("A metric is no JSON: {e}.")))?;
         line.push('\n');
         // one write per line, so that a kill leaves whole lines but for the last
         self.file.write_all(line.as_bytes()).map_err(Error::io("write", &self.path))

@@ -6,8 +6,8 @@ use std::path::Path;
 use engine::checkpoint::atomic;
 use engine::optim::AdamW;
 use engine::{Error, Model, Result};
-use safetensors::tensor::{Dtype, TensorView};
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
 
 const FILE: &str = "training-state.safetensors";
 
@@ -26,7 +26,8 @@ impl TrainingState {
         let mut tensors = Vec::new();
         for (name, bytes) in ["weights", "first", "second"].into_iter().zip(&bytes) {
             let view = TensorView::new(Dtype::F32, vec![policy.layout.len], bytes);
-            tensors.push((name, view.map_err(|e| Error::Failed(format!("Could not lay out the training state: {e}.")))?));
+            tensors
+                .push((name, view.map_err(|e| Error::Failed(format!("Could not lay out the training state: {e}.")))?));
         }
         atomic::write_file(&path, |out| {
             let file = safetensors::serialize(tensors, Some(metadata)).map_err(std::io::Error::other)?;
@@ -55,11 +56,9 @@ impl TrainingState {
         }
         let steps = metadata.get("steps").and_then(|s| s.parse().ok()).ok_or_else(|| damaged("is damaged"))?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged("is damaged"))?;
-        for (name, to) in [
-            ("weights", &mut policy.weights),
-            ("first", &mut optimizer.first),
-            ("second", &mut optimizer.second),
-        ] {
+        for (name, to) in
+            [("weights", &mut policy.weights), ("first", &mut optimizer.first), ("second", &mut optimizer.second)]
+        {
             let data = tensors.tensor(name).map_err(|_| damaged("is damaged"))?;
             if data.data().len() != to.len() * size_of::<f32>() {
                 return Err(damaged("is of a model of another size"));

@@ -9,8 +9,8 @@ use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
-use engine::optim::{AdamW, AdamWOptions, Schedule, global_norm};
 use engine::batch::packed_rows;
+use engine::optim::{AdamW, AdamWOptions, Schedule, global_norm};
 use engine::{Decoder, Error, Keep, Model, PackedBatch, Result};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -114,10 +114,8 @@ pub fn train(
         return Err(Error::input("There is nothing to train on: the data holds no usable example."));
     }
     let identity = identity(policy, task, options);
-    let mut optimizer = AdamW::new(
-        AdamWOptions { weight_decay: options.weight_decay, ..AdamWOptions::default() },
-        policy.layout.len,
-    );
+    let mut optimizer =
+        AdamW::new(AdamWOptions { weight_decay: options.weight_decay, ..AdamWOptions::default() }, policy.layout.len);
     TrainingState::load(folder, &identity, policy, &mut optimizer)?;
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
     let mut gradient = vec![0.0; policy.layout.len];
@@ -155,7 +153,8 @@ pub fn train(
         monitor.step(total, &record);
         records.push(record);
         let stop = monitor.stop_requested() && optimizer.steps < total;
-        let due = options.save_every > 0 && optimizer.steps.is_multiple_of(options.save_every) && optimizer.steps < total;
+        let due =
+            options.save_every > 0 && optimizer.steps.is_multiple_of(options.save_every) && optimizer.steps < total;
         if stop || due {
             TrainingState::save(folder, &identity, policy, &optimizer)?;
         }
@@ -237,19 +236,12 @@ impl Passes {
         let memory = options.memory_bytes.or_else(|| engine::memory::available().map(|bytes| bytes / 5 * 4));
         let for_activations = memory.map_or(usize::MAX, |bytes| bytes.saturating_sub(fixed));
         let rows = options.micro_batch_tokens.max(largest);
-        let keep =
-            if decoder.activation_bytes(rows, Keep::All) <= for_activations { Keep::All } else { Keep::Inputs };
+        let keep = if decoder.activation_bytes(rows, Keep::All) <= for_activations { Keep::All } else { Keep::Inputs };
         Self { decoder, keep, micro_batch_tokens: options.micro_batch_tokens }
     }
 
     /// Adds the gradient of the batch's mean loss; returns the means and the number of tokens computed.
-    fn gradient(
-        &mut self,
-        weights: &[f32],
-        task: &dyn Task,
-        batch: &[usize],
-        gradient: &mut [f32],
-    ) -> (Means, usize) {
+    fn gradient(&mut self, weights: &[f32], task: &dyn Task, batch: &[usize], gradient: &mut [f32]) -> (Means, usize) {
         let total_weight: f64 = batch.iter().map(|&i| task.weight(i)).sum();
         let mut sums = Sums::default();
         let mut tokens = 0;

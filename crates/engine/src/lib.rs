@@ -5,6 +5,7 @@
 
 pub mod batch;
 pub mod chat;
+pub mod checkpoint;
 pub mod config;
 pub mod decoder;
 pub mod error;

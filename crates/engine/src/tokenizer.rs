@@ -1,95 +1,274 @@
-//! A stand-in with the interface of the tokenizer, until that is merged.
+//! Text to token ids and back.
 
+use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::Arc;
 
-use crate::chat::Message;
+use rayon::prelude::*;
+use serde_json::{Map, Value};
+
+use crate::chat::{ChatTemplate, Message};
+use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
 
-/// Text to tokens and back, with the chat template.
+/// A Hugging Face tokenizer with its special tokens and chat template. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
-    bos: Option<String>,
-    eos: Option<String>,
+    inner: Arc<tokenizers::Tokenizer>,
+    /// The bytes of `tokenizer.json` as they were read, so that they can be written back unchanged.
+    json: Arc<[u8]>,
+    /// `tokenizer_config.json` without the chat template.
+    config: Map<String, Value>,
+    bos: Option<SpecialToken>,
+    eos: Option<SpecialToken>,
     adds_bos: bool,
-    chat_template: Option<String>,
+    template: Option<ChatTemplate>,
+}
+
+#[derive(Debug, Clone)]
+struct SpecialToken {
+    id: u32,
+    text: String,
 }
 
 impl Tokenizer {
-    /// From the files of a model folder.
+    /// Reads `tokenizer.json`, `tokenizer_config.json` (if there) and the chat template: `chat_template.jinja` if
+    /// there, else the one in `tokenizer_config.json`, where of several the one named `default` is taken.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when `tokenizer.json` cannot be read, [`Error::Input`] when a file is malformed or names a BOS or
+    /// EOS token that is not in the vocabulary.
     pub fn from_folder(dir: &Path) -> Result<Self> {
-        let read = |name: &str| {
-            let path = dir.join(name);
-            std::fs::read(&path).map_err(Error::io("read", &path))
+        let path = dir.join("tokenizer.json");
+        let json = fs::read(&path).map_err(|source| match source.kind() {
+            ErrorKind::NotFound if dir.is_dir() => Error::input(format!(
+                "{} has no tokenizer.json. If it has another tokenizer file, load it with \
+                 `AutoTokenizer.from_pretrained` of the Python package transformers and save it with \
+                 `save_pretrained`, which writes tokenizer.json.",
+                dir.display()
+            )),
+            _ => Error::io("read", &path)(source),
+        })?;
+        let config_path = dir.join("tokenizer_config.json");
+        let mut config = match read_optional(&config_path)? {
+            None => Map::new(),
+            Some(text) => serde_json::from_str(&text)
+                .map_err(|e| Error::input(format!("{} is not a JSON object: {e}.", config_path.display())))?,
         };
-        let config: serde_json::Value =
-            serde_json::from_slice(&read("tokenizer_config.json")?).map_err(|e| Error::input(e.to_string()))?;
-        let template = String::from_utf8(read("chat_template.jinja")?).map_err(|e| Error::input(e.to_string()))?;
-        Self::from_json(
-            &read("tokenizer.json")?,
-            config["bos_token"].as_str(),
-            config["eos_token"].as_str(),
-            Some(&template),
-        )
+        let template = match read_optional(&dir.join("chat_template.jinja"))? {
+            Some(template) => Some(template),
+            None => config.get("chat_template").and_then(default_template).map(str::to_owned),
+        };
+        config.remove("chat_template");
+        Self::from_parts(json, config, template.as_deref())
+            .map_err(|e| Error::input(format!("The tokenizer in {} cannot be used. {e}", dir.display())))
     }
 
-    /// From the bytes of a `tokenizer.json`.
-    pub fn from_json(json: &[u8], bos: Option<&str>, eos: Option<&str>, chat_template: Option<&str>) -> Result<Self> {
-        let inner = tokenizers::Tokenizer::from_bytes(json).map_err(|e| Error::input(e.to_string()))?;
-        let bos = bos.map(str::to_owned);
-        let probe = inner.encode("", true).map_err(|e| Error::input(e.to_string()))?;
-        let adds_bos =
-            bos.as_deref().and_then(|b| inner.token_to_id(b)).is_some_and(|b| probe.get_ids().first() == Some(&b));
-        Ok(Self { inner, bos, eos: eos.map(str::to_owned), adds_bos, chat_template: chat_template.map(str::to_owned) })
+    /// A tokenizer from the contents of a `tokenizer.json`, the texts of its BOS and EOS tokens, and a Jinja chat
+    /// template.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the JSON is malformed or BOS or EOS is not in the vocabulary.
+    pub fn from_json(
+        tokenizer_json: &[u8],
+        bos: Option<&str>,
+        eos: Option<&str>,
+        chat_template: Option<&str>,
+    ) -> Result<Self> {
+        let mut config = Map::new();
+        config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+        config.insert("clean_up_tokenization_spaces".into(), false.into());
+        for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
+            if let Some(token) = token {
+                config.insert(name.into(), token.into());
+            }
+        }
+        Self::from_parts(tokenizer_json.to_vec(), config, chat_template)
     }
 
-    /// The tokens of a text, without BOS or EOS.
+    /// A tokenizer from the contents of its files, the chat template apart.
+    pub(crate) fn from_parts(json: Vec<u8>, config: Map<String, Value>, chat_template: Option<&str>) -> Result<Self> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(&json)
+            .map_err(|e| Error::input(format!("tokenizer.json is malformed: {e}.")))?;
+        if let tokenizers::ModelWrapper::BPE(bpe) = inner.get_model()
+            && bpe.dropout.is_some_and(|p| p > 0.0)
+        {
+            return Err(Error::input(
+                "tokenizer.json sets a BPE dropout, under which the same text has other tokens each time. Set \
+                 model.dropout to null.",
+            ));
+        }
+        // Many published files carry the truncation and padding of some training run, which would cut or pad texts
+        // in silence.
+        inner.with_padding(None);
+        inner
+            .with_truncation(None)
+            .map_err(|e| Error::input(format!("The truncation of tokenizer.json cannot be removed: {e}.")))?;
+        let special = |name: &str| -> Result<Option<SpecialToken>> {
+            let Some(text) = config.get(name).and_then(token_text) else { return Ok(None) };
+            let id = inner.token_to_id(text).ok_or_else(|| {
+                Error::input(format!(
+                    "The {name} of tokenizer_config.json is `{text}`, which is not in the vocabulary of tokenizer.json. \
+                     Use the two files of one tokenizer."
+                ))
+            })?;
+            Ok(Some(SpecialToken { id, text: text.to_owned() }))
+        };
+        let (bos, eos) = (special("bos_token")?, special("eos_token")?);
+        let framed = inner.encode_fast("", true).map_err(encoding_failed)?;
+        let adds_bos = bos.as_ref().is_some_and(|bos| framed.get_ids().first() == Some(&bos.id));
+        let template = chat_template.map(ChatTemplate::new);
+        Ok(Self { inner: Arc::new(inner), json: json.into(), config, bos, eos, adds_bos, template })
+    }
+
+    /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file cannot be written.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        atomic::write_file(&dir.join("tokenizer.json"), |out| out.write_all(&self.json))?;
+        atomic::write_file(&dir.join("tokenizer_config.json"), |out| {
+            serde_json::to_writer_pretty(&mut *out, &self.config)?;
+            out.write_all(b"\n")
+        })?;
+        if let Some(template) = &self.template {
+            atomic::write_file(&dir.join("chat_template.jinja"), |out| out.write_all(template.source().as_bytes()))?;
+        }
+        Ok(())
+    }
+
+    /// The token ids of a text. Neither BOS nor EOS is added; special tokens written in the text are recognised.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when the vocabulary cannot express the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode(text, false).map_err(|e| Error::input(e.to_string()))?;
-        Ok(encoding.get_ids().to_vec())
+        Ok(self.inner.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec())
     }
 
-    /// The text of tokens, special tokens included.
+    /// [`Self::encode`] for many texts, in parallel and in order.
+    ///
+    /// # Errors
+    /// As [`Self::encode`], for the first text that fails.
+    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>> {
+        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
+    }
+
+    /// The text of token ids, without special tokens and without ids that no token has.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] when the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(decoding_failed)
+    }
+
+    /// The text of token ids, special tokens included.
+    ///
+    /// # Errors
+    /// As [`Self::decode`].
     pub fn decode_with_special(&self, ids: &[u32]) -> Result<String> {
-        self.inner.decode(ids, false).map_err(|e| Error::input(e.to_string()))
+        self.inner.decode(ids, false).map_err(decoding_failed)
+    }
+
+    /// The token of an id as the vocabulary spells it, for instance `Ġthe`.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     /// The token that starts a sequence.
     pub fn bos(&self) -> Option<u32> {
-        self.inner.token_to_id(self.bos.as_deref()?)
+        self.bos.as_ref().map(|token| token.id)
     }
 
     /// The token that ends a response.
     pub fn eos(&self) -> Option<u32> {
-        self.inner.token_to_id(self.eos.as_deref()?)
+        self.eos.as_ref().map(|token| token.id)
     }
 
-    /// Whether the tokenizer's own post-processor starts sequences with BOS.
+    /// Whether texts are meant to start with BOS: whether the tokenizer's own post-processor adds it.
     pub fn adds_bos(&self) -> bool {
         self.adds_bos
     }
 
-    /// Whether conversations can be rendered.
-    pub fn has_chat_template(&self) -> bool {
-        self.chat_template.is_some()
+    /// One more than the largest token id, added tokens included: the rows that an embedding needs.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
     }
 
-    /// A conversation as text.
-    pub fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let template = self.chat_template.as_deref().ok_or_else(|| Error::input("There is no chat template."))?;
-        let mut environment = minijinja::Environment::new();
-        let syntax = minijinja::syntax::SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(syntax.map_err(|e| Error::input(e.to_string()))?);
-        environment.add_function("raise_exception", |message: String| -> std::result::Result<(), minijinja::Error> {
-            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-        });
-        let messages: Vec<minijinja::Value> = messages
-            .iter()
-            .map(|m| minijinja::context! { role => m.role.as_str(), content => m.content.as_str() })
-            .collect();
-        let (bos_token, eos_token) = (self.bos.as_deref(), self.eos.as_deref());
-        environment
-            .render_str(template, minijinja::context! { messages, add_generation_prompt, bos_token, eos_token })
-            .map_err(|e| Error::input(format!("The chat template failed: {e:#}")))
+    /// Whether [`Self::chat`] can be used.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
     }
+
+    /// The text of a conversation under the chat template. With `add_generation_prompt` the text ends where the
+    /// assistant's answer begins. Encode it with [`Self::encode`]; the template writes its own BOS where it wants one.
+    ///
+    /// # Errors
+    /// [`Error::Input`] when there is no template, or when it does not accept the messages.
+    pub fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::input(
+                "The tokenizer has no chat template, so conversations cannot be turned into text. Add a \
+                 chat_template.jinja to the model's folder, or use plain prompts.",
+            )
+        })?;
+        fn text(token: &Option<SpecialToken>) -> Option<&str> {
+            token.as_ref().map(|token| token.text.as_str())
+        }
+        template.render(messages, add_generation_prompt, text(&self.bos), text(&self.eos))
+    }
+
+    /// A hash of everything that changes tokens or the chat template: 64 hexadecimal digits.
+    pub fn hash(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        let template = self.template.as_ref().map(|template| template.source().as_bytes());
+        let token = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id.to_le_bytes());
+        let (bos, eos) = (token(&self.bos), token(&self.eos));
+        for part in [Some(&self.json[..]), bos.as_ref().map(|b| &b[..]), eos.as_ref().map(|e| &e[..]), template] {
+            // The length keeps apart what would run together; a part that is missing differs from an empty one.
+            hasher.update(&part.map_or(u64::MAX, |bytes| bytes.len() as u64).to_le_bytes());
+            hasher.update(part.unwrap_or_default());
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
+    /// The kind of vocabulary: `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
+    pub(crate) fn kind(&self) -> &'static str {
+        match self.inner.get_model() {
+            tokenizers::ModelWrapper::BPE(_) => "BPE",
+            tokenizers::ModelWrapper::WordPiece(_) => "WordPiece",
+            tokenizers::ModelWrapper::WordLevel(_) => "WordLevel",
+            tokenizers::ModelWrapper::Unigram(_) => "Unigram",
+        }
+    }
+}
+
+/// The contents of a text file, or `None` when there is no such file.
+fn read_optional(path: &Path) -> Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(source) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::io("read", path)(source)),
+    }
+}
+
+/// The chat template of `tokenizer_config.json`: a text, or a list of `{"name", "template"}`.
+fn default_template(value: &Value) -> Option<&str> {
+    match value {
+        Value::Array(named) => named.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str()),
+        _ => value.as_str(),
+    }
+}
+
+/// A special token of `tokenizer_config.json`: a text, or an object with the text as its `content`.
+fn token_text(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+fn encoding_failed(source: tokenizers::Error) -> Error {
+    Error::input(format!("The tokenizer cannot express the text: {source}."))
+}
+
+fn decoding_failed(source: tokenizers::Error) -> Error {
+    Error::Failed(format!("The tokenizer cannot turn the tokens into text: {source}."))
 }

@@ -6,7 +6,6 @@ use align::data::{Format, TemplateTail};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-
 /// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
 #[derive(Debug, Parser)]
 #[command(name = "sacpo", version, max_term_width = 100)]

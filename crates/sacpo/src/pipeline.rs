@@ -19,8 +19,8 @@ use engine::checkpoint::{Checkpoint, atomic};
 use engine::{Error, Model, Result};
 use serde::{Deserialize, Serialize};
 
-use sacpo::recipe::{PlannedStep, Recipe, Step};
 use crate::ui;
+use sacpo::recipe::{PlannedStep, Recipe, Step};
 
 /// A policy of a run: the base model, or what a step made.
 pub(crate) struct Policy {
@@ -279,7 +279,8 @@ impl Stage<'_> {
 
     /// Names everything that the policy depends on.
     fn key(&self, reference: &str, objective: &Objective, options: &TrainOptions) -> String {
-        let parts = [reference, &format!("{objective:?}"), &options.course(), &align::reference::fingerprint(self.data)];
+        let parts =
+            [reference, &format!("{objective:?}"), &options.course(), &align::reference::fingerprint(self.data)];
         blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string()
     }
 }
@@ -297,13 +298,7 @@ fn read_record(folder: &Path) -> Result<Option<PolicyRecord>> {
 }
 
 /// Fills in how every policy ranks the held-out pairs of every step, relative to the base model.
-fn rank(
-    policies: &mut [Policy],
-    base: &Model,
-    recipe: &Recipe,
-    data: &[StepData],
-    folder: &RunFolder,
-) -> Result<()> {
+fn rank(policies: &mut [Policy], base: &Model, recipe: &Recipe, data: &[StepData], folder: &RunFolder) -> Result<()> {
     let cache = folder.path.join("cache");
     let mut base_logps: Vec<Vec<[f64; 2]>> = Vec::new();
     for (index, policy) in policies.iter_mut().enumerate() {

@@ -4,8 +4,10 @@
 
 use std::path::{Path, PathBuf};
 
+use align::data::{LongPrompts, TemplateTail};
+use engine::optim::Schedule;
 use proptest::prelude::*;
-use sacpo::recipe::{LongPrompts, Recipe, Schedule, Temperature, TemplateTail};
+use sacpo::recipe::{Recipe, Temperature};
 
 const WHOLE: &str = r#"
 [model]

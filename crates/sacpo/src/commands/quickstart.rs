@@ -18,8 +18,8 @@ use super::{print_json, start_threads};
 use crate::cli::{Global, Quickstart, Size};
 use crate::interrupt;
 use crate::pipeline::{self, RunFolder};
-use sacpo::recipe::Recipe;
 use crate::ui;
+use sacpo::recipe::Recipe;
 
 /// The recipe that the quickstart runs, with its paths and sizes set below.
 const RECIPE: &str = include_str!("../../../../recipes/quickstart.toml");
@@ -181,20 +181,11 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
 }
 
 /// Writes the world's preference pairs as files and points the recipe at them.
-fn recipe(
-    world: &World,
-    amounts: &Amounts,
-    options: &Quickstart,
-    folder: &RunFolder,
-    base: &Path,
-) -> Result<Recipe> {
+fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFolder, base: &Path) -> Result<Recipe> {
     let data = folder.path.join("data");
     std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
-    let mut overrides = vec![
-        setting("model.base", base)?,
-        setting("run.out", &folder.path)?,
-        format!("run.seed={}", options.seed),
-    ];
+    let mut overrides =
+        vec![setting("model.base", base)?, setting("run.out", &folder.path)?, format!("run.seed={}", options.seed)];
     for (step, name, metric) in [(1, "helpfulness", Metric::Reward), (2, "safety", Metric::Safety)] {
         let file = format!("data/{name}.jsonl");
         folder.write(&file, &world::json_lines(&world.preference_pairs(metric, amounts.pairs, options.seed))?)?;

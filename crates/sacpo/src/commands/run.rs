@@ -15,8 +15,8 @@ use super::generate::{answer, as_chat};
 use super::{print_json, start_threads};
 use crate::cli::{Global, Run, Train};
 use crate::pipeline::{self, Outcome, Policy, RunFolder};
-use sacpo::recipe::Recipe;
 use crate::ui;
+use sacpo::recipe::Recipe;
 
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
     let mut overrides = options.set.clone();
@@ -44,8 +44,9 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
             "data": text(&options.data)?,
         }],
     });
-    let toml = toml::to_string(&document)
-        .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}. Check --seed and --beta.")))?;
+    let toml = toml::to_string(&document).map_err(|e| {
+        Error::input(format!("The options cannot be written as a recipe: {e}. Check --seed and --beta."))
+    })?;
     Recipe::parse(&toml, Path::new("(made from the command line)"), &options.set)
 }
 
@@ -130,8 +131,7 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
     if prompts.is_empty() {
         return Ok(Vec::new());
     }
-    let sampling =
-        SamplingOptions { max_new_tokens: recipe.evaluate.max_new_tokens, ..SamplingOptions::default() };
+    let sampling = SamplingOptions { max_new_tokens: recipe.evaluate.max_new_tokens, ..SamplingOptions::default() };
     let mut all = Vec::new();
     let mut lines = String::new();
     for policy in &outcome.policies {

@@ -1,0 +1,64 @@
+//! Models in Hugging Face's layout: a folder with `config.json`, safetensors and a tokenizer.
+
+mod config;
+mod tensors;
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use super::describe::{Description, TokenizerSummary};
+use super::{Checkpoint, GenerationConfig};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::tokenizer::Tokenizer;
+
+pub(super) use config::{to_json, token_ids};
+
+/// The size above which weights are cut into several files, as `transformers` does by default.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// Reads the model of a folder, without its tokenizer.
+pub(super) fn load_model(folder: &Path) -> Result<Model> {
+    tensors::Tensors::open(folder)?.load(load_config(folder)?)
+}
+
+/// Reads `generation_config.json`; a folder without one has nothing to say about generation.
+pub(super) fn load_generation(folder: &Path) -> Result<GenerationConfig> {
+    let path = folder.join("generation_config.json");
+    match fs::read(&path) {
+        Ok(json) => GenerationConfig::parse(&json, &path),
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => Ok(GenerationConfig::default()),
+        Err(source) => Err(Error::io("read", &path)(source)),
+    }
+}
+
+/// Writes all files of a checkpoint into an empty folder.
+pub(super) fn save(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
+    write_json(&folder.join("config.json"), config::to_json(&checkpoint.model.config))?;
+    write_json(&folder.join("generation_config.json"), checkpoint.generation.to_json())?;
+    checkpoint.tokenizer.save(folder)?;
+    tensors::save(&checkpoint.model, folder, SHARD_BYTES)
+}
+
+/// Describes the model of a folder from its headers alone.
+pub(super) fn describe(folder: &Path) -> Result<Description> {
+    let config = load_config(folder)?;
+    let tensors = tensors::Tensors::open(folder)?;
+    let tokenizer = match folder.join("tokenizer.json").exists() {
+        true => Some(TokenizerSummary::new(&Tokenizer::from_folder(folder)?)),
+        false => None,
+    };
+    Ok(Description::new("Hugging Face folder", &config, tensors.by_type(), tensors.file_bytes(), tokenizer))
+}
+
+fn load_config(folder: &Path) -> Result<ModelConfig> {
+    let path = folder.join("config.json");
+    config::parse(&fs::read(&path).map_err(Error::io("read", &path))?, &path)
+}
+
+fn write_json(path: &Path, fields: Map<String, Value>) -> Result<()> {
+    fs::write(path, format!("{:#}\n", Value::Object(fields))).map_err(Error::io("write", path))
+}

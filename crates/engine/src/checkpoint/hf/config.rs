@@ -1,0 +1,249 @@
+//! `config.json` of a Hugging Face folder.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use crate::checkpoint::fields::Fields;
+use crate::config::{ModelConfig, RopeScaling};
+use crate::error::Result;
+
+/// Fields that change nothing in what the model computes.
+const HARMLESS: &[&str] = &[
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_flash_attn_2_enabled",
+    "_model_name_or_path",
+    "_name_or_path",
+    "attn_implementation",
+    "chunk_size_feed_forward",
+    "do_sample",
+    "dtype",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_range",
+    "is_llama_config",
+    "keys_to_ignore_at_inference",
+    "label2id",
+    "license",
+    "max_length",
+    "max_sequence_length",
+    "min_length",
+    "model_max_length",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    // The number of slices that a matrix product was cut into: the same sum, in another order.
+    "pretraining_tp",
+    "problem_type",
+    "repetition_penalty",
+    "return_dict",
+    "task_specific_params",
+    "temperature",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+    "use_return_dict",
+];
+
+/// Reads a model's shape. Absent fields have the defaults of `transformers`, save the sizes, which must be there.
+///
+/// # Errors
+/// `Error::Input` that names any field that is missing, malformed, or asks for arithmetic that the engine does not do.
+pub(crate) fn parse(json: &[u8], path: &Path) -> Result<ModelConfig> {
+    let mut fields = Fields::parse(json, path)?;
+    let model_type = model_type(&mut fields)?;
+    let mistral = model_type == "mistral";
+
+    let required = |fields: &mut Fields, name: &str| {
+        let size = fields.size(name)?;
+        fields.required(name, size)
+    };
+    let hidden_size = required(&mut fields, "hidden_size")?;
+    let heads = required(&mut fields, "num_attention_heads")?;
+    let head_dim = match fields.size("head_dim")? {
+        Some(width) => width,
+        None if heads > 0 && hidden_size.is_multiple_of(heads) => hidden_size / heads,
+        None => {
+            let needs = "given, since hidden_size is not a multiple of num_attention_heads";
+            return Err(fields.wrong("head_dim", &Value::Null, needs));
+        }
+    };
+    let max_position_embeddings =
+        fields.size("max_position_embeddings")?.unwrap_or(if mistral { 131_072 } else { 2048 });
+    let (rope_theta, rope_scaling) = rope(&mut fields)?;
+    let config = ModelConfig {
+        vocab_size: required(&mut fields, "vocab_size")?,
+        hidden_size,
+        intermediate_size: required(&mut fields, "intermediate_size")?,
+        num_hidden_layers: required(&mut fields, "num_hidden_layers")?,
+        num_attention_heads: heads,
+        num_key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
+        head_dim,
+        // Up to the width of its window, attention over a sliding window is attention over everything.
+        max_position_embeddings: match sliding_window(&mut fields, mistral)? {
+            Some(window) => window.min(max_position_embeddings),
+            None => max_position_embeddings,
+        },
+        rms_norm_eps: fields.number("rms_norm_eps")?.unwrap_or(1e-6),
+        rope_theta,
+        rope_scaling,
+        tie_word_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
+        model_type,
+        bos_token_id: fields.token("bos_token_id")?,
+        eos_token_ids: fields.tokens("eos_token_id")?,
+    };
+
+    fields.must_be("hidden_act", &[json!("silu")])?;
+    for off in ["attention_bias", "mlp_bias", "rope_interleaved"] {
+        fields.must_be(off, &[json!(false)])?;
+    }
+    for off in ["add_cross_attention", "is_decoder", "is_encoder_decoder", "tie_encoder_decoder"] {
+        fields.must_be(off, &[json!(false)])?;
+    }
+    fields.must_be("pruned_heads", &[json!({})])?;
+    for rate in ["attention_dropout", "hidden_dropout", "resid_pdrop"] {
+        fields.must_be(rate, &[json!(0), json!(0.0)])?;
+    }
+    for name in HARMLESS {
+        fields.take(name);
+    }
+    fields.finish()?;
+    config.validate(&path.display().to_string())?;
+    Ok(config)
+}
+
+/// `llama` or `mistral`, on which `architectures` and `model_type` must agree.
+fn model_type(fields: &mut Fields) -> Result<String> {
+    let named = fields.text("model_type")?;
+    let architecture = fields.take("architectures");
+    let from_architecture = match &architecture {
+        None => None,
+        Some(value) => Some(match value.as_array().map(Vec::as_slice) {
+            Some([Value::String(name)]) if name == "LlamaForCausalLM" => "llama",
+            Some([Value::String(name)]) if name == "MistralForCausalLM" => "mistral",
+            _ => return Err(fields.unsupported("architectures", value)),
+        }),
+    };
+    match (named.as_deref(), from_architecture) {
+        (Some(name @ ("llama" | "mistral")), None) => Ok(name.to_owned()),
+        (Some(name), Some(other)) if name != other => {
+            let needs = format!("`{other}` to agree with architectures");
+            Err(fields.wrong("model_type", &json!(name), &needs))
+        }
+        (_, Some(name)) => Ok(name.to_owned()),
+        (Some(name), None) => Err(fields.unsupported("model_type", &json!(name))),
+        (None, None) => fields.required("model_type", None),
+    }
+}
+
+/// The width of Mistral's attention window in tokens. An absent field means the published default, `null` no window.
+fn sliding_window(fields: &mut Fields, mistral: bool) -> Result<Option<usize>> {
+    if !mistral {
+        return fields.must_be("sliding_window", &[]).map(|()| None);
+    }
+    let absent = !fields.mentions("sliding_window");
+    Ok(fields.size("sliding_window")?.or(absent.then_some(4096)))
+}
+
+/// The base and the scaling of rotary positions, from `rope_theta` and `rope_scaling` or, as newer files have it,
+/// from `rope_parameters`.
+fn rope(fields: &mut Fields) -> Result<(f64, RopeScaling)> {
+    let theta = fields.number("rope_theta")?;
+    fields.must_be("partial_rotary_factor", &[json!(1), json!(1.0)])?;
+    let mut rope = match (fields.object("rope_scaling")?, fields.object("rope_parameters")?) {
+        (Some(_), Some(_)) => {
+            let needs = "absent where rope_parameters is given, since one would contradict the other";
+            return Err(fields.wrong("rope_scaling", &json!("{…}"), needs));
+        }
+        (Some(rope), None) | (None, Some(rope)) => rope,
+        (None, None) => return Ok((theta.unwrap_or(10_000.0), RopeScaling::Default)),
+    };
+    let theta = rope.number("rope_theta")?.or(theta).unwrap_or(10_000.0);
+    let (new, old) = (rope.text("rope_type")?, rope.text("type")?);
+    let kind = new.or(old).unwrap_or_else(|| "default".to_owned());
+    let number = |rope: &mut Fields, name: &str| {
+        let value = rope.number(name)?;
+        rope.required(name, value)
+    };
+    let scaling = match kind.as_str() {
+        "default" => RopeScaling::Default,
+        "linear" => RopeScaling::Linear { factor: number(&mut rope, "factor")? },
+        "llama3" => {
+            let original_context = rope.size("original_max_position_embeddings")?;
+            RopeScaling::Llama3 {
+                factor: number(&mut rope, "factor")?,
+                low_freq_factor: number(&mut rope, "low_freq_factor")?,
+                high_freq_factor: number(&mut rope, "high_freq_factor")?,
+                original_context: rope.required("original_max_position_embeddings", original_context)?,
+            }
+        }
+        other => return Err(rope.unsupported("rope_type", &json!(other))),
+    };
+    rope.must_be("partial_rotary_factor", &[json!(1), json!(1.0)])?;
+    rope.finish()?;
+    Ok((theta, scaling))
+}
+
+/// A `config.json` that `transformers` (4 and 5) and [`parse`] read as the same shape.
+pub(crate) fn to_json(config: &ModelConfig) -> Map<String, Value> {
+    let mistral = config.model_type == "mistral";
+    let rope_scaling = match config.rope_scaling {
+        RopeScaling::Default => Value::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_context,
+        }),
+    };
+    let mut fields = Map::new();
+    let mut set = |name: &str, value: Value| fields.insert(name.to_owned(), value);
+    set("architectures", json!([if mistral { "MistralForCausalLM" } else { "LlamaForCausalLM" }]));
+    set("model_type", json!(config.model_type));
+    set("vocab_size", json!(config.vocab_size));
+    set("hidden_size", json!(config.hidden_size));
+    set("intermediate_size", json!(config.intermediate_size));
+    set("num_hidden_layers", json!(config.num_hidden_layers));
+    set("num_attention_heads", json!(config.num_attention_heads));
+    set("num_key_value_heads", json!(config.num_key_value_heads));
+    set("head_dim", json!(config.head_dim));
+    set("max_position_embeddings", json!(config.max_position_embeddings));
+    if mistral {
+        set("sliding_window", Value::Null);
+    } else {
+        set("attention_bias", json!(false));
+        set("mlp_bias", json!(false));
+    }
+    set("hidden_act", json!("silu"));
+    set("rms_norm_eps", json!(config.rms_norm_eps));
+    set("rope_theta", json!(config.rope_theta));
+    set("rope_scaling", rope_scaling);
+    set("attention_dropout", json!(0.0));
+    set("tie_word_embeddings", json!(config.tie_word_embeddings));
+    set("bos_token_id", json!(config.bos_token_id));
+    set("eos_token_id", token_ids(&config.eos_token_ids));
+    set("torch_dtype", json!("float32"));
+    fields
+}
+
+/// No id as `null`, one as a number, several as a list.
+pub(crate) fn token_ids(ids: &[u32]) -> Value {
+    match ids {
+        [] => Value::Null,
+        [id] => json!(id),
+        ids => json!(ids),
+    }
+}

@@ -1,0 +1,250 @@
+//! The weights of a Hugging Face folder: one safetensors file, or several with an index.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use serde_json::json;
+
+use crate::checkpoint::encoding::Encoding;
+use crate::checkpoint::mapped::Mapped;
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::model::{Layout, Model, ParamSpec};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// The tensors of a folder, their data not yet read.
+pub(super) struct Tensors {
+    files: Vec<Mapped>,
+    by_name: BTreeMap<String, Stored>,
+}
+
+/// Where a tensor is stored.
+struct Stored {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+impl Tensors {
+    /// Reads the headers of a folder's weight files.
+    pub(super) fn open(folder: &Path) -> Result<Self> {
+        let mut tensors = Self { files: Vec::new(), by_name: BTreeMap::new() };
+        for path in weight_files(folder)? {
+            tensors.add(&path)?;
+        }
+        Ok(tensors)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let file = Mapped::open(path)?;
+        let (header, metadata) = SafeTensors::read_metadata(&file).map_err(|e| {
+            Error::input(format!(
+                "{} is not a valid safetensors file: {e}. It is probably truncated or damaged; fetch it again.",
+                path.display()
+            ))
+        })?;
+        // `read_metadata` has checked that the header and all tensors end within the file.
+        let start = 8 + header;
+        for (name, info) in metadata.tensors() {
+            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+            let stored = Stored { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), bytes };
+            if let Some(other) = self.by_name.insert(name.clone(), stored) {
+                let (first, second) = (self.files[other.file].path().display(), path.display());
+                return Err(Error::input(format!("The tensor {name} is in {first} and again in {second}.")));
+            }
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Reads the weights of a model of the given shape, widened to f32.
+    pub(super) fn load(&self, config: ModelConfig) -> Result<Model> {
+        self.check_size(&config)?;
+        let layout = Layout::new(&config);
+        let mut sources = Vec::with_capacity(layout.specs.len());
+        for spec in &layout.specs {
+            sources.push(self.find(spec)?);
+        }
+        self.refuse_extras(&layout, config.tie_word_embeddings)?;
+        let mut weights = vec![0.0; layout.len];
+        for (spec, (encoding, bytes)) in layout.specs.iter().zip(sources) {
+            encoding.widen(bytes, &mut weights[spec.range.clone()]);
+        }
+        Ok(Model { config, layout, weights })
+    }
+
+    /// Number of tensors and of their bytes, by type.
+    pub(super) fn by_type(&self) -> impl Iterator<Item = (String, usize)> {
+        self.by_name.values().map(|stored| (format!("{:?}", stored.dtype), stored.bytes.len()))
+    }
+
+    /// Size of the files in bytes.
+    pub(super) fn file_bytes(&self) -> usize {
+        self.files.iter().map(|file| file.len()).sum()
+    }
+
+    /// Refuses a shape that needs more weights than the files can hold, before anything is allocated for it.
+    fn check_size(&self, config: &ModelConfig) -> Result<()> {
+        let (needs, bytes) = (config.parameter_count(), self.file_bytes());
+        if needs.is_some_and(|needs| needs <= bytes / 2) {
+            return Ok(());
+        }
+        let folder = self.files.first().and_then(|file| file.path().parent()).unwrap_or(Path::new("."));
+        Err(Error::input(format!(
+            "The config.json in {} describes a model of {} weights, but the weight files beside it have only {bytes} \
+             bytes, at 2 or more per weight. Either the files are incomplete or config.json belongs to another model.",
+            folder.display(),
+            needs.map_or("too many".to_owned(), |n| n.to_string()),
+        )))
+    }
+
+    /// The type and bytes of a tensor, which must have the shape that the model needs.
+    fn find(&self, spec: &ParamSpec) -> Result<(Encoding, &[u8])> {
+        let (name, expected) = (&spec.name, &spec.shape);
+        let Some(stored) = self.by_name.get(name) else {
+            let files: Vec<_> = self.files.iter().map(|file| file.path().display().to_string()).collect();
+            return Err(Error::input(format!(
+                "The tensor {name} of shape {expected:?} is missing from {}. The file is incomplete, or config.json \
+                 belongs to another model.",
+                files.join(", ")
+            )));
+        };
+        let file = &self.files[stored.file];
+        if stored.shape != *expected {
+            return Err(Error::input(format!(
+                "In {} the tensor {name} has the shape {:?}, but config.json makes it {expected:?}. The two files \
+                 belong to different models.",
+                file.path().display(),
+                stored.shape
+            )));
+        }
+        let encoding = match stored.dtype {
+            Dtype::F32 => Encoding::F32,
+            Dtype::F16 => Encoding::F16,
+            Dtype::BF16 => Encoding::Bf16,
+            other => {
+                return Err(Error::input(format!(
+                    "In {} the tensor {name} of shape {expected:?} is stored as {other:?}, but only F32, F16 and BF16 \
+                     can be read. Save the model in one of them.",
+                    file.path().display()
+                )));
+            }
+        };
+        Ok((encoding, &file[stored.bytes.clone()]))
+    }
+
+    /// Refuses tensors that the model has no place for, save those that repeat what is known anyway.
+    fn refuse_extras(&self, layout: &Layout, tied: bool) -> Result<()> {
+        let known: BTreeSet<&str> = layout.specs.iter().map(|spec| spec.name.as_str()).collect();
+        let extra = self.by_name.iter().find(|(name, _)| {
+            let repeats = name.ends_with("rotary_emb.inv_freq") || (tied && *name == "lm_head.weight");
+            !repeats && !known.contains(name.as_str())
+        });
+        match extra {
+            None => Ok(()),
+            Some((name, stored)) => Err(Error::input(format!(
+                "{} holds the tensor {name} of shape {:?}, which a model of this config.json does not have. Ignoring it \
+                 would compute something else than the model was trained to.",
+                self.files[stored.file].path().display(),
+                stored.shape
+            ))),
+        }
+    }
+}
+
+/// The weight files of a folder: `model.safetensors`, or the shards that the index names.
+fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let single = folder.join(SINGLE);
+    if single.is_file() {
+        return Ok(vec![single]);
+    }
+    let index_path = folder.join(INDEX);
+    if !index_path.is_file() {
+        return Err(Error::input(format!(
+            "{} has neither {SINGLE} nor {INDEX}. If it has weights in another format (pytorch_model.bin), load them \
+             with `AutoModelForCausalLM.from_pretrained` of the Python package transformers and save them with \
+             `save_pretrained`, which writes safetensors.",
+            folder.display()
+        )));
+    }
+    let text = fs::read(&index_path).map_err(Error::io("read", &index_path))?;
+    let wrong = |what: String| Error::input(format!("{} is not a valid index: {what}.", index_path.display()));
+    let index: serde_json::Value = serde_json::from_slice(&text).map_err(|e| wrong(e.to_string()))?;
+    let map = index["weight_map"].as_object().ok_or_else(|| wrong("it has no object weight_map".into()))?;
+    let mut files = BTreeSet::new();
+    for (tensor, file) in map {
+        // A plain file name, so that an index cannot point outside its folder.
+        let name = file.as_str().filter(|name| Path::new(name).file_name().is_some_and(|n| n == *name));
+        let name = name.ok_or_else(|| wrong(format!("the file of {tensor} is {file}, which is not a file name")))?;
+        files.insert(folder.join(name));
+    }
+    Ok(files.into_iter().collect())
+}
+
+/// Writes a model's weights as f32: one file, or shards of at most `shard_bytes` (if a tensor fits) and an index.
+pub(super) fn save(model: &Model, folder: &Path, shard_bytes: usize) -> Result<()> {
+    let mut shards: Vec<Vec<&ParamSpec>> = Vec::new();
+    let mut room = 0;
+    for spec in &model.layout.specs {
+        let bytes = spec.range.len() * 4;
+        match shards.last_mut() {
+            Some(shard) if bytes <= room => {
+                shard.push(spec);
+                room -= bytes;
+            }
+            _ => {
+                shards.push(vec![spec]);
+                room = shard_bytes.saturating_sub(bytes);
+            }
+        }
+    }
+    if let [shard] = shards.as_slice() {
+        return save_shard(model, shard, &folder.join(SINGLE));
+    }
+    let mut weight_map = serde_json::Map::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let name = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
+        save_shard(model, shard, &folder.join(&name))?;
+        weight_map.extend(shard.iter().map(|spec| (spec.name.clone(), json!(name))));
+    }
+    let index = json!({"metadata": {"total_size": model.weights.len() * 4}, "weight_map": weight_map});
+    let path = folder.join(INDEX);
+    fs::write(&path, format!("{index:#}\n")).map_err(Error::io("write", &path))
+}
+
+/// Writes some tensors as one safetensors file.
+fn save_shard(model: &Model, specs: &[&ParamSpec], path: &Path) -> Result<()> {
+    let mut offset = 0;
+    let infos = specs.iter().map(|spec| {
+        let data_offsets = (offset, offset + spec.range.len() * 4);
+        offset = data_offsets.1;
+        (spec.name.clone(), TensorInfo { dtype: Dtype::F32, shape: spec.shape.clone(), data_offsets })
+    });
+    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    let header = Metadata::new(Some(format), infos.collect()).map_err(|e| e.to_string());
+    let header = header.and_then(|header| serde_json::to_vec(&header).map_err(|e| e.to_string()));
+    let mut header =
+        header.map_err(|e| Error::Failed(format!("The header of {} cannot be made: {e}.", path.display())))?;
+    // Readers map the file, so the data must start at a multiple of its width.
+    header.resize(header.len().next_multiple_of(8), b' ');
+
+    let write = || -> std::io::Result<()> {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+        out.write_all(&(header.len() as u64).to_le_bytes())?;
+        out.write_all(&header)?;
+        for spec in specs {
+            for weight in &model.weights[spec.range.clone()] {
+                out.write_all(&weight.to_le_bytes())?;
+            }
+        }
+        out.flush()
+    };
+    write().map_err(Error::io("write", path))
+}

@@ -1,0 +1,137 @@
+//! Models on disk: a Hugging Face folder in and out, a GGUF file in.
+
+pub mod atomic;
+mod describe;
+mod encoding;
+mod fields;
+mod generation;
+mod gguf;
+mod hf;
+mod mapped;
+
+use std::fs;
+use std::path::Path;
+
+pub use describe::{Description, TensorSummary, TokenizerSummary};
+pub use generation::GenerationConfig;
+
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::tokenizer::Tokenizer;
+
+/// A model with all that is needed to use it.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    /// Shape and weights.
+    pub model: Model,
+    /// The tokenizer that the model was trained with.
+    pub tokenizer: Tokenizer,
+    /// The publisher's defaults for generation.
+    pub generation: GenerationConfig,
+}
+
+impl Checkpoint {
+    /// Reads a Hugging Face folder or a `.gguf` file. Weights are widened to f32.
+    ///
+    /// Published files often disagree on the special tokens (`config.json` of a chat model may still name the EOS of
+    /// its base model), so what is loaded has one answer, in `model.config` and in `generation`: BOS is the first that
+    /// any file names, and every token that any file calls EOS ends a response.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a file cannot be read; [`Error::Input`], which names file and field or tensor, when a file is
+    /// damaged, asks for something that the engine does not do, or when the tokenizer has more tokens than the model.
+    pub fn load(path: &Path) -> Result<Self> {
+        let (mut model, tokenizer, mut generation) = match format(path)? {
+            Format::Gguf => gguf::load(path)?,
+            Format::Folder => (hf::load_model(path)?, Tokenizer::from_folder(path)?, hf::load_generation(path)?),
+        };
+        let (needs, has) = (tokenizer.vocab_size(), model.config.vocab_size);
+        if needs > has {
+            return Err(Error::input(format!(
+                "The tokenizer in {} has token ids up to {}, but the model's vocabulary has {has}. This is the wrong \
+                 tokenizer for the model: put the model's own tokenizer.json beside its weights.",
+                path.display(),
+                needs - 1,
+            )));
+        }
+        let config = &mut model.config;
+        config.bos_token_id = config.bos_token_id.or(generation.bos_token_id).or(tokenizer.bos());
+        for id in generation.eos_token_ids.iter().copied().chain(tokenizer.eos()) {
+            if !config.eos_token_ids.contains(&id) {
+                config.eos_token_ids.push(id);
+            }
+        }
+        config.validate(&path.display().to_string())?;
+        generation.bos_token_id = config.bos_token_id;
+        generation.eos_token_ids = config.eos_token_ids.clone();
+        Ok(Self { model, tokenizer, generation })
+    }
+
+    /// Writes a Hugging Face folder with f32 weights that this crate and `transformers` load. The folder appears, or
+    /// replaces an older checkpoint, only when it is complete and on the disk.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the disk fails; [`Error::Input`] when `folder` exists and is something else than a checkpoint,
+    /// which would be lost.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        refuse_to_replace(folder)?;
+        atomic::write_folder(folder, |new| hf::save(self, new))
+    }
+}
+
+/// Describes a Hugging Face folder or a `.gguf` file without reading its weights.
+///
+/// # Errors
+/// As [`Checkpoint::load`], save for what only the weights can show.
+pub fn describe(path: &Path) -> Result<Description> {
+    match format(path)? {
+        Format::Gguf => gguf::describe(path),
+        Format::Folder => hf::describe(path),
+    }
+}
+
+/// Reads the model of a Hugging Face folder, without its tokenizer.
+///
+/// # Errors
+/// As [`Checkpoint::load`].
+pub fn load_model(folder: &Path) -> Result<Model> {
+    hf::load_model(folder)
+}
+
+enum Format {
+    Folder,
+    Gguf,
+}
+
+fn format(path: &Path) -> Result<Format> {
+    let metadata = fs::metadata(path).map_err(Error::io("read the model", path))?;
+    if metadata.is_dir() {
+        return Ok(Format::Folder);
+    }
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Ok(Format::Gguf);
+    }
+    Err(Error::input(format!(
+        "{} is neither a folder nor a .gguf file. Give the folder that holds config.json, or a GGUF file.",
+        path.display()
+    )))
+}
+
+/// Refuses to overwrite anything but nothing, an empty folder, or a folder of files that is a checkpoint.
+fn refuse_to_replace(folder: &Path) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::io("replace", folder)(source)),
+    };
+    let paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    let is_checkpoint = folder.join("config.json").is_file() && paths.iter().all(|path| path.is_file());
+    if paths.is_empty() || is_checkpoint {
+        return Ok(());
+    }
+    Err(Error::input(format!(
+        "{} exists and is not a folder that holds only a checkpoint, so it is not replaced. Choose another folder, or \
+         remove it first.",
+        folder.display()
+    )))
+}
