@@ -76,8 +76,7 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     if global.json {
         return print_json(&result);
     }
-    println!("{table}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display());
-    Ok(())
+    ui::print(format!("{table}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display()))
 }
 
 fn policy_json(policy: &Policy, metrics: &[&str]) -> Value {
