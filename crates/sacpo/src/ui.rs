@@ -51,27 +51,39 @@ pub(crate) fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> Result<()> + '_
     }
 }
 
-/// Shows training steps on a bar.
-pub(crate) struct TrainingBar(ProgressBar);
+/// Shows training steps on a bar, or now and then as a line when there is nowhere to draw one.
+pub(crate) struct TrainingBar {
+    bar: ProgressBar,
+    last_line: Instant,
+}
 
 impl TrainingBar {
     pub(crate) fn new(what: &str) -> Self {
-        Self(bar(0, what))
+        Self { bar: bar(0, what), last_line: Instant::now() }
     }
 }
 
 impl Monitor for TrainingBar {
     fn step(&mut self, total: u64, record: &StepRecord) {
-        if self.0.length() != Some(total) {
-            self.0.set_length(total);
-            // a continued training starts in the middle: only what is done from here counts for the rate
-            self.0.set_position(record.step - 1);
-            self.0.reset_eta();
+        if self.bar.length() != Some(total) {
+            let done = record.step - 1;
+            if done > 0 {
+                self.bar.suspend(|| say(format!("  Continues after step {done} of {total}.")));
+            }
+            self.bar.set_length(total);
+            // only what is done from here counts for the rate
+            self.bar.set_position(done);
+            self.bar.reset_eta();
         }
-        self.0.set_position(record.step);
+        self.bar.set_position(record.step);
         let accuracy = record.metrics.get("rewards/accuracies");
         let accuracy = accuracy.map(|a| format!(", accuracy {a:.2}")).unwrap_or_default();
-        self.0.set_message(format!("loss {:.4}{accuracy}", record.loss));
+        let state = format!("loss {:.4}{accuracy}", record.loss);
+        if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
+            self.last_line = Instant::now();
+            say(format!("  step {} of {total}, {state}", record.step));
+        }
+        self.bar.set_message(state);
     }
 
     fn stop_requested(&self) -> bool {
@@ -81,6 +93,6 @@ impl Monitor for TrainingBar {
 
 impl Drop for TrainingBar {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }
