@@ -438,7 +438,7 @@ fn tokenizers_with_any_value_replaced_do_not_panic() {
             }
             tried += 1;
             let bytes = json.to_string();
-            if let Ok(tokenizer) = engine::Tokenizer::from_json(bytes.as_bytes(), None, None, None) {
+            if let Ok(tokenizer) = engine::tokenizer::Tokenizer::from_json(bytes.as_bytes(), None, None, None) {
                 let ids = tokenizer.encode("the <s>").unwrap_or_default();
                 let _ = (tokenizer.decode(&ids), tokenizer.vocab_size());
             }
@@ -470,7 +470,7 @@ fn smollm2_through_gguf() {
     let text = reference["nll"]["text"].as_str().unwrap();
     assert_eq!(loaded.tokenizer.encode(text).unwrap(), ids);
     assert_eq!(loaded.tokenizer.decode(&ids).unwrap(), text);
-    let chat = loaded.tokenizer.chat(&[engine::Message::new("user", "Hi")], true).unwrap();
+    let chat = loaded.tokenizer.chat(&[engine::chat::Message::new("user", "Hi")], true).unwrap();
     let system = reference["system"].as_str().unwrap();
     let expected =
         format!("<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");

@@ -8,8 +8,10 @@ use std::path::Path;
 
 use common::gguf::Writer;
 use common::{byte_tokens, tiny_config, tokenizer, tokenizer_json};
+use engine::chat::Message;
 use engine::checkpoint::Checkpoint;
-use engine::{Message, Model, ModelConfig, Tokenizer};
+use engine::tokenizer::Tokenizer;
+use engine::{Model, ModelConfig};
 use serde_json::{Value, json};
 
 fn with_template(template: &str) -> Tokenizer {

@@ -6,7 +6,8 @@ pub mod stories;
 
 use std::path::{Path, PathBuf};
 
-use engine::{ModelConfig, RopeScaling, Tokenizer};
+use engine::tokenizer::Tokenizer;
+use engine::{ModelConfig, RopeScaling};
 use serde_json::{Map, Value, json};
 
 /// The folder with shared data, or `None` after a loud line when it is not there.
