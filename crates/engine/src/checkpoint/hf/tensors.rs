@@ -248,3 +248,45 @@ fn save_shard(model: &Model, specs: &[&ParamSpec], path: &Path) -> Result<()> {
     };
     write().map_err(Error::io("write", path))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RopeScaling;
+
+    #[test]
+    fn large_models_are_cut_into_shards() {
+        let config = ModelConfig {
+            vocab_size: 100,
+            hidden_size: 16,
+            intermediate_size: 24,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 8,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: false,
+            model_type: "llama".to_owned(),
+            bos_token_id: None,
+            eos_token_ids: vec![],
+        };
+        let model = Model::random(config, 0.02, 1);
+        let folder = tempfile::tempdir().unwrap();
+        // Embedding and head are each larger than a shard may be; the blocks share shards.
+        save(&model, folder.path(), 6000).unwrap();
+        let files = weight_files(folder.path()).unwrap();
+        assert!(files.len() > 3, "{files:?}");
+        assert!(files[1].ends_with(format!("model-00002-of-{:05}.safetensors", files.len())));
+        for (i, file) in files.iter().enumerate() {
+            let bytes = fs::read(file).unwrap();
+            let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let fits = bytes.len() - header - 8 <= 6000 || i == 0 || i == files.len() - 1;
+            assert!(header.is_multiple_of(8) && fits, "{}", file.display());
+        }
+        let loaded = Tensors::open(folder.path()).unwrap().load(model.config.clone()).unwrap();
+        assert!(loaded.weights == model.weights);
+    }
+}
