@@ -134,7 +134,8 @@ pub fn train(
         let (means, tokens) = passes.gradient(&policy.weights, task, batch, &mut gradient);
         let grad_norm = global_norm(&gradient);
         if !(means.loss.is_finite() && grad_norm.is_finite()) {
-            return Err(diverged(task, batch, optimizer.steps + 1, means.loss, grad_norm));
+            let what = format!("the loss is {} and the norm of the gradient is {grad_norm}", means.loss);
+            return Err(diverged(task, batch, optimizer.steps + 1, &what));
         }
         let learning_rate = options.learning_rate * options.schedule.factor(optimizer.steps, warmup, total);
         let scale = (options.max_grad_norm / grad_norm).min(1.0);
@@ -152,9 +153,13 @@ pub fn train(
         log.append(&record)?;
         monitor.step(total, &record);
         records.push(record);
-        let stop = monitor.stop_requested() && optimizer.steps < total;
-        let due =
-            options.save_every > 0 && optimizer.steps.is_multiple_of(options.save_every) && optimizer.steps < total;
+        let last = optimizer.steps == total;
+        let stop = monitor.stop_requested() && !last;
+        let due = options.save_every > 0 && optimizer.steps.is_multiple_of(options.save_every) && !last;
+        // what is saved here must not hold an overflow that only the next loss would show
+        if (stop || due || last) && !policy.weights.iter().all(|w| w.is_finite()) {
+            return Err(diverged(task, batch, optimizer.steps, "weights became infinite"));
+        }
         if stop || due {
             TrainingState::save(folder, &identity, policy, &optimizer)?;
         }
@@ -206,11 +211,11 @@ fn identity(policy: &Model, task: &dyn Task, options: &TrainOptions) -> String {
     hasher.finalize().to_hex().to_string()
 }
 
-fn diverged(task: &dyn Task, batch: &[usize], step: u64, loss: f64, grad_norm: f64) -> Error {
+fn diverged(task: &dyn Task, batch: &[usize], step: u64, what: &str) -> Error {
     let rows: Vec<String> = batch.iter().map(|&i| task.row(i).to_string()).collect();
     Error::Failed(format!(
-        "Training stopped at step {step}: the loss is {loss} and the norm of the gradient is {grad_norm}. The batch \
-         holds the rows {}. The last saved state is untouched. Lower the learning rate, or look at those rows.",
+        "Training stopped at step {step}: {what}. The batch holds the rows {}. What was saved before is untouched. \
+         Lower the learning rate, or look at those rows.",
         rows.join(", ")
     ))
 }

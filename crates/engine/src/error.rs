@@ -1,5 +1,6 @@
 //! The one error type of the workspace.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Shorthand for a result with this crate's [`Error`].
@@ -44,11 +45,15 @@ impl Error {
 
     /// The process exit code that this error maps to: 2 for bad input, 1 otherwise.
     ///
-    /// A file that does not exist counts as bad input, since the user named it.
+    /// A path that leads nowhere, or to a folder instead of a file, counts as bad input, since the user named it.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Input(_) => 2,
-            Self::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => 2,
+            Self::Io { source, .. }
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::IsADirectory | ErrorKind::NotADirectory) =>
+            {
+                2
+            }
             _ => 1,
         }
     }
@@ -57,10 +62,18 @@ impl Error {
 /// Advice for the input and output errors that people meet.
 fn hint(source: &std::io::Error) -> &'static str {
     match source.kind() {
-        std::io::ErrorKind::NotFound => " Check the path.",
-        std::io::ErrorKind::PermissionDenied => " Check the permissions.",
-        std::io::ErrorKind::StorageFull => {
+        ErrorKind::NotFound => " Check the path.",
+        ErrorKind::IsADirectory => " Give a file instead of a folder.",
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
+            " There is a file where a folder is needed: choose another path."
+        }
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => " Check the permissions, or choose another path.",
+        ErrorKind::StorageFull => {
             " The disk is full: free some space, or choose another output folder, and run the same command again."
+        }
+        ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            " Your disk quota or file size limit is reached: raise it, or choose another output folder, and run the same \
+             command again."
         }
         _ => "",
     }

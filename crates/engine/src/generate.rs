@@ -117,11 +117,9 @@ pub fn generate(
 ) -> Result<Vec<Answer>> {
     options.validate()?;
     let context = model.config.max_position_embeddings;
-    for (index, prompt) in prompts.iter().enumerate() {
-        check_prompt(model, prompt, index)?;
-    }
+    check_prompts(model, prompts)?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut decoder = Decoder::new(model, context.min(longest + options.max_new_tokens));
+    let mut decoder = Decoder::new(model, context.min(longest.saturating_add(options.max_new_tokens)));
     let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
     let mut waiting = prompts.iter().enumerate();
     let mut active = Active { heads: decoder.heads(), sequences: Vec::new() };
@@ -164,6 +162,14 @@ pub fn generate(
 }
 
 /// Refuses prompts that the model cannot continue.
+///
+/// # Errors
+/// [`Error::Input`] that gives the number, from 1, of the first prompt that is empty, that leaves no room in the
+/// model's context, or that holds a token which the model does not know.
+pub fn check_prompts(model: &Model, prompts: &[Vec<u32>]) -> Result<()> {
+    prompts.iter().enumerate().try_for_each(|(index, prompt)| check_prompt(model, prompt, index))
+}
+
 fn check_prompt(model: &Model, prompt: &[u32], index: usize) -> Result<()> {
     let context = model.config.max_position_embeddings;
     let number = index + 1;

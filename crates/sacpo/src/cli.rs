@@ -10,8 +10,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 #[derive(Debug, Parser)]
 #[command(name = "sacpo", version, max_term_width = 100)]
 #[command(after_help = "Examples:\n  \
-    sacpo quickstart                                  the whole method in a small exact world, no files needed\n  \
-    sacpo run recipes/hh-rlhf-smollm2.toml            both steps on a real model\n  \
+    sacpo quickstart                           the whole method in a small world, no files needed\n  \
+    sacpo run recipes/hh-rlhf-smollm2.toml     both steps on a real model\n  \
     sacpo generate --model runs/hh/steps/helpful/checkpoint --prompt \"Who are you?\"\n\n\
     Exit codes: 0 done, 1 failed, 2 bad input.")]
 pub(crate) struct Arguments {
@@ -59,7 +59,7 @@ pub(crate) struct Quickstart {
     #[arg(long, value_enum, default_value_t = Size::Full)]
     pub(crate) size: Size,
     /// Seed of all randomness.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = seed())]
     pub(crate) seed: u64,
 }
 
@@ -73,7 +73,8 @@ pub(crate) enum Size {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     sacpo run recipes/hh-rlhf-smollm2.toml\n  \
-    sacpo run recipes/hh-rlhf-smollm2.toml --set train.learning_rate=1e-6 --set step.2.beta_over_lambda=[0.1,0.05]\n\n\
+    sacpo run recipes/hh-rlhf-smollm2.toml --set train.learning_rate=1e-6\n  \
+    sacpo run recipes/hh-rlhf-smollm2.toml --set 'step.2.beta_over_lambda=[0.1, 0.05]'\n\n\
     A run that was stopped continues where it was when the same command is given again. Steps that are finished are not \
     repeated.")]
 pub(crate) struct Run {
@@ -83,16 +84,19 @@ pub(crate) struct Run {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
     /// Seed of all randomness, instead of the recipe's.
-    #[arg(long)]
+    #[arg(long, value_parser = seed())]
     pub(crate) seed: Option<u64>,
 }
 
 /// Align a model on one metric; the model is start and reference.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-    sacpo train --model models/SmolLM2 --data helpful.jsonl.gz --metric helpfulness --beta 0.1 --out runs/helpful\n  \
-    sacpo train --model runs/helpful/steps/helpfulness/checkpoint --data harmless.jsonl.gz --metric harmlessness \\\n    \
-    --beta 0.05 --out runs/harmless        (the second step of a chain: --beta is then β/λ)")]
+    sacpo train --model models/SmolLM2 --data helpful.jsonl.gz --metric helpfulness \\\n    \
+    --beta 0.1 --out runs/helpful\n\n  \
+    The second step of a chain, whose --beta is β/λ:\n  \
+    sacpo train --model runs/helpful/steps/helpfulness/checkpoint \\\n    \
+    --data harmless.jsonl.gz --metric harmlessness --beta 0.05 --out runs/harmless\n\n\
+    A training that was stopped continues where it was when the same command is given again.")]
 pub(crate) struct Train {
     /// Folder in Hugging Face's layout, or .gguf file: where training starts, and the reference.
     #[arg(long, value_name = "MODEL")]
@@ -104,16 +108,16 @@ pub(crate) struct Train {
     #[arg(long)]
     pub(crate) metric: String,
     /// The loss.
-    #[arg(long, default_value = "dpo")]
+    #[arg(long, default_value = "dpo", value_parser = ["dpo"])]
     pub(crate) objective: String,
     /// Temperature: β in the first step of a chain, β/λ in a later one.
-    #[arg(long)]
+    #[arg(long, value_parser = temperature, allow_negative_numbers = true)]
     pub(crate) beta: f64,
     /// Folder for everything that is made.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) out: PathBuf,
     /// Seed of all randomness.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, value_parser = seed())]
     pub(crate) seed: u64,
     /// Set any other key of a recipe, such as train.learning_rate=1e-6 or data.max_length=256.
     #[arg(long = "set", value_name = "KEY=VALUE")]
@@ -216,6 +220,18 @@ fn positive(text: &str) -> Result<usize, String> {
         Ok(0) => Err("must be at least 1".into()),
         Ok(n) => Ok(n),
         Err(_) => Err("must be a whole number of at least 1".into()),
+    }
+}
+
+/// A seed that a recipe can hold too: TOML's integers have a sign.
+fn seed() -> impl TypedValueParser<Value = u64> {
+    clap::value_parser!(u64).range(..=i64::MAX as u64)
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value > 0.0 => Ok(value),
+        _ => Err("must be a number greater than 0, such as 0.1".into()),
     }
 }
 

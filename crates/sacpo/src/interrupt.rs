@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::{Error, Result};
 
+use crate::ui;
+
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 
 /// Listens for Ctrl-C and termination signals.
@@ -13,10 +15,10 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 pub(crate) fn listen() -> Result<()> {
     ctrlc::set_handler(|| {
         if REQUESTED.swap(true, Ordering::SeqCst) {
-            eprintln!("\nStopped at once. What was saved before is complete.");
+            ui::say("\nStopped at once. What was saved before is complete.");
             std::process::exit(130);
         }
-        eprintln!("\nStopping after the work at hand; press Ctrl-C again to stop at once.");
+        ui::say("\nStopping after the work at hand; press Ctrl-C again to stop at once.");
     })
     .map_err(|error| Error::Failed(format!("Could not listen for Ctrl-C: {error}.")))
 }
@@ -30,7 +32,7 @@ pub(crate) fn requested() -> bool {
 pub(crate) fn check() -> Result<()> {
     if requested() {
         return Err(Error::Interrupted(
-            "Stopped, as you asked. Run the same command again; finished parts are not repeated.".into(),
+            "Stopped, as you asked. Run the same command again to go on; what is saved is not computed again.".into(),
         ));
     }
     Ok(())

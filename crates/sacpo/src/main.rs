@@ -15,7 +15,9 @@ fn main() -> ExitCode {
     match commands::run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // to stop on request is no error, although the work is not done
+            let prefix = if matches!(error, engine::Error::Interrupted(_)) { "" } else { "error: " };
+            ui::say(format!("{prefix}{error}"));
             ExitCode::from(error.exit_code())
         }
     }

@@ -1,14 +1,35 @@
-//! Messages and progress on standard error: bars on a terminal, quiet when piped.
+//! Results on standard output; messages and progress on standard error: bars on a terminal, few lines when piped.
+
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
 
 use align::trainer::{Monitor, StepRecord};
-use engine::Result;
+use engine::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::interrupt;
 
-/// Says what is going on.
+/// Between two lines about a training whose progress bar nobody sees.
+const HEARTBEAT: Duration = Duration::from_secs(60);
+
+/// Says what is going on. Whether anybody listens does not matter to the work.
 pub(crate) fn say(message: impl AsRef<str>) {
-    eprintln!("{}", message.as_ref());
+    let _ = writeln!(io::stderr(), "{}", message.as_ref());
+}
+
+/// Prints a result and ends the line.
+///
+/// # Errors
+/// If standard output cannot be written, unless its reader has merely gone away (`sacpo logps … | head`).
+pub(crate) fn print(text: impl AsRef<str>) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match writeln!(out, "{}", text.as_ref()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(Error::io("write", Path::new("standard output"))(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// A bar of `length` items; hidden when standard error is not a terminal.

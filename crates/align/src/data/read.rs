@@ -43,7 +43,8 @@ pub fn read_pairs(path: &Path, format: Option<Format>, metric: &str, skip_bad_ro
             }
             Err(bad) => {
                 return Err(Error::input(format!(
-                    "{} Correct or remove the row, or use skip_bad_rows to leave such rows out and count them.",
+                    "{} Correct or remove the row, or let a recipe leave such rows out and count them with \
+                     data.skip_bad_rows = true.",
                     bad.describe(path, row.unit, row.number)
                 )));
             }

@@ -140,8 +140,9 @@ fn tokenize_pair(pair: &PreferencePair, tokenizer: &Tokenizer, options: &RenderO
         return match options.long_prompts {
             LongPrompts::Drop => Ok(Fitted::NoRoom),
             LongPrompts::Error => Err(Error::input(format!(
-                "Its prompt has {} tokens and max_length is {}, which leaves no room for a response. Raise max_length, \
-                 or set long_prompts to \"drop\" to leave such pairs out and count them.",
+                "Its prompt has {} tokens and max_length is {}, which leaves no room for a response. Raise \
+                 it if the model's context allows it, shorten or remove the row, or let a recipe leave such \
+                 pairs out and count them with data.long_prompts = \"drop\".",
                 prompt.len(),
                 options.max_length
             ))),

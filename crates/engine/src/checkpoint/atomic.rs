@@ -9,6 +9,10 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
+/// What the names of unfinished files and folders start and end with.
+const PREFIX: &str = ".sacpo-";
+const SUFFIX: &str = ".partial";
+
 /// Writes a file through `write`, replacing the one at `path` only when the new one is complete and on the disk.
 ///
 /// # Errors
@@ -60,10 +64,34 @@ pub fn write_folder(folder: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Re
     sync_folder(parent)
 }
 
+/// Deletes what a killed process left half-written directly in `folder`. Nobody else may be writing there.
+///
+/// # Errors
+/// [`Error::Io`] when something cannot be deleted. A folder that does not exist holds nothing.
+pub fn remove_leftovers(folder: &Path) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(source) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::io("read", folder)(source)),
+    };
+    for entry in entries {
+        let entry = entry.map_err(Error::io("read", folder))?;
+        let name = entry.file_name();
+        if !name.to_str().is_some_and(|name| name.starts_with(PREFIX) && name.ends_with(SUFFIX)) {
+            continue;
+        }
+        let path = entry.path();
+        let is_folder = entry.file_type().map_err(Error::io("read", &path))?.is_dir();
+        let removed = if is_folder { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(Error::io("remove", &path))?;
+    }
+    Ok(())
+}
+
 /// A hidden temporary name whose permissions are `mode` less the user's mask, as any new file or folder has them.
 fn temporary(mode: u32) -> tempfile::Builder<'static, 'static> {
     let mut builder = tempfile::Builder::new();
-    builder.prefix(".").suffix(".partial");
+    builder.prefix(PREFIX).suffix(SUFFIX);
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(mode));
     #[cfg(not(unix))]
@@ -152,6 +180,26 @@ mod tests {
         .unwrap();
         assert_eq!(names(&target), ["sub"]);
         assert_eq!(names(&parent.path().join("runs")), ["step1"]);
+    }
+
+    #[test]
+    fn leftovers_are_removed_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let kept = write_folder(&folder.path().join("killed"), |new| {
+            // as if the process ended here
+            let copy = folder.path().join(".sacpo-abc.partial");
+            fs::create_dir(&copy).unwrap();
+            fs::write(copy.join("model.safetensors"), "half").unwrap();
+            assert!(new.file_name().unwrap().to_str().unwrap().starts_with(PREFIX));
+            Err(Error::Failed("killed".into()))
+        });
+        assert!(kept.is_err());
+        for name in [".sacpo-def.partial", ".other.partial", "notes.partial", ".sacpo-notes"] {
+            fs::write(folder.path().join(name), "x").unwrap();
+        }
+        remove_leftovers(folder.path()).unwrap();
+        assert_eq!(names(folder.path()), [".other.partial", ".sacpo-notes", "notes.partial"]);
+        remove_leftovers(&folder.path().join("nowhere")).unwrap();
     }
 
     #[cfg(unix)]

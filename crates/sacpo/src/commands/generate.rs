@@ -3,7 +3,7 @@
 use align::data::{self, Prompt};
 use engine::chat::Message;
 use engine::checkpoint::Checkpoint;
-use engine::generate::{Answer, SamplingOptions, generate};
+use engine::generate::{Answer, SamplingOptions, check_prompts, generate};
 use engine::{Error, Result};
 use serde::Serialize;
 
@@ -60,7 +60,7 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         return print_json(&Output { answers });
     }
     for (prompt, answer) in prompts.iter().zip(&answers) {
-        println!("> {}\n\n{}\n", text_of(prompt), answer.text.trim_end());
+        ui::print(format!("> {}\n\n{}\n", text_of(prompt), answer.text.trim_end()))?;
     }
     Ok(())
 }
@@ -73,13 +73,24 @@ pub(crate) fn answer(
     finished: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Answer>> {
     let Checkpoint { model, tokenizer, generation } = checkpoint;
-    let tokens = prompts.iter().map(|p| data::tokenize_prompt(p, tokenizer)).collect::<Result<Vec<_>>>()?;
+    let tokens = tokenize(checkpoint, prompts)?;
     let mut sampling = sampling.clone();
     sampling.end_tokens.extend(&generation.eos_token_ids);
     generate(model, &tokens, &sampling, &|ids| tokenizer.decode(ids), &mut |done| {
         interrupt::check()?;
         finished(done)
     })
+}
+
+/// The tokens of prompts, all of which the model can answer.
+pub(crate) fn tokenize(checkpoint: &Checkpoint, prompts: &[Prompt]) -> Result<Vec<Vec<u32>>> {
+    let numbered = prompts.iter().enumerate().map(|(index, prompt)| {
+        data::tokenize_prompt(prompt, &checkpoint.tokenizer)
+            .map_err(|error| Error::input(format!("Prompt {} cannot be tokenised. {error}", index + 1)))
+    });
+    let tokens = numbered.collect::<Result<Vec<_>>>()?;
+    check_prompts(&checkpoint.model, &tokens)?;
+    Ok(tokens)
 }
 
 /// A plain prompt as the user's turn of a conversation; conversations stay, but for the system message.

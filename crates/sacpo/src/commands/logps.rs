@@ -1,9 +1,11 @@
 //! `sacpo logps`.
 
+use std::fmt::Write as _;
+
 use align::data::{self, LongPrompts, RenderOptions};
 use align::reference::pair_logps;
-use engine::Result;
 use engine::checkpoint::Checkpoint;
+use engine::{Error, Result};
 use serde::Serialize;
 
 use super::{print_json, start_threads};
@@ -20,7 +22,7 @@ struct Output {
 
 #[derive(Serialize)]
 struct Row {
-    /// The row of the file, from 1.
+    /// The position of the row in the file, from 0.
     row: usize,
     responses: [Response; 2],
 }
@@ -50,8 +52,17 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     if tokenized.truncated_responses > 0 {
         ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));
     }
-    let rows = tokenized.pairs.iter().zip(logps).map(|(pair, [chosen, rejected])| Row {
-        row: pair.row,
+    if let Some((pair, _)) = tokenized.pairs.iter().zip(&logps).find(|(_, logps)| !logps.iter().all(|l| l.is_finite())) {
+        return Err(Error::Failed(format!(
+            "The log-probabilities of row {} of {} are not numbers under {}. Its weights are damaged, or its training \
+             diverged: use another checkpoint.",
+            pair.row,
+            options.data.display(),
+            options.model.display()
+        )));
+    }
+    let rows = tokenized.pairs.iter().zip(logps).enumerate().map(|(row, (pair, [chosen, rejected]))| Row {
+        row,
         responses: [
             Response { role: "chosen", logp: chosen, tokens: pair.chosen.len() },
             Response { role: "rejected", logp: rejected, tokens: pair.rejected.len() },
@@ -61,12 +72,11 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     if global.json {
         return print_json(&output);
     }
-    println!("{:>6}  {:>12} {:>6}  {:>12} {:>6}", "row", "chosen", "tokens", "rejected", "tokens");
-    for Row { row, responses: [chosen, rejected] } in &output.rows {
-        println!(
-            "{row:>6}  {:>12.4} {:>6}  {:>12.4} {:>6}",
-            chosen.logp, chosen.tokens, rejected.logp, rejected.tokens
-        );
+    let mut table = format!("{:>6}  {:>12} {:>6}  {:>12} {:>6}", "row", "chosen", "tokens", "rejected", "tokens");
+    // counted from 1 for people, as in messages and editors
+    for (pair, Row { responses: [a, b], .. }) in tokenized.pairs.iter().zip(&output.rows) {
+        let row = pair.row;
+        let _ = write!(table, "\n{row:>6}  {:>12.4} {:>6}  {:>12.4} {:>6}", a.logp, a.tokens, b.logp, b.tokens);
     }
-    Ok(())
+    ui::print(table)
 }

@@ -10,7 +10,7 @@ use engine::{Error, Result};
 use serde::Serialize;
 
 use crate::cli::{Arguments, Command, Global};
-use crate::interrupt;
+use crate::{interrupt, ui};
 
 /// Carries out the command line.
 pub(crate) fn run(arguments: Arguments) -> Result<()> {
@@ -26,10 +26,19 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     }
 }
 
+/// More threads than this are a slip of the finger on any machine.
+const MAX_THREADS: usize = 1024;
+
 /// Sizes the thread pool; call once, before the first computation.
 fn start_threads(global: Global, recipe: Option<usize>) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = global.threads.or(recipe).unwrap_or_else(|| cores.min(num_cpus::get_physical()));
+    if threads > MAX_THREADS {
+        return Err(Error::input(format!(
+            "{threads} threads are asked for, but at most {MAX_THREADS} are sensible: this machine has {cores} cores. \
+             Lower --threads or run.threads, or leave it out."
+        )));
+    }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build_global()
@@ -39,6 +48,5 @@ fn start_threads(global: Global, recipe: Option<usize>) -> Result<()> {
 /// Prints the one JSON object of a command.
 fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(value).map_err(|e| Error::Failed(format!("The result is no JSON: {e}.")))?;
-    println!("{text}");
-    Ok(())
+    ui::print(text)
 }

@@ -16,8 +16,7 @@ pub(super) fn run(command: &ModelCommand, global: Global) -> Result<()> {
             if global.json {
                 return print_json(&description);
             }
-            println!("{description}");
-            Ok(())
+            ui::print(description.to_string().trim_end())
         }
         ModelCommand::Convert { from, to } => convert(from, to, global),
     }

@@ -93,9 +93,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     if global.json {
         return print_json(&result);
     }
-    println!("{table}");
-    println!("Plot: {}", folder.path.join("frontier.svg").display());
-    Ok(())
+    ui::print(format!("{table}\nPlot: {}", folder.path.join("frontier.svg").display()))
 }
 
 fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {

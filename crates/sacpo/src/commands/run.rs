@@ -45,9 +45,9 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
         }],
     });
     let toml = toml::to_string(&document).map_err(|e| {
-        Error::input(format!("The options cannot be written as a recipe: {e}. Check --seed and --beta."))
+        Error::input(format!("The options cannot be written as a recipe: {e}."))
     })?;
-    Recipe::parse(&toml, Path::new("(made from the command line)"), &options.set)
+    Recipe::parse(&toml, Path::new("command line"), &options.set)
 }
 
 fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
@@ -76,8 +76,7 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     if global.json {
         return print_json(&result);
     }
-    println!("{table}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display());
-    Ok(())
+    ui::print(format!("{table}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display()))
 }
 
 fn policy_json(policy: &Policy, metrics: &[&str]) -> Value {
