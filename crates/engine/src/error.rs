@@ -50,7 +50,10 @@ impl Error {
         match self {
             Self::Input(_) => 2,
             Self::Io { source, .. }
-                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::IsADirectory | ErrorKind::NotADirectory) =>
+                if matches!(
+                    source.kind(),
+                    ErrorKind::NotFound | ErrorKind::IsADirectory | ErrorKind::NotADirectory
+                ) =>
             {
                 2
             }
@@ -67,7 +70,9 @@ fn hint(source: &std::io::Error) -> &'static str {
         ErrorKind::NotADirectory | ErrorKind::AlreadyExists => {
             " There is a file where a folder is needed: choose another path."
         }
-        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => " Check the permissions, or choose another path.",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            " Check the permissions, or choose another path."
+        }
         ErrorKind::StorageFull => {
             " The disk is full: free some space, or choose another output folder, and run the same command again."
         }

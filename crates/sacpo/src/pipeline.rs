@@ -243,7 +243,6 @@ impl Stage<'_> {
         }
         ui::say(format!("Policy {}: {} at temperature {}.", self.planned.name, objective.name(), self.planned.beta));
         let start = Instant::now();
-        let references = ui::bar(self.data.len() as u64, "reference");
         let (policy, _) = step::align(
             &self.start,
             self.data,
@@ -251,10 +250,8 @@ impl Stage<'_> {
             &options,
             &folder,
             &run.path.join("cache"),
-            &mut ui::advance(&references),
             &mut ui::TrainingBar::new("training"),
         )?;
-        references.finish_and_clear();
         let record = PolicyRecord {
             name: self.planned.name.clone(),
             key,

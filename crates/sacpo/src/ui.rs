@@ -51,27 +51,47 @@ pub(crate) fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> Result<()> + '_
     }
 }
 
-/// Shows training steps on a bar.
-pub(crate) struct TrainingBar(ProgressBar);
+/// Shows training steps on a bar, or in a line now and then when standard error is not a terminal.
+pub(crate) struct TrainingBar {
+    bar: ProgressBar,
+    last_line: Instant,
+}
 
 impl TrainingBar {
     pub(crate) fn new(what: &str) -> Self {
-        Self(bar(0, what))
+        Self { bar: bar(0, what), last_line: Instant::now() }
+    }
+
+    /// A line for those who do not see the bar.
+    fn heartbeat(&mut self, line: impl FnOnce() -> String) {
+        if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
+            self.last_line = Instant::now();
+            say(line());
+        }
     }
 }
 
 impl Monitor for TrainingBar {
+    fn scored(&mut self, done: usize, total: usize) {
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+        self.bar.set_message("reference log-probabilities");
+        self.heartbeat(|| format!("  {done} of {total} pairs scored under the reference"));
+    }
+
     fn step(&mut self, total: u64, record: &StepRecord) {
-        if self.0.length() != Some(total) {
-            self.0.set_length(total);
+        if self.bar.length() != Some(total) {
+            self.bar.set_length(total);
             // a continued training starts in the middle: only what is done from here counts for the rate
-            self.0.set_position(record.step - 1);
-            self.0.reset_eta();
+            self.bar.set_position(record.step - 1);
+            self.bar.reset_eta();
         }
-        self.0.set_position(record.step);
+        self.bar.set_position(record.step);
         let accuracy = record.metrics.get("rewards/accuracies");
         let accuracy = accuracy.map(|a| format!(", accuracy {a:.2}")).unwrap_or_default();
-        self.0.set_message(format!("loss {:.4}{accuracy}", record.loss));
+        let message = format!("loss {:.4}{accuracy}", record.loss);
+        self.heartbeat(|| format!("  step {} of {total}, {message}", record.step));
+        self.bar.set_message(message);
     }
 
     fn stop_requested(&self) -> bool {
@@ -81,6 +101,6 @@ impl Monitor for TrainingBar {
 
 impl Drop for TrainingBar {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }

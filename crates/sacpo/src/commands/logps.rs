@@ -52,7 +52,8 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     if tokenized.truncated_responses > 0 {
         ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));
     }
-    if let Some((pair, _)) = tokenized.pairs.iter().zip(&logps).find(|(_, logps)| !logps.iter().all(|l| l.is_finite())) {
+    if let Some((pair, _)) = tokenized.pairs.iter().zip(&logps).find(|(_, logps)| !logps.iter().all(|l| l.is_finite()))
+    {
         return Err(Error::Failed(format!(
             "The log-probabilities of row {} of {} are not numbers under {}. Its weights are damaged, or its training \
              diverged: use another checkpoint.",

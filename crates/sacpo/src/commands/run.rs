@@ -44,9 +44,8 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
             "data": text(&options.data)?,
         }],
     });
-    let toml = toml::to_string(&document).map_err(|e| {
-        Error::input(format!("The options cannot be written as a recipe: {e}."))
-    })?;
+    let toml = toml::to_string(&document)
+        .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}.")))?;
     Recipe::parse(&toml, Path::new("command line"), &options.set)
 }
 
