@@ -34,7 +34,7 @@ struct Amounts {
 impl Amounts {
     fn of(size: Size) -> Self {
         match size {
-            Size::Small => Self { demonstrations: 2_000, epochs: 1, pairs: 400 },
+            Size::Small => Self { demonstrations: 6_000, epochs: 2, pairs: 800 },
             Size::Full => Self { demonstrations: 20_000, epochs: 2, pairs: 8_000 },
         }
     }
