@@ -38,4 +38,4 @@ fi
 
 echo "$target is there and its SHA-256 is right. Turn it into a Hugging Face folder with"
 echo
-echo "  cargo run --release -- model convert $target $out/smollm2-135m-instruct"
+echo "  cargo run --release -- model convert $target $out/SmolLM2-135M-Instruct"

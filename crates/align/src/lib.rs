@@ -5,7 +5,7 @@
 //! the gradient back through the engine. [`step`] is one step of the chain; [`world`] a place where all is known.
 
 pub mod data;
-mod log;
+pub mod log;
 pub mod objective;
 pub mod reference;
 mod state;

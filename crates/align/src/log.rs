@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use engine::{Error, Result};
 use serde::Serialize;
+use serde_json::Value;
 
 /// Appends records to a file, one JSON object a line.
 #[derive(Debug)]
@@ -42,10 +43,23 @@ impl MetricsLog {
     }
 }
 
+/// One metric of a `metrics.jsonl`, with its optimizer step; lines without it are left out.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn read_metric(path: &Path, metric: &str) -> Result<Vec<(u64, f64)>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    let point = |line: &str| {
+        let record: Value = serde_json::from_str(line).ok()?;
+        Some((record.get("step")?.as_u64()?, record.get(metric)?.as_f64()?))
+    };
+    Ok(text.lines().filter_map(point).collect())
+}
+
 /// The step of a complete line.
 fn step_of(line: &str) -> Option<u64> {
     let line = line.strip_suffix('\n')?;
-    serde_json::from_str::<serde_json::Value>(line).ok()?.get("step")?.as_u64()
+    serde_json::from_str::<Value>(line).ok()?.get("step")?.as_u64()
 }
 
 #[cfg(test)]
@@ -66,5 +80,7 @@ mod tests {
         let text = std::fs::read_to_string(&path).unwrap();
         assert_eq!(text.lines().count(), 3);
         assert!(text.ends_with("{\"step\":3,\"loss\":0.25}\n"));
+        assert_eq!(read_metric(&path, "loss").unwrap(), [(1, 0.5), (2, 0.5), (3, 0.25)]);
+        assert_eq!(read_metric(&path, "accuracy").unwrap(), []);
     }
 }

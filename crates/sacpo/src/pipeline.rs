@@ -1,16 +1,18 @@
 //! From a recipe to policies: the stages of a run, each done once.
 //!
+//! [`prepare`] reads and checks all that goes in before [`run`] writes anything.
+//!
 //! ```text
 //! OUT/recipe.toml            the recipe with all defaults
 //! OUT/steps/NAME/            metrics.jsonl, checkpoint/, policy.json (written last: the policy is complete)
 //! OUT/cache/                 log-probabilities that no later run needs to compute again
 //! ```
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use align::data::{self, RenderOptions, TokenizedPair};
+use align::log::read_metric;
 use align::objective::Objective;
 use align::reference::pair_logps;
 use align::step::{self, PreferenceReport};
@@ -31,9 +33,11 @@ pub(crate) struct Policy {
     pub(crate) beta_over_lambda: Option<f64>,
     /// Where the model is.
     pub(crate) path: PathBuf,
+    /// The hash of its weights.
+    model: String,
     /// Ranking of each step's held-out pairs, in the order of the steps.
     pub(crate) validation: Vec<PreferenceReport>,
-    /// Seconds of training; 0 for the base model.
+    /// Seconds of training, also of the calls before this one; 0 for the base model.
     pub(crate) seconds: f64,
 }
 
@@ -41,6 +45,13 @@ pub(crate) struct Policy {
 pub(crate) struct StepData {
     pub(crate) train: Vec<TokenizedPair>,
     pub(crate) validation: Vec<TokenizedPair>,
+}
+
+/// What goes into a run.
+pub(crate) struct Inputs {
+    /// The base model.
+    pub(crate) base: Checkpoint,
+    data: Vec<StepData>,
 }
 
 /// What a run has made.
@@ -68,6 +79,7 @@ struct PolicyRecord {
     pairs: usize,
     seed: u64,
     version: String,
+    /// Seconds of all optimizer steps.
     seconds: f64,
 }
 
@@ -86,12 +98,14 @@ impl RunFolder {
         std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
         let file = path.join(".lock");
         let lock = File::create(&file).map_err(Error::io("create", &file))?;
-        lock.try_lock().map_err(|_| {
-            Error::input(format!(
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => Error::input(format!(
                 "Another sacpo process is working in {}. Wait for it to end, or choose another output folder.",
                 path.display()
-            ))
+            )),
+            TryLockError::Error(source) => Error::io("lock", &file)(source),
         })?;
+        remove_leftovers(path)?;
         Ok(Self { path: path.to_path_buf(), _lock: lock })
     }
 
@@ -101,42 +115,86 @@ impl RunFolder {
     }
 }
 
-/// Runs all steps of a recipe, and ranks every policy on the held-out pairs of every step.
+/// Deletes what a killed process left half-written in a run directory.
+fn remove_leftovers(run: &Path) -> Result<()> {
+    let steps = run.join("steps");
+    for folder in [run, &run.join("cache"), &run.join("pretraining"), &steps] {
+        atomic::remove_leftovers(folder)?;
+    }
+    // no entries where there is no such folder yet
+    let policies = std::fs::read_dir(&steps).into_iter().flatten().flatten();
+    policies.filter(|entry| entry.path().is_dir()).try_for_each(|entry| atomic::remove_leftovers(&entry.path()))
+}
+
+/// Reads the base model and the data of all steps.
 ///
 /// # Errors
-/// Bad input, files that cannot be read or written, diverged training, or [`Error::Interrupted`].
-pub(crate) fn run(recipe: &Recipe, folder: &RunFolder) -> Result<Outcome> {
-    folder.write("recipe.toml", &recipe.to_toml()?)?;
+/// Bad input, or files that cannot be read.
+pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
     let base = Checkpoint::load(&recipe.model.base)?;
     ui::say(format!("Base model {}: {} parameters.", recipe.model.base.display(), base.model.layout.len));
     let data = recipe.steps.iter().map(|step| load_data(step, &base, recipe.run.seed)).collect::<Result<Vec<_>>>()?;
+    Ok(Inputs { base, data })
+}
 
+/// Runs all steps of a recipe, and ranks every policy on the held-out pairs of every step.
+///
+/// # Errors
+/// A folder that holds policies of another recipe, which stays as it is; files that cannot be read or written,
+/// diverged training, or [`Error::Interrupted`].
+pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result<Outcome> {
+    let Inputs { base, data } = inputs;
     let plan = recipe.plan();
+    let stages: Vec<Stage> = plan.iter().map(|planned| Stage::new(recipe, planned, &data, folder)).collect();
+    let base_hash = base.model.hash();
+    refuse_other_policies(&stages, &base_hash)?;
+    folder.write("recipe.toml", &recipe.to_toml()?)?;
+
     let mut policies = vec![Policy {
         name: "base".into(),
         step: None,
         beta_over_lambda: None,
         path: recipe.model.base.clone(),
+        model: base_hash,
         validation: Vec::new(),
         seconds: 0.0,
     }];
-    for planned in &plan {
-        let parent = planned.parent.map_or(0, |index| index + 1);
-        let start = if parent == 0 { base.model.clone() } else { Checkpoint::load(&policies[parent].path)?.model };
-        let step = &recipe.steps[planned.step];
-        let stage = Stage { recipe, step, planned, start, data: &data[planned.step].train };
-        let record = stage.complete(folder, &base)?;
+    for stage in &stages {
+        let planned = stage.planned;
+        let parent = &policies[planned.parent.map_or(0, |index| index + 1)];
+        let record = match stage.finished(&parent.model)? {
+            Some(record) => {
+                ui::say(format!("Policy {}: complete.", planned.name));
+                record
+            }
+            None => stage.train(parent, &base, &folder.path.join("cache"))?,
+        };
+        // a killed process may have left it beside a finished policy
+        align::trainer::discard_state(&stage.folder)?;
         policies.push(Policy {
             name: planned.name.clone(),
-            step: Some(step.name.clone()),
+            step: Some(stage.step.name.clone()),
             beta_over_lambda: planned.beta_over_lambda(),
-            path: stage.folder(folder).join("checkpoint"),
+            path: stage.checkpoint(),
+            model: record.model,
             validation: Vec::new(),
             seconds: record.seconds,
         });
     }
     rank(&mut policies, &base.model, recipe, &data, folder)?;
     Ok(Outcome { policies, data })
+}
+
+/// Fails if a finished policy is not the one that the recipe asks for. A policy whose parent is still to be trained
+/// cannot be judged yet.
+fn refuse_other_policies(stages: &[Stage<'_>], base_hash: &str) -> Result<()> {
+    let mut models: Vec<Option<String>> = Vec::with_capacity(stages.len());
+    for stage in stages {
+        let reference = stage.planned.parent.map_or(Some(base_hash), |index| models[index].as_deref());
+        let record = reference.map(|reference| stage.finished(reference)).transpose()?.flatten();
+        models.push(record.map(|record| record.model));
+    }
+    Ok(())
 }
 
 /// Reads, divides and tokenises the pairs of a step, and says what came of them.
@@ -148,8 +206,8 @@ fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
     let context = base.model.config.max_position_embeddings;
     if options.max_length > context {
         return Err(Error::input(format!(
-            "The step `{}` asks for sequences of {} tokens, but the model's context is {context} tokens. Lower \
-             data.max_length.",
+            "The step `{}` allows sequences of {} tokens, but the model's context is {context} tokens. Set \
+             data.max_length to {context} or less, in the recipe or with --set data.max_length={context}.",
             step.name, options.max_length
         )));
     }
@@ -197,13 +255,22 @@ struct Stage<'a> {
     recipe: &'a Recipe,
     step: &'a Step,
     planned: &'a PlannedStep,
-    start: Model,
     data: &'a [TokenizedPair],
+    folder: PathBuf,
 }
 
-impl Stage<'_> {
-    fn folder(&self, run: &RunFolder) -> PathBuf {
-        run.path.join("steps").join(&self.planned.name)
+impl<'a> Stage<'a> {
+    fn new(recipe: &'a Recipe, planned: &'a PlannedStep, data: &'a [StepData], run: &RunFolder) -> Self {
+        let folder = run.path.join("steps").join(&planned.name);
+        Self { recipe, step: &recipe.steps[planned.step], planned, data: &data[planned.step].train, folder }
+    }
+
+    fn checkpoint(&self) -> PathBuf {
+        self.folder.join("checkpoint")
+    }
+
+    fn objective(&self) -> Result<Objective> {
+        Objective::dpo(self.planned.beta, self.step.label_smoothing)
     }
 
     fn options(&self) -> TrainOptions {
@@ -223,40 +290,47 @@ impl Stage<'_> {
         }
     }
 
-    /// Trains the policy unless it is complete.
-    fn complete(&self, run: &RunFolder, base: &Checkpoint) -> Result<PolicyRecord> {
-        let folder = self.folder(run);
-        let objective = Objective::dpo(self.planned.beta, self.step.label_smoothing)?;
-        let options = self.options();
-        let reference = self.start.hash();
-        let key = self.key(&reference, &objective, &options);
-        if let Some(record) = read_record(&folder)? {
-            if record.key == key {
-                ui::say(format!("Policy {}: complete.", self.planned.name));
-                return Ok(record);
-            }
-            return Err(Error::input(format!(
-                "{} holds a policy of another model, data or options than this recipe says. Choose another run.out, or \
-                 delete that folder to train it again.",
-                folder.display()
-            )));
+    /// Names everything that the policy depends on; `reference` is the hash of the model that it starts from.
+    fn key(&self, reference: &str) -> Result<String> {
+        let (objective, course) = (format!("{:?}", self.objective()?), self.options().course());
+        let parts = [reference, &objective, &course, &align::reference::fingerprint(self.data)];
+        Ok(blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string())
+    }
+
+    /// The record of the policy if it is complete.
+    fn finished(&self, reference: &str) -> Result<Option<PolicyRecord>> {
+        let Some(record) = read_record(&self.folder)? else { return Ok(None) };
+        if record.key == self.key(reference)? {
+            return Ok(Some(record));
         }
-        ui::say(format!("Policy {}: {} at temperature {}.", self.planned.name, objective.name(), self.planned.beta));
-        let start = Instant::now();
-        let (policy, _) = step::align(
-            &self.start,
+        Err(Error::input(format!(
+            "{} holds a policy of another model, data or options than this recipe says. Choose another output folder \
+             (run.out, or --out), or delete that folder to train the policy again.",
+            self.folder.display()
+        )))
+    }
+
+    /// Trains the policy from its parent, and keeps it.
+    fn train(&self, parent: &Policy, base: &Checkpoint, cache: &Path) -> Result<PolicyRecord> {
+        let objective = self.objective()?;
+        let name = &self.planned.name;
+        ui::say(format!("Policy {name}: {} at temperature {}.", objective.name(), self.planned.beta));
+        let start = if self.planned.parent.is_some() { load_policy(parent)? } else { base.model.clone() };
+        let (policy, records) = step::align(
+            &start,
             self.data,
             &objective,
-            &options,
-            &folder,
-            &run.path.join("cache"),
+            &self.options(),
+            &self.folder,
+            cache,
             &mut ui::TrainingBar::new("training"),
         )?;
+        let seconds = read_metric(&self.folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
         let record = PolicyRecord {
-            name: self.planned.name.clone(),
-            key,
+            name: name.clone(),
+            key: self.key(&parent.model)?,
             model: policy.hash(),
-            reference,
+            reference: parent.model.clone(),
             metric: self.step.metric.clone(),
             objective: objective.name().into(),
             temperature: self.planned.beta,
@@ -264,22 +338,32 @@ impl Stage<'_> {
             pairs: self.data.len(),
             seed: self.recipe.run.seed,
             version: env!("CARGO_PKG_VERSION").into(),
-            seconds: start.elapsed().as_secs_f64(),
+            seconds,
         };
         let checkpoint =
             Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
-        checkpoint.save(&folder.join("checkpoint"))?;
-        atomic::write_file(&folder.join("policy.json"), |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
-        align::trainer::discard_state(&folder)?;
+        checkpoint.save(&self.checkpoint())?;
+        let path = self.folder.join("policy.json");
+        atomic::write_file(&path, |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
+        if let Some(last) = records.last() {
+            ui::say(format!("  {} steps in {seconds:.0} s; the last batch's loss was {:.4}.", last.step, last.loss));
+        }
         Ok(record)
     }
+}
 
-    /// Names everything that the policy depends on.
-    fn key(&self, reference: &str, objective: &Objective, options: &TrainOptions) -> String {
-        let parts =
-            [reference, &format!("{objective:?}"), &options.course(), &align::reference::fingerprint(self.data)];
-        blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string()
+/// The model of a trained policy, which must be the one that was trained.
+fn load_policy(policy: &Policy) -> Result<Model> {
+    let model = Checkpoint::load(&policy.path)?.model;
+    if model.hash() == policy.model {
+        return Ok(model);
     }
+    Err(Error::input(format!(
+        "The weights in {} are not those of the policy `{}` that was trained there. Put them back, or delete the folder \
+         above to train the policy again.",
+        policy.path.display(),
+        policy.name
+    )))
 }
 
 fn read_record(folder: &Path) -> Result<Option<PolicyRecord>> {
@@ -303,7 +387,7 @@ fn rank(policies: &mut [Policy], base: &Model, recipe: &Recipe, data: &[StepData
         let model = if index == 0 {
             base
         } else {
-            trained = Checkpoint::load(&policy.path)?.model;
+            trained = load_policy(policy)?;
             &trained
         };
         for (number, (step, data)) in recipe.steps.iter().zip(data).enumerate() {

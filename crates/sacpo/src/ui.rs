@@ -81,9 +81,13 @@ impl Monitor for TrainingBar {
 
     fn step(&mut self, total: u64, record: &StepRecord) {
         if self.bar.length() != Some(total) {
+            let done = record.step - 1;
+            if done > 0 {
+                self.bar.suspend(|| say(format!("  Continues after step {done} of {total}.")));
+            }
             self.bar.set_length(total);
-            // a continued training starts in the middle: only what is done from here counts for the rate
-            self.bar.set_position(record.step - 1);
+            // only what is done from here counts for the rate
+            self.bar.set_position(done);
             self.bar.reset_eta();
         }
         self.bar.set_position(record.step);

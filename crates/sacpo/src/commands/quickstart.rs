@@ -45,6 +45,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     start_threads(global, None)?;
     let amounts = Amounts::of(options.size);
     let folder = RunFolder::open(&options.out)?;
+    claim(&folder, options)?;
     let world = World::new(options.seed);
     let base = folder.path.join("base");
     ui::say(format!(
@@ -55,7 +56,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     ));
     train_base(&world, &amounts, options.seed, &base, &folder)?;
     let recipe = recipe(&world, &amounts, options, &folder, &base)?;
-    let outcome = pipeline::run(&recipe, &folder)?;
+    let outcome = pipeline::run(&recipe, pipeline::prepare(&recipe)?, &folder)?;
 
     let mut policies = Vec::new();
     let mut reference = Vec::new();
@@ -129,6 +130,24 @@ fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {
     })
 }
 
+/// Marks the folder as one of this size and seed, whose base model and data are used again.
+fn claim(folder: &RunFolder, options: &Quickstart) -> Result<()> {
+    let path = folder.path.join("quickstart.json");
+    let wanted = json!({"size": options.size, "seed": options.seed});
+    match std::fs::read(&path) {
+        Ok(found) if serde_json::from_slice(&found).is_ok_and(|found: Value| found == wanted) => Ok(()),
+        Ok(_) => Err(Error::input(format!(
+            "{} holds a quickstart of another size or seed ({}). Choose another folder with --out, or delete that one.",
+            folder.path.display(),
+            path.display()
+        ))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            folder.write("quickstart.json", &format!("{wanted:#}\n"))
+        }
+        Err(error) => Err(Error::io("read", &path)(error)),
+    }
+}
+
 /// The shape of the world's language model.
 fn shape(world: &World) -> ModelConfig {
     ModelConfig {
@@ -152,9 +171,11 @@ fn shape(world: &World) -> ModelConfig {
 
 /// Trains the base model on the world's answers from random weights, unless it is there already.
 fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: &RunFolder) -> Result<()> {
+    let training = folder.path.join("pretraining");
     if base.join("config.json").exists() {
         ui::say("Base model: complete.");
-        return Ok(());
+        // a killed process may have left it beside the finished model
+        return discard_state(&training);
     }
     let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None)?;
     let samples = world.sft_samples(amounts.demonstrations, seed);
@@ -183,7 +204,6 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         model.layout.len,
         demonstrations.len()
     ));
-    let training = folder.path.join("pretraining");
     train(&mut model, &Demonstrations(&demonstrations), &options, &training, &mut ui::TrainingBar::new("training"))?;
     let generation = GenerationConfig {
         bos_token_id: Some(world::BOS),

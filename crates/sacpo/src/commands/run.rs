@@ -5,13 +5,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use align::data::Prompt;
+use align::log::read_metric;
 use engine::checkpoint::Checkpoint;
 use engine::generate::{Answer, SamplingOptions};
 use engine::{Error, Result};
 use evaluate::curves::{Series, curves_svg};
 use serde_json::{Value, json};
 
-use super::generate::{answer, as_chat};
+use super::generate::{answer, as_chat, tokenize};
 use super::{print_json, start_threads};
 use crate::cli::{Global, Run, Train};
 use crate::pipeline::{self, Outcome, Policy, RunFolder};
@@ -52,8 +53,12 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
 fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     let start = Instant::now();
     start_threads(global, recipe.run.threads)?;
+    let inputs = pipeline::prepare(recipe)?;
+    // now rather than after hours of training
+    tokenize(&inputs.base, &prompts_for(&inputs.base, recipe))
+        .map_err(|error| Error::input(format!("In `evaluate.prompts` of the recipe: {error}")))?;
     let folder = RunFolder::open(&recipe.run.out)?;
-    let outcome = pipeline::run(recipe, &folder)?;
+    let outcome = pipeline::run(recipe, inputs, &folder)?;
     let answers = answers(recipe, &outcome, &folder)?;
     let metrics: Vec<&str> = recipe.steps.iter().map(|step| step.metric.as_str()).collect();
     for (file, title, metric) in
@@ -107,7 +112,10 @@ fn validation_table(metrics: &[&str], policies: &[Policy]) -> String {
         let _ = write!(table, "\n| {} |", policy.name);
         for report in &policy.validation {
             let (accuracy, margin, likelihood) = (report.accuracy, report.margin, report.likelihood_accuracy);
-            let _ = write!(table, " {accuracy:.3} | {margin:+.3} | {likelihood:.3} |");
+            let _ = match report.pairs {
+                0 => write!(table, " – | – | – |"),
+                _ => write!(table, " {accuracy:.3} | {margin:+.3} | {likelihood:.3} |"),
+            };
         }
         let _ = write!(table, " {} |", duration(policy.seconds));
     }
@@ -134,10 +142,7 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
     let mut lines = String::new();
     for policy in &outcome.policies {
         let checkpoint = Checkpoint::load(&policy.path)?;
-        let as_prompt = |text: &String| Prompt::Text(text.clone());
-        let chat = checkpoint.tokenizer.has_chat_template();
-        let prompts: Vec<Prompt> =
-            prompts.iter().map(as_prompt).map(|p| if chat { as_chat(p, None) } else { p }).collect();
+        let prompts = prompts_for(&checkpoint, recipe);
         let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name));
         all.push(answer(&checkpoint, &prompts, &sampling, &mut ui::advance(&bar))?);
         bar.finish_and_clear();
@@ -152,17 +157,19 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
     Ok(all)
 }
 
+/// The recipe's prompts as the model takes them.
+fn prompts_for(checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<Prompt> {
+    let chat = checkpoint.tokenizer.has_chat_template();
+    let texts = recipe.evaluate.prompts.iter().map(|text| Prompt::Text(text.clone()));
+    texts.map(|prompt| if chat { as_chat(prompt, None) } else { prompt }).collect()
+}
+
 /// A metric of every trained policy over its optimizer steps.
 fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Series>> {
     let trained = outcome.policies.iter().filter(|policy| policy.step.is_some());
     let series = trained.map(|policy| {
         let path = folder.path.join("steps").join(&policy.name).join("metrics.jsonl");
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let point = |line: &str| {
-            let record: Value = serde_json::from_str(line).ok()?;
-            Some((record.get("step")?.as_u64()?, record.get(metric)?.as_f64()?))
-        };
-        Ok(Series { name: policy.name.clone(), points: text.lines().filter_map(point).collect() })
+        Ok(Series { name: policy.name.clone(), points: read_metric(&path, metric)? })
     });
     series.collect()
 }
