@@ -12,7 +12,7 @@ pub mod error;
 pub mod generate;
 pub mod memory;
 pub mod model;
-pub mod ops;
+mod ops;
 pub mod optim;
 pub mod tokenizer;
 

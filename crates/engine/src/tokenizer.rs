@@ -5,7 +5,6 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use crate::chat::{ChatTemplate, Message};
@@ -149,14 +148,6 @@ impl Tokenizer {
     /// [`Error::Input`] when the vocabulary cannot express the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.inner.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec())
-    }
-
-    /// [`Self::encode`] for many texts, in parallel and in order.
-    ///
-    /// # Errors
-    /// As [`Self::encode`], for the first text that fails.
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>> {
-        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
     /// The text of token ids, without special tokens and without ids that no token has.

@@ -40,10 +40,7 @@ fn text_becomes_ids_and_text_again() {
     let ids = tokenizer.encode(&long).unwrap();
     assert_eq!(ids.len(), 200);
     assert_eq!(tokenizer.decode(&ids).unwrap(), long);
-    let texts = ["the", "", "a longer text", &long];
-    let batch = tokenizer.encode_batch(&texts).unwrap();
-    assert_eq!(batch, texts.map(|text| tokenizer.encode(text).unwrap()));
-    assert!(batch[1].is_empty());
+    assert!(tokenizer.encode("").unwrap().is_empty());
 }
 
 #[test]

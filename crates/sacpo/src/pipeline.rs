@@ -217,8 +217,9 @@ fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
         long_prompts: options.long_prompts,
     };
     let mut train = data::tokenize_pairs(&train, &step.data, &base.tokenizer, &render)?;
-    let validation = data::tokenize_pairs(&validation, &step.data, &base.tokenizer, &render)?;
+    let mut validation = data::tokenize_pairs(&validation, &step.data, &base.tokenizer, &render)?;
     train.pairs.truncate(options.max_pairs.unwrap_or(usize::MAX));
+    validation.pairs.truncate(options.max_validation_pairs.unwrap_or(usize::MAX));
     ui::say(format!(
         "Step {}: {} pairs to train on, {} held out, from {} ({} rows).",
         step.name,

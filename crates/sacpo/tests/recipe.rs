@@ -218,6 +218,7 @@ fn wrong_recipes_are_named_with_key_and_line() {
         ("validation_fraction = 0.2", "validation_fraction = 1.0", &["at least 0 and less than 1"]),
         ("validation_fraction = 0.2", "validation_fraction = nan", &["is NaN", "at least 0"]),
         ("max_pairs = 1000", "max_pairs = 0", &["`data.max_pairs`"]),
+        ("max_pairs = 1000", "max_validation_pairs = 0", &["`data.max_validation_pairs`"]),
         ("long_prompts = \"drop\"", "long_prompts = \"cut\"", &["\"cut\"", "\"error\" or \"drop\""]),
         ("skip_bad_rows = true", "skip_bad_rows = 1", &["`data.skip_bad_rows`", "true or false"]),
         ("learning_rate = 1e-5", "learning_rate = 0.0", &["`train.learning_rate`", "greater than 0"]),
