@@ -75,6 +75,13 @@ fn the_quickstart_prints_its_policies_and_leaves_a_whole_run() {
         assert!(policy["reward"].is_f64() && policy["safety"].is_f64() && policy["kl"].is_f64());
         assert!(policy["outside"].as_f64().unwrap() < 0.5, "{policy}");
     }
+    let values = |key: &str| -> Vec<f64> {
+        result["policies"].as_array().unwrap().iter().map(|p| p[key].as_f64().unwrap()).collect()
+    };
+    let (reward, safety) = (values("reward"), values("safety"));
+    assert!(reward[1] > reward[0] && safety[1] < safety[0], "the first step does not trade safety for reward");
+    assert!(safety[1..].is_sorted() && safety[2] > safety[1], "safety does not rise along the sweep: {safety:?}");
+    assert!(reward[1..].is_sorted_by(|a, b| a > b), "reward does not fall along the sweep: {reward:?}");
     for key in ["constraint", "seconds", "peak_memory_bytes", "out"] {
         assert!(result.get(key).is_some(), "{key}");
     }
