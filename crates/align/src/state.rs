@@ -3,11 +3,10 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use engine::checkpoint::atomic;
+use engine::checkpoint::{atomic, write_safetensors};
 use engine::optim::AdamW;
 use engine::{Error, Model, Result};
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
 
 const FILE: &str = "training-state.safetensors";
 
@@ -22,17 +21,10 @@ impl TrainingState {
             ("identity".to_owned(), identity.to_owned()),
             ("steps".to_owned(), optimizer.steps.to_string()),
         ]);
-        let bytes = [&policy.weights, &optimizer.first, &optimizer.second].map(|v| to_bytes(v));
-        let mut tensors = Vec::new();
-        for (name, bytes) in ["weights", "first", "second"].into_iter().zip(&bytes) {
-            let view = TensorView::new(Dtype::F32, vec![policy.layout.len], bytes);
-            tensors
-                .push((name, view.map_err(|e| Error::Failed(format!("Could not lay out the training state: {e}.")))?));
-        }
-        atomic::write_file(&path, |out| {
-            let file = safetensors::serialize(tensors, Some(metadata)).map_err(std::io::Error::other)?;
-            out.write_all(&file)
-        })
+        let shape = [policy.layout.len];
+        let tensors = [("weights", &policy.weights), ("first", &optimizer.first), ("second", &optimizer.second)]
+            .map(|(name, values)| (name, &shape[..], values.as_slice()));
+        atomic::write_file(&path, |out| write_safetensors(out, &tensors, metadata))
     }
 
     /// Restores a state of the same training; leaves policy and optimizer as they are when there is none.
@@ -79,8 +71,4 @@ impl TrainingState {
             _ => Ok(()),
         }
     }
-}
-
-fn to_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use engine::{Model, Result};
+use engine::{Error, Model, Result};
 use serde::Serialize;
 
 use crate::data::TokenizedPair;
@@ -17,8 +17,7 @@ use crate::trainer::{Monitor, StepRecord, TrainOptions, train};
 
 /// Aligns `start` on preferences, with `start` itself as the reference, so that the first margin is exactly 0.
 ///
-/// `folder` receives metrics and state (see [`train`]); `cache` keeps the reference's log-probabilities; `progress` gets
-/// the number of pairs whose reference log-probabilities are known.
+/// `folder` receives metrics and state (see [`train`]); `cache` keeps the reference's log-probabilities.
 ///
 /// # Errors
 /// Those of [`pair_logps`] and [`train`].
@@ -29,10 +28,20 @@ pub fn align(
     options: &TrainOptions,
     folder: &Path,
     cache: &Path,
-    progress: &mut dyn FnMut(usize) -> Result<()>,
     monitor: &mut dyn Monitor,
 ) -> Result<(Model, Vec<StepRecord>)> {
-    let reference = pair_logps(start, pairs, options.micro_batch_tokens, Some(cache), progress)?;
+    let mut scored = |done| {
+        monitor.scored(done, pairs.len());
+        if !monitor.stop_requested() {
+            return Ok(());
+        }
+        Err(Error::Interrupted(format!(
+            "Stopped after {done} of {} pairs were scored under the reference, as you asked. Run the same command again; \
+             the scores are computed anew.",
+            pairs.len()
+        )))
+    };
+    let reference = pair_logps(start, pairs, options.micro_batch_tokens, Some(cache), &mut scored)?;
     let mut policy = start.clone();
     let records = train(&mut policy, &Preferences::new(pairs, &reference, objective), options, folder, monitor)?;
     Ok((policy, records))

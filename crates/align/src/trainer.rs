@@ -79,20 +79,19 @@ pub struct StepRecord {
 
 /// Who watches the training and may end it.
 pub trait Monitor {
+    /// Called as pairs are scored under the reference, before the first optimizer step.
+    fn scored(&mut self, _done: usize, _total: usize) {}
     /// Called after each optimizer step.
     fn step(&mut self, total: u64, record: &StepRecord);
     /// Whether the user asked to stop; asked after each optimizer step.
     fn stop_requested(&self) -> bool;
 }
 
-/// Mean loss and metrics of a task under a policy.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub struct Means {
-    /// Mean loss.
-    pub loss: f64,
-    /// Mean of each metric.
-    #[serde(flatten)]
-    pub metrics: BTreeMap<&'static str, f64>,
+/// Mean loss and metrics of some examples.
+#[derive(Debug, Clone, Default, PartialEq)]
+struct Means {
+    loss: f64,
+    metrics: BTreeMap<&'static str, f64>,
 }
 
 /// Trains `policy` on a task, in place. Returns the records of the steps that this call took.
@@ -123,7 +122,8 @@ pub fn train(
 
     let steps_per_epoch = task.len().div_ceil(options.batch_size) as u64;
     let total = steps_per_epoch * options.epochs as u64;
-    let warmup = (options.warmup_ratio * total as f64).ceil() as u64;
+    // the first step of a warm-up has rate 0, so a training of one step must not be all warm-up
+    let warmup = ((options.warmup_ratio * total as f64).ceil() as u64).min(total - 1);
     let mut records = Vec::new();
     while optimizer.steps < total {
         let start = Instant::now();
@@ -181,12 +181,6 @@ pub fn train(
 /// If the file exists and cannot be removed.
 pub fn discard_state(folder: &Path) -> Result<()> {
     TrainingState::discard(folder)
-}
-
-/// Mean loss and metrics of a task, without training.
-pub fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
-    let all: Vec<usize> = (0..task.len()).collect();
-    Passes::new(policy, task, options).means(&policy.weights, task, &all)
 }
 
 /// The order in which an epoch visits the examples; depends on seed and epoch alone.
@@ -262,6 +256,7 @@ impl Passes {
         (sums.means(batch.len(), total_weight), tokens)
     }
 
+    #[cfg(test)]
     fn means(&mut self, weights: &[f32], task: &dyn Task, batch: &[usize]) -> Means {
         let mut sums = Sums::default();
         for part in micro_batches(task, batch, self.micro_batch_tokens) {

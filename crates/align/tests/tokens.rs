@@ -4,25 +4,21 @@
 
 mod common;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use align::data::{
     LongPrompts, PreferencePair, Prompt, RenderOptions, TemplateTail, Tokenized, TokenizedPair, read_pairs,
     tokenize_pairs, tokenize_prompt,
 };
-use common::{chat, pair, present, shared};
+use common::{chat, pair, shared};
+use engine::checkpoint::Checkpoint;
 use engine::tokenizer::Tokenizer;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-/// The Hugging Face folder of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
+/// The tokenizer of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
 fn smollm2() -> Option<Tokenizer> {
-    let folder = std::env::var_os("SACPO_SMOLLM2_HF").map_or_else(
-        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/SmolLM2-135M-Instruct")),
-        PathBuf::from,
-    );
-    present(folder, "set SACPO_SMOLLM2_HF to the Hugging Face folder of SmolLM2-135M-Instruct")
-        .map(|folder| Tokenizer::from_folder(&folder).unwrap())
+    common::smollm2().map(|gguf| Checkpoint::load(&gguf).unwrap().tokenizer)
 }
 
 /// A token a character, but `ab` is one, with `^` as BOS and `$` as EOS.

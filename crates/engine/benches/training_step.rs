@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! cargo bench -p sacpo-engine --bench training_step
-//! cargo bench -p sacpo-engine --bench training_step -- --peer "python crates/engine/benches/peer_training_step.py"
+//! cargo bench -p sacpo-engine --bench training_step -- --peer "python benches/peer_training_step.py"
 //! ```
 //!
 //! With `--peer`, both programs take turns, two steps each, so that a drifting machine slows both alike;
@@ -106,15 +106,16 @@ impl Peer {
     fn steps(&mut self, n: usize) -> Vec<f64> {
         let input = self.child.stdin.as_mut().unwrap_or_else(|| unreachable!("stdin is piped"));
         writeln!(input, "step {n}").unwrap_or_else(|e| panic!("`{}` has stopped: {e}", self.command));
-        let mut line = String::new();
-        while !line.starts_with('{') {
-            line.clear();
+        loop {
+            let mut line = String::new();
             let read = self.answers.read_line(&mut line).unwrap_or(0);
             assert!(read > 0, "`{}` has stopped", self.command);
+            // the peer also prints a line about itself when it is ready
+            let answer: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+            if let Some(seconds) = answer["seconds"].as_array() {
+                return seconds.iter().filter_map(serde_json::Value::as_f64).collect();
+            }
         }
-        let answer: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|e| panic!("{line}: {e}"));
-        let seconds = answer["seconds"].as_array().unwrap_or_else(|| panic!("no seconds in {line}"));
-        seconds.iter().filter_map(serde_json::Value::as_f64).collect()
     }
 }
 

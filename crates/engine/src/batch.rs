@@ -30,16 +30,6 @@ struct Segment {
 }
 
 impl PackedBatch {
-    /// A batch of prompts with their responses.
-    pub fn new<'a, R: AsRef<[u32]> + 'a>(groups: impl IntoIterator<Item = (&'a [u32], Vec<R>)>) -> Self {
-        let mut batch = Self::default();
-        for (prompt, responses) in groups {
-            let responses: Vec<&[u32]> = responses.iter().map(AsRef::as_ref).collect();
-            batch.push(prompt, &responses);
-        }
-        batch
-    }
-
     /// Adds a prompt with its responses.
     ///
     /// # Panics

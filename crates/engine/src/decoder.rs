@@ -333,7 +333,7 @@ impl Decoder {
 
     /// Log-probabilities of the batch's responses from `self.x`.
     fn head_forward(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f64> {
-        let chunk = logprob::chunk_rows(self.layout.head.len() / self.hidden);
+        let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / self.hidden);
         let mut logps = Vec::with_capacity(batch.targets.len());
         for (rows, targets) in batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)) {
             self.gather_normed(weights, rows);
@@ -355,7 +355,7 @@ impl Decoder {
     ) -> Vec<f64> {
         let d = self.hidden;
         let d_logps = batch.spread_responses(d_logps);
-        let chunk = logprob::chunk_rows(self.layout.head.len() / d);
+        let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / d);
         fit(&mut self.scratch.dx, batch.rows() * d).fill(0.0);
         let mut logps = Vec::with_capacity(batch.targets.len());
         let chunks = batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)).zip(d_logps.chunks(chunk));

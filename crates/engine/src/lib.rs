@@ -12,15 +12,18 @@ pub mod error;
 pub mod generate;
 pub mod memory;
 pub mod model;
-pub mod ops;
+mod ops;
 pub mod optim;
 pub mod tokenizer;
 
 pub use batch::PackedBatch;
+pub use chat::Message;
+pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Keep};
 pub use error::{Error, Result};
 pub use model::{Layout, Model, ParamSpec};
+pub use tokenizer::Tokenizer;
 
 /// The processor's instruction set as the engine uses it. Results in f32 may differ in the last bits between
 /// instruction sets, so what is cached on disk names it.

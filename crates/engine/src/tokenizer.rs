@@ -5,7 +5,6 @@ use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
-use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use crate::chat::{ChatTemplate, Message};
@@ -89,8 +88,20 @@ impl Tokenizer {
 
     /// A tokenizer from the contents of its files, the chat template apart.
     pub(crate) fn from_parts(json: Vec<u8>, config: Map<String, Value>, chat_template: Option<&str>) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(&json)
-            .map_err(|e| Error::input(format!("tokenizer.json is malformed: {e}.")))?;
+        let malformed = |what: String| Error::input(format!("tokenizer.json is malformed: {what}."));
+        let mut parsed: Map<String, Value> = serde_json::from_slice(&json).map_err(|e| malformed(e.to_string()))?;
+        // Many published files carry the truncation and padding of some training run, which would cut or pad texts
+        // in silence.
+        parsed.retain(|name, _| name != "truncation" && name != "padding");
+        // On some contradictory files the crate panics instead of returning an error, at the latest when its
+        // post-processor first runs.
+        let loaded = std::panic::catch_unwind(|| {
+            let inner: tokenizers::Tokenizer = serde_json::from_value(parsed.into()).map_err(|e| e.to_string())?;
+            let framed = inner.encode_fast("", true).map_err(|e| e.to_string())?;
+            Ok((inner, framed.get_ids().to_vec()))
+        });
+        let loaded = loaded.unwrap_or_else(|_| Err("its parts contradict each other".to_owned()));
+        let (inner, framed): (tokenizers::Tokenizer, Vec<u32>) = loaded.map_err(malformed)?;
         if let tokenizers::ModelWrapper::BPE(bpe) = inner.get_model()
             && bpe.dropout.is_some_and(|p| p > 0.0)
         {
@@ -99,12 +110,6 @@ impl Tokenizer {
                  model.dropout to null.",
             ));
         }
-        // Many published files carry the truncation and padding of some training run, which would cut or pad texts
-        // in silence.
-        inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|e| Error::input(format!("The truncation of tokenizer.json cannot be removed: {e}.")))?;
         let special = |name: &str| -> Result<Option<SpecialToken>> {
             let Some(text) = config.get(name).and_then(token_text) else { return Ok(None) };
             let id = inner.token_to_id(text).ok_or_else(|| {
@@ -116,8 +121,7 @@ impl Tokenizer {
             Ok(Some(SpecialToken { id, text: text.to_owned() }))
         };
         let (bos, eos) = (special("bos_token")?, special("eos_token")?);
-        let framed = inner.encode_fast("", true).map_err(encoding_failed)?;
-        let adds_bos = bos.as_ref().is_some_and(|bos| framed.get_ids().first() == Some(&bos.id));
+        let adds_bos = bos.as_ref().is_some_and(|bos| framed.first() == Some(&bos.id));
         let template = chat_template.map(ChatTemplate::new);
         Ok(Self { inner: Arc::new(inner), json: json.into(), config, bos, eos, adds_bos, template })
     }
@@ -144,14 +148,6 @@ impl Tokenizer {
     /// [`Error::Input`] when the vocabulary cannot express the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.inner.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec())
-    }
-
-    /// [`Self::encode`] for many texts, in parallel and in order.
-    ///
-    /// # Errors
-    /// As [`Self::encode`], for the first text that fails.
-    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>> {
-        texts.par_iter().map(|text| self.encode(text.as_ref())).collect()
     }
 
     /// The text of token ids, without special tokens and without ids that no token has.

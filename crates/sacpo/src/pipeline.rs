@@ -217,8 +217,9 @@ fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
         long_prompts: options.long_prompts,
     };
     let mut train = data::tokenize_pairs(&train, &step.data, &base.tokenizer, &render)?;
-    let validation = data::tokenize_pairs(&validation, &step.data, &base.tokenizer, &render)?;
+    let mut validation = data::tokenize_pairs(&validation, &step.data, &base.tokenizer, &render)?;
     train.pairs.truncate(options.max_pairs.unwrap_or(usize::MAX));
+    validation.pairs.truncate(options.max_validation_pairs.unwrap_or(usize::MAX));
     ui::say(format!(
         "Step {}: {} pairs to train on, {} held out, from {} ({} rows).",
         step.name,
@@ -316,7 +317,6 @@ impl<'a> Stage<'a> {
         let name = &self.planned.name;
         ui::say(format!("Policy {name}: {} at temperature {}.", objective.name(), self.planned.beta));
         let start = if self.planned.parent.is_some() { load_policy(parent)? } else { base.model.clone() };
-        let references = ui::bar(self.data.len() as u64, "reference");
         let (policy, records) = step::align(
             &start,
             self.data,
@@ -324,10 +324,8 @@ impl<'a> Stage<'a> {
             &self.options(),
             &self.folder,
             cache,
-            &mut ui::advance(&references),
             &mut ui::TrainingBar::new("training"),
         )?;
-        references.finish_and_clear();
         let seconds = read_metric(&self.folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
         let record = PolicyRecord {
             name: name.clone(),

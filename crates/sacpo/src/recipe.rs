@@ -25,8 +25,15 @@ const POSITIVE: (Bound<f64>, Bound<f64>) = (Excluded(0.0), Unbounded);
 const ROOT_KEYS: &[&str] = &["model", "run", "data", "train", "step", "evaluate"];
 const MODEL_KEYS: &[&str] = &["base"];
 const RUN_KEYS: &[&str] = &["out", "seed", "threads", "memory_gib"];
-const DATA_KEYS: &[&str] =
-    &["max_length", "validation_fraction", "max_pairs", "long_prompts", "skip_bad_rows", "template_tail"];
+const DATA_KEYS: &[&str] = &[
+    "max_length",
+    "validation_fraction",
+    "max_pairs",
+    "max_validation_pairs",
+    "long_prompts",
+    "skip_bad_rows",
+    "template_tail",
+];
 const TRAIN_KEYS: &[&str] = &[
     "learning_rate",
     "epochs",
@@ -97,6 +104,8 @@ pub struct DataOptions {
     /// The number of pairs to train on at most, ≥ 1: the first of the file that are not held out or
     /// dropped. Default: all.
     pub max_pairs: Option<usize>,
+    /// The number of held-out pairs to rank at most, ≥ 1: the first of the file. Default: all.
+    pub max_validation_pairs: Option<usize>,
     /// What to do with a prompt that leaves no room for a response. Default: an error.
     pub long_prompts: LongPrompts,
     /// Whether a row that cannot be read is counted and left out, instead of being an error. Default: no.
@@ -369,6 +378,7 @@ impl Default for DataOptions {
             max_length: 512,
             validation_fraction: 0.1,
             max_pairs: None,
+            max_validation_pairs: None,
             long_prompts: LongPrompts::Error,
             skip_bad_rows: false,
             template_tail: TemplateTail::Drop,
@@ -386,6 +396,7 @@ impl DataOptions {
                 .number("validation_fraction", 0.0..1.0)?
                 .unwrap_or(defaults.validation_fraction),
             max_pairs: section.count("max_pairs", 1)?.or(defaults.max_pairs),
+            max_validation_pairs: section.count("max_validation_pairs", 1)?.or(defaults.max_validation_pairs),
             long_prompts: section.choice("long_prompts", long_prompts)?.unwrap_or(defaults.long_prompts),
             skip_bad_rows: section.flag("skip_bad_rows")?.unwrap_or(defaults.skip_bad_rows),
             template_tail: section.choice("template_tail", template_tail)?.unwrap_or(defaults.template_tail),

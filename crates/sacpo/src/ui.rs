@@ -51,21 +51,39 @@ pub(crate) fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> Result<()> + '_
     }
 }
 
-/// Shows training steps on a bar, or now and then as a line when there is nowhere to draw one.
+/// Shows training steps on a bar, or in a line now and then when standard error is not a terminal.
 pub(crate) struct TrainingBar {
     bar: ProgressBar,
     last_line: Instant,
+    /// Whether the bar counts optimizer steps yet, and not scored pairs.
+    training: bool,
 }
 
 impl TrainingBar {
     pub(crate) fn new(what: &str) -> Self {
-        Self { bar: bar(0, what), last_line: Instant::now() }
+        Self { bar: bar(0, what), last_line: Instant::now(), training: false }
+    }
+
+    /// A line for those who do not see the bar.
+    fn heartbeat(&mut self, line: impl FnOnce() -> String) {
+        if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
+            self.last_line = Instant::now();
+            say(line());
+        }
     }
 }
 
 impl Monitor for TrainingBar {
+    fn scored(&mut self, done: usize, total: usize) {
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+        self.bar.set_message("reference log-probabilities");
+        self.heartbeat(|| format!("  {done} of {total} pairs scored under the reference"));
+    }
+
     fn step(&mut self, total: u64, record: &StepRecord) {
-        if self.bar.length() != Some(total) {
+        if !self.training {
+            self.training = true;
             let done = record.step - 1;
             if done > 0 {
                 self.bar.suspend(|| say(format!("  Continues after step {done} of {total}.")));
@@ -78,12 +96,9 @@ impl Monitor for TrainingBar {
         self.bar.set_position(record.step);
         let accuracy = record.metrics.get("rewards/accuracies");
         let accuracy = accuracy.map(|a| format!(", accuracy {a:.2}")).unwrap_or_default();
-        let state = format!("loss {:.4}{accuracy}", record.loss);
-        if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
-            self.last_line = Instant::now();
-            say(format!("  step {} of {total}, {state}", record.step));
-        }
-        self.bar.set_message(state);
+        let message = format!("loss {:.4}{accuracy}", record.loss);
+        self.heartbeat(|| format!("  step {} of {total}, {message}", record.step));
+        self.bar.set_message(message);
     }
 
     fn stop_requested(&self) -> bool {

@@ -5,8 +5,9 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 
 use common::*;
 use serde_json::{Value, json};
@@ -42,42 +43,55 @@ fn check_result(result: &Value, names: &[&str]) {
     assert!(result["seconds"].as_f64().unwrap() > 0.0);
 }
 
-#[test]
-fn quickstart_makes_everything_once_and_the_same_everywhere() {
-    let made = quickstart();
-    let names = ["base", "helpfulness", "safety-1", "safety-0.5", "safety-0.25"];
-    check_result(&made.result, &names);
-    for policy in made.result["policies"].as_array().unwrap() {
-        for key in ["reward", "safety", "kl"] {
-            assert!(policy[key].as_f64().unwrap().is_finite(), "{policy}");
-        }
-    }
-    assert_eq!(read_json(made.folder.join("results.json")), made.result);
-    says(&made.stderr, &["Base model", "Step helpfulness", "Policy safety-0.25"]);
-    for name in ["summary.md", "frontier.svg", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"] {
-        assert!(made.folder.join(name).is_file(), "{name}");
-    }
+/// A small quickstart on two threads, made once; its folder, what it printed, and what it said.
+fn quickstart() -> &'static (PathBuf, Value, String) {
+    static MADE: OnceLock<(PathBuf, Value, String)> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cli-quickstart");
+        let _ = fs::remove_dir_all(&folder);
+        let made = done(&["quickstart", "--size", "small", "--json", "--threads", "2", "--out", &text(&folder)]);
+        (folder, object(&made.stdout), made.stderr)
+    })
+}
 
-    // one thread instead of two: the same bytes
-    let other = folder();
-    let again = json(&["quickstart", "--size", "small", "--threads", "1", "--out", &out(&other)]);
-    assert_eq!(policies(&again), policies(&made.result));
-    assert!(weights(out(&other)) == weights(&made.folder));
+#[test]
+fn quickstart_shows_the_trade_and_makes_everything_once() {
+    let (made, result, stderr) = quickstart();
+    let names = ["base", "helpfulness", "safety-1", "safety-0.5", "safety-0.25"];
+    check_result(result, &names);
+    let values = |key: &str| -> Vec<f64> {
+        result["policies"].as_array().unwrap().iter().map(|policy| policy[key].as_f64().unwrap()).collect()
+    };
+    let (reward, safety) = (values("reward"), values("safety"));
+    assert!(values("kl").iter().chain(&values("outside")).all(|value| value.is_finite()));
+    assert!(values("outside").iter().all(|mass| *mass < 0.5), "{result}");
+    assert!(reward[1] > reward[0] && safety[1] < safety[0], "the first step does not trade safety for reward");
+    assert!(safety[1..].is_sorted() && safety[2] > safety[1], "safety does not rise along the sweep: {safety:?}");
+    assert!(reward[1..].is_sorted_by(|a, b| a > b), "reward does not fall along the sweep: {reward:?}");
+    assert_eq!(read_json(made.join("results.json")), *result);
+    says(stderr, &["Base model", "Step helpfulness", "Policy safety-0.25"]);
+    for name in ["summary.md", "frontier.svg", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"] {
+        assert!(made.join(name).metadata().unwrap().len() > 0, "{name}");
+    }
+    for name in &names[1..] {
+        assert_eq!(read_lines(made.join("steps").join(name).join("metrics.jsonl"))[0]["rewards/margins"], json!(0.0));
+    }
 
     // again in the same folder: nothing to do
-    let before = weights(out(&other));
-    let second = done(&["quickstart", "--size", "small", "--out", &out(&other)]);
+    let before = weights(made);
+    let second = done(&["quickstart", "--size", "small", "--out", &text(made)]);
     assert_eq!(second.stderr.matches(": complete.").count(), 5, "{}", second.stderr);
     says(&second.stdout, &["| policy", "| safety-0.25", "Plot: "]);
-    assert!(weights(out(&other)) == before);
+    assert_eq!(policies(&read_json(made.join("results.json"))), policies(result));
+    assert!(weights(made) == before);
 
     // another seed or size would mix two worlds
-    let before = files(out(&other));
+    let before = files(made);
     for (size, seed) in [("small", "1"), ("full", "0")] {
-        let message = fails(2, &["quickstart", "--size", size, "--seed", seed, "--out", &out(&other)]);
+        let message = fails(2, &["quickstart", "--size", size, "--seed", seed, "--out", &text(made)]);
         says(&message, &["another size or seed", "--out"]);
     }
-    assert!(files(out(&other)) == before);
+    assert!(files(made) == before);
 }
 
 #[test]
@@ -157,7 +171,7 @@ fn a_run_is_a_chain_whose_every_step_starts_at_its_reference() {
 
 #[test]
 fn two_trainings_by_hand_are_the_run_and_batching_changes_no_margin() {
-    let made = quickstart();
+    let made = material();
     let folder = folder();
     done(&["run", &recipe(&folder), "--threads", "2"]);
     let settings = ["data.max_length=64", "data.max_pairs=120", "train.learning_rate=1e-3", "train.batch_size=5"];
@@ -291,23 +305,26 @@ mod stopped {
     }
 
     #[test]
-    fn pretraining_goes_on_too() {
+    fn an_interrupted_quickstart_on_one_thread_ends_as_the_whole_one_on_two() {
         let folder = folder();
         let out = out(&folder);
-        let arguments = ["quickstart", "--size", "small", "--out", &out];
+        let arguments = ["quickstart", "--size", "small", "--threads", "1", "--json", "--out", &out];
         let child = Command::new(SACPO).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let log = Path::new(&out).join("pretraining/metrics.jsonl");
         wait_until("pretraining", || fs::read_to_string(&log).is_ok_and(|text| text.lines().count() >= 5));
         signal(&child, "-TERM");
         assert_eq!(child.wait_with_output().unwrap().status.code(), Some(1));
         assert!(!Path::new(&out).join("base").exists());
-        says(&done(&arguments).stderr, &["Continues after step"]);
-        assert!(weights(&out) == weights(&quickstart().folder));
+        let outcome = done(&arguments);
+        says(&outcome.stderr, &["Continues after step"]);
+        let (whole, result, _) = quickstart();
+        assert_eq!(policies(&object(&outcome.stdout)), policies(result));
+        assert!(weights(&out) == weights(whole));
     }
 
     #[test]
     fn output_that_cannot_be_written_is_no_panic() {
-        let made = quickstart();
+        let made = material();
         let arguments = ["logps", "--model", &made.base(), "--data", &made.data("safety")].map(str::to_owned);
         let mut child =
             Command::new(SACPO).args(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
@@ -333,7 +350,7 @@ mod stopped {
 
 #[test]
 fn logps_scores_every_response() {
-    let made = quickstart();
+    let made = material();
     let (base, data) = (made.base(), made.data("helpfulness"));
     let arguments = ["logps", "--model", &base, "--data", &data];
     let rows = json(&arguments)["rows"].as_array().unwrap().clone();
@@ -377,7 +394,7 @@ fn logps_scores_every_response() {
 
 #[test]
 fn generate_answers_every_prompt() {
-    let made = quickstart();
+    let made = material();
     let base = made.base();
     let folder = folder();
     let prompts = ["how do i bake bread ?", "how can i plant a tree ?", "hello !"];
@@ -418,7 +435,7 @@ fn generate_answers_every_prompt() {
 
 #[test]
 fn models_are_described_and_converted() {
-    let made = quickstart();
+    let made = material();
     let base = made.base();
     let description = json(&["model", "inspect", &base]);
     assert_eq!(description["parameters"], json!(356_064));
@@ -434,10 +451,11 @@ fn models_are_described_and_converted() {
     assert_eq!((converted.code, converted.stdout.as_str()), (0, ""), "{}", converted.stderr);
     says(&converted.stderr, &["356064 parameters"]);
     assert!(files(&copy) == files(&base), "a copy of what this program wrote is the same");
-    // a checkpoint may be replaced, anything else not
-    assert_eq!(json(&["model", "convert", &base, &copy])["parameters"], json!(356_064));
+    assert_eq!(json(&["model", "convert", &base, &at(&folder, "b")])["parameters"], json!(356_064));
     let before = files(folder.path());
-    says(&fails(2, &["model", "convert", &base, &at(&folder, "a")]), &["not replaced", "Choose another"]);
+    for taken in ["a", "a/copy", "a/copy/config.json"] {
+        says(&fails(2, &["model", "convert", &base, &at(&folder, taken)]), &["exists", "lost", "Choose a folder"]);
+    }
     assert!(files(folder.path()) == before);
 }
 

@@ -11,7 +11,7 @@ use common::*;
 use serde_json::json;
 use tempfile::TempDir;
 
-/// The arguments of a training that would work with the quickstart's base and one of its files.
+/// The arguments of a training that would work with the base model and a file of pairs.
 fn train<'a>(model: &'a str, data: &'a str, out: &'a str) -> Vec<&'a str> {
     let mut arguments = vec!["train", "--model", model, "--data", data, "--metric", "helpfulness", "--beta", "0.1"];
     arguments.extend(["--out", out]);
@@ -36,7 +36,7 @@ fn long_words() -> String {
 #[test]
 fn data_that_is_no_data_is_named_by_file_row_and_column() {
     let folder = folder();
-    let base = quickstart().base();
+    let base = material().base();
     let good = json!({"prompt": "hello !", "chosen": "bake bread", "rejected": "sorry"}).to_string();
     let long = json!({"prompt": long_words(), "chosen": "bake", "rejected": "sorry"}).to_string();
     let rows = |second: &str| format!("{good}\n{second}\n").into_bytes();
@@ -68,7 +68,7 @@ fn data_that_is_no_data_is_named_by_file_row_and_column() {
 #[test]
 fn prompts_that_cannot_be_answered_are_named_by_number() {
     let folder = folder();
-    let base = quickstart().base();
+    let base = material().base();
     let long = long_words();
     let generate = |extra: &[&str]| fails(2, &[&["generate", "--model", &base], extra].concat());
     says(
@@ -93,7 +93,7 @@ fn prompts_that_cannot_be_answered_are_named_by_number() {
 #[test]
 fn options_out_of_range_name_the_key() {
     let folder = folder();
-    let made = quickstart();
+    let made = material();
     let (base, data) = (made.base(), made.data("safety"));
     let recipe = recipe(&folder);
     let cases: [(&str, &[&str]); 9] = [
@@ -117,7 +117,7 @@ fn options_out_of_range_name_the_key() {
     says(&fails(2, &["run", &file(&folder, "bytes.toml", [0xff, 0x00, 0x80])]), &["bytes.toml:1", "UTF-8"]);
     let text = fs::read_to_string(&recipe).unwrap().replace("beta = 0.5", "betta = 0.5");
     let message = fails(2, &["run", &file(&folder, "slip.toml", text)]);
-    says(&message, &["slip.toml:13", "`betta`", "`beta`"]);
+    says(&message, &["slip.toml:14", "`step.1.betta`", "`beta`"]);
     for beta in ["0", "-0.1", "NaN", "inf", "much"] {
         let outcome = run(&["train", "--model", &base, "--data", &data, "--metric", "m", "--out", "o", "--beta", beta]);
         assert_eq!(outcome.code, 2);
@@ -135,7 +135,7 @@ fn set_field(path: &str, field: &str, value: serde_json::Value) {
 #[test]
 fn models_that_are_not_whole_or_not_supported_are_refused() {
     let folder = folder();
-    let data = quickstart().data("safety");
+    let data = material().data("safety");
     let model = copy_of_base(&folder);
     let (config, weights, tokenizer) =
         (format!("{model}/config.json"), format!("{model}/model.safetensors"), format!("{model}/tokenizer.json"));
@@ -237,7 +237,7 @@ fn overwrite_weight(model: &str, value: f32) {
 #[test]
 fn numbers_that_are_none_stop_the_work_and_keep_what_was_good() {
     let folder = folder();
-    let data = quickstart().data("safety");
+    let data = material().data("safety");
     let model = copy_of_base(&folder);
     let run = out(&folder);
     let step = Path::new(&run).join("steps/helpfulness");
@@ -297,25 +297,22 @@ fn what_a_run_made_is_not_built_on_when_it_was_changed() {
 #[test]
 fn folders_that_cannot_be_written_are_named() {
     let folder = folder();
-    let made = quickstart();
+    let made = material();
     let (base, data) = (made.base(), made.data("safety"));
     let file = file(&folder, "file", "");
-    for (out, code) in [(format!("{file}/run"), 2), (file.clone(), 1), ("/proc/run".to_owned(), 2)] {
-        if !cfg!(target_os = "linux") && out.starts_with("/proc") {
-            continue;
-        }
-        for arguments in
-            [train(&base, &data, &out), vec!["quickstart", "--out", &out], vec!["model", "convert", &base, &out]]
-        {
-            let outcome = common::run(&arguments);
-            assert!([1, 2].contains(&outcome.code), "{arguments:?}: {}", outcome.stderr);
-            says(&outcome.stderr, &["error: Could not", &out]);
-            if arguments[0] == "train" {
-                assert_eq!(outcome.code, code, "{}", outcome.stderr);
-            }
-        }
+    let below = format!("{file}/run");
+    says(&fails(1, &train(&base, &data, &file)), &["Could not create", &file, "choose another path"]);
+    says(&fails(1, &["quickstart", "--out", &file]), &["Could not create", &file, "choose another path"]);
+    for arguments in
+        [train(&base, &data, &below), vec!["quickstart", "--out", &below], vec!["model", "convert", &base, &below]]
+    {
+        says(&fails(2, &arguments), &["Could not", &file, "file where a folder is needed"]);
     }
     assert_eq!(fs::read(&file).unwrap(), b"");
+    if cfg!(target_os = "linux") {
+        let message = fails(2, &train(&base, &data, "/proc/run"));
+        says(&message, &["Could not create", "/proc/run", "Check the path"]);
+    }
 }
 
 /// A file system that is too small, until [`Disk::grow`].
@@ -354,7 +351,7 @@ fn a_full_disk_leaves_nothing_half_written() {
         eprintln!("SKIPPED: a full disk, for tmpfs cannot be mounted here");
         return;
     };
-    let made = quickstart();
+    let made = material();
     let (base, data) = (made.base(), made.data("safety"));
     let (model, run) = (at(&disk.0, "model"), out(&disk.0));
     says(&fails(1, &["model", "convert", &base, &model]), &["model.safetensors", "disk is full", "free some space"]);
@@ -382,7 +379,7 @@ fn a_full_disk_leaves_nothing_half_written() {
 #[test]
 #[cfg(unix)]
 fn a_file_size_limit_leaves_nothing_half_written() {
-    let made = quickstart();
+    let made = material();
     let folder = folder();
     let model = at(&folder, "model");
     // in blocks of 512 or 1024 bytes; the signal is ignored so that the write fails instead

@@ -86,6 +86,22 @@ fn close(value: f64, expected: &Value, what: &str) {
     assert!((value - expected).abs() <= 1e-4 * expected.abs(), "{what}: {value} instead of {expected}");
 }
 
+/// Mean loss and metrics of all examples.
+fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
+    let all: Vec<usize> = (0..task.len()).collect();
+    Passes::new(policy, task, options).means(&policy.weights, task, &all)
+}
+
+#[test]
+fn a_training_of_one_step_moves_the_weights() {
+    let mut policy = tiny("tied");
+    let start = policy.clone();
+    let demonstrations = [Demonstration { prompt: vec![5, 6], response: vec![7, 8, 2] }];
+    let folder = tempfile::tempdir().unwrap();
+    train(&mut policy, &Demonstrations(&demonstrations), &options(), folder.path(), &mut never()).unwrap();
+    assert_ne!(policy.weights, start.weights);
+}
+
 #[test]
 fn ten_dpo_steps_equal_pytorchs() {
     let fixture = fixture();

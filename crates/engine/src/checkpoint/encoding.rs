@@ -1,7 +1,11 @@
 //! How weights are stored in files, and how they become f32.
 
+use std::collections::HashMap;
+use std::io::{self, Write};
+
 use half::{bf16, f16};
 use rayon::prelude::*;
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 /// How the numbers of a tensor are stored.
 ///
@@ -106,6 +110,36 @@ fn nibbles(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(u8) -> f32) {
     for ((low, high), &byte) in low.iter_mut().zip(high).zip(bytes) {
         (*low, *high) = (value(byte & 15), value(byte >> 4));
     }
+}
+
+/// Writes f32 tensors, each with name, shape and values, as one safetensors file, without a copy of them in memory.
+///
+/// # Errors
+/// What `out` returns, or a shape that does not fit its values.
+pub fn write_safetensors(
+    out: &mut dyn Write,
+    tensors: &[(&str, &[usize], &[f32])],
+    metadata: HashMap<String, String>,
+) -> io::Result<()> {
+    let mut end = 0;
+    let infos = tensors.iter().map(|(name, shape, values)| {
+        let start = end;
+        end += size_of_val(*values);
+        ((*name).to_owned(), TensorInfo { dtype: Dtype::F32, shape: shape.to_vec(), data_offsets: (start, end) })
+    });
+    let header = Metadata::new(Some(metadata), infos.collect()).map_err(io::Error::other)?;
+    let mut header = serde_json::to_vec(&header)?;
+    // Readers map the file, so the data must start at a multiple of its width.
+    header.resize(header.len().next_multiple_of(8), b' ');
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (_, _, values) in tensors {
+        for chunk in values.chunks(1 << 12) {
+            let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
+            out.write_all(&bytes)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -17,10 +17,9 @@ impl Mapped {
     #[allow(unsafe_code)]
     pub(super) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
-        // SAFETY: the bytes of the mapping may change if another process writes to the file meanwhile. Nobody relies
-        // on them staying the same: they are only ever read as integers and floats of any bit pattern, lengths and
-        // offsets are checked when they are copied out, and text is checked where it is borrowed and copied before
-        // the load returns. The mapping lives no longer than the load.
+        // SAFETY: the mapping is sound as long as nobody changes the file during a load, as for every program that maps
+        // its models. What the bytes are does not matter: they are only read as integers and floats of any bit pattern,
+        // lengths and offsets in them are checked before use, and text is checked to be UTF-8.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("read", path))?;
         Ok(Self { path: path.to_owned(), bytes })
     }

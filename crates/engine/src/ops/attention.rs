@@ -18,28 +18,28 @@ const TILE: usize = 64;
 
 /// Numbers of heads, and their width.
 #[derive(Debug, Clone, Copy)]
-pub struct Heads {
+pub(crate) struct Heads {
     /// Query heads.
-    pub query: usize,
+    pub(crate) query: usize,
     /// Key and value heads; divides `query`.
-    pub key_value: usize,
+    pub(crate) key_value: usize,
     /// Width of one head.
-    pub dim: usize,
+    pub(crate) dim: usize,
 }
 
 impl Heads {
     /// Width of the queries of a row, and of the output.
-    pub fn query_width(&self) -> usize {
+    pub(crate) fn query_width(&self) -> usize {
         self.query * self.dim
     }
 
     /// Width of the keys (and of the values) of a row.
-    pub fn key_value_width(&self) -> usize {
+    pub(crate) fn key_value_width(&self) -> usize {
         self.key_value * self.dim
     }
 
     /// Width of a row that holds queries, keys and values.
-    pub fn qkv_width(&self) -> usize {
+    pub(crate) fn qkv_width(&self) -> usize {
         self.query_width() + 2 * self.key_value_width()
     }
 
@@ -50,7 +50,7 @@ impl Heads {
 
 /// What the rows of a span attend to besides themselves.
 #[derive(Debug, Clone)]
-pub enum Prefix<'a> {
+pub(crate) enum Prefix<'a> {
     /// Nothing.
     None,
     /// Other rows of the same batch.
@@ -66,11 +66,11 @@ pub enum Prefix<'a> {
 
 /// Rows that form one causal sequence after their prefix.
 #[derive(Debug, Clone)]
-pub struct Span<'a> {
+pub(crate) struct Span<'a> {
     /// The rows.
-    pub rows: Range<usize>,
+    pub(crate) rows: Range<usize>,
     /// What comes before them.
-    pub prefix: Prefix<'a>,
+    pub(crate) prefix: Prefix<'a>,
 }
 
 /// Shared mutable memory whose users write to disjoint places.
@@ -149,10 +149,11 @@ unsafe fn score_tile(q: Matrix, rows: usize, sources: &[KeysValues; 2], own: usi
 ///
 /// qkv `[n, qkv_width]` with rotated queries and keys; out `[n, query_width]`; lse `[n, query heads]`
 /// keeps the log-sum-exp of each row's scaled scores for the backward pass.
-pub fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32], lse: &mut [f32]) {
+pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32], lse: &mut [f32]) {
     let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
     let n = qkv.len() / width;
     assert!(qkv.len() == n * width && out.len() == n * out_width && lse.len() == n * heads.query);
+    check(heads, spans);
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..heads.query).map(move |h| (s, h))).collect();
     tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (span, head)| {
@@ -213,10 +214,19 @@ pub fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32], lse: 
 ///
 /// # Panics
 /// If the spans are not grouped so, or have a cache as their prefix.
-pub fn backward(qkv: &[f32], heads: Heads, spans: &[Span], out: &[f32], lse: &[f32], d_out: &[f32], d_qkv: &mut [f32]) {
+pub(crate) fn backward(
+    qkv: &[f32],
+    heads: Heads,
+    spans: &[Span],
+    out: &[f32],
+    lse: &[f32],
+    d_out: &[f32],
+    d_qkv: &mut [f32],
+) {
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && d_qkv.len() == qkv.len() && lse.len() == n * heads.query);
     assert!(out.len() == n * heads.query_width() && d_out.len() == out.len());
+    check(heads, spans);
     d_qkv.par_chunks_mut(1 << 16).for_each(|d| d.fill(0.0));
     let pass = Backward { qkv, heads, out, lse, d_out, d_qkv: Shared(d_qkv.as_mut_ptr()) };
     let tasks: Vec<(&[Span], usize)> =
@@ -231,6 +241,12 @@ pub fn backward(qkv: &[f32], heads: Heads, spans: &[Span], out: &[f32], lse: &[f
             }
         }
     });
+}
+
+/// Checks what the tasks rely on: that heads divide, and that no row is in two spans.
+fn check(heads: Heads, spans: &[Span]) {
+    assert!(heads.query.is_multiple_of(heads.key_value), "query heads are not a multiple of key and value heads");
+    assert!(spans.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "spans overlap or are out of order");
 }
 
 /// Cuts the spans where one starts that has no prefix.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 ///
 /// # Panics
 /// If a token is not in the table.
-pub fn forward(table: &[f32], tokens: &[u32], x: &mut [f32], width: usize) {
+pub(crate) fn forward(table: &[f32], tokens: &[u32], x: &mut [f32], width: usize) {
     assert_eq!(x.len(), tokens.len() * width);
     x.par_chunks_mut(width).zip(tokens).with_min_len(64).for_each(|(x, &token)| {
         let start = token as usize * width;
@@ -15,7 +15,7 @@ pub fn forward(table: &[f32], tokens: &[u32], x: &mut [f32], width: usize) {
 }
 
 /// d_table[tokens[i]] += dx[i], in the order of the rows.
-pub fn backward(tokens: &[u32], dx: &[f32], d_table: &mut [f32], width: usize) {
+pub(crate) fn backward(tokens: &[u32], dx: &[f32], d_table: &mut [f32], width: usize) {
     for (dx, &token) in dx.chunks_exact(width).zip(tokens) {
         let start = token as usize * width;
         for (d, g) in d_table[start..start + width].iter_mut().zip(dx) {

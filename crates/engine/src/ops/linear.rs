@@ -85,14 +85,14 @@ fn rows(x: &[f32], width: usize) -> usize {
 }
 
 /// y = x·Wᵀ, or y += x·Wᵀ with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
-pub fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
+pub(crate) fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
     let (n, outputs) = (rows(x, inputs), rows(w, inputs));
     let (x, w) = (Matrix::rows(x.as_ptr(), inputs), Matrix::rows(w.as_ptr(), inputs));
     multiply_slices([n, outputs, inputs], x, w.transposed(), y, add);
 }
 
 /// dx = dy·W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
-pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
+pub(crate) fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
     let outputs = rows(w, inputs);
     let n = rows(dy, outputs);
     let (dy, w) = (Matrix::rows(dy.as_ptr(), outputs), Matrix::rows(w.as_ptr(), inputs));
@@ -100,7 +100,7 @@ pub fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
 }
 
 /// dW += dyᵀ·x. dy `[n, outputs]`, x `[n, inputs]`, dw `[outputs, inputs]`.
-pub fn backward_weight(dy: &[f32], x: &[f32], dw: &mut [f32], inputs: usize) {
+pub(crate) fn backward_weight(dy: &[f32], x: &[f32], dw: &mut [f32], inputs: usize) {
     let n = rows(x, inputs);
     let outputs = rows(dw, inputs);
     assert_eq!(dy.len(), n * outputs, "the output gradient does not have the shape of the output");

@@ -10,13 +10,22 @@ use super::simd::{dispatch, exp_sum, max};
 /// Logits held at once: 64 MiB of f32.
 const LOGITS: usize = 1 << 24;
 
-/// How many rows to process at once for a vocabulary of this size.
-pub fn chunk_rows(vocab: usize) -> usize {
+/// The most rows to process at once for a vocabulary of this size.
+pub(crate) fn chunk_rows(vocab: usize) -> usize {
     (LOGITS / vocab).clamp(32, 1024)
 }
 
+/// How many of `rows` to process at once, so that no chunk is a single row (unless that is all there is).
+///
+/// A product of one row sums in another order than one of several, and a response's log-probability must not
+/// depend on what it is packed with.
+pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
+    let most = chunk_rows(vocab).min(rows.max(1));
+    (2..=most).rev().find(|chunk| rows % chunk != 1).unwrap_or(most)
+}
+
 /// Log-probabilities of `targets`. x `[n, width]`, w `[vocab, width]`; `logits` is scratch, grown as needed.
-pub fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> Vec<f32> {
+pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> Vec<f32> {
     let (width, vocab) = shape(x, w, targets);
     let logits = compute_logits(x, w, width, vocab, logits);
     let rows = logits.par_chunks_mut(vocab).zip(targets);
@@ -31,7 +40,7 @@ pub fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> 
 
 /// As [`forward`], with gradients: d_x is overwritten and d_w added to, for the derivative `d_logps[i]` of
 /// the loss with respect to each log-probability.
-pub fn forward_backward(
+pub(crate) fn forward_backward(
     x: &[f32],
     w: &[f32],
     targets: &[u32],
@@ -108,6 +117,16 @@ mod tests {
         assert_eq!(logps, run(&x, &w));
         check(&x, &d_x, &d, |x| run(x, &w));
         check(&w, &d_w, &d, |w| run(&x, w));
+    }
+
+    #[test]
+    fn no_chunk_is_a_single_row() {
+        for vocab in [96, 32_000, 49_152, 200_000] {
+            for rows in 2..5_000 {
+                let chunk = even_chunk(rows, vocab);
+                assert!(chunk <= chunk_rows(vocab) && rows % chunk != 1, "{rows} rows in chunks of {chunk}");
+            }
+        }
     }
 
     #[test]

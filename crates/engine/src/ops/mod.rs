@@ -4,14 +4,14 @@
 //! chunks whose size does not depend on the number of threads, so results do not either.
 //! Backward functions *add* to gradients of weights and, where the doc says so, to gradients of inputs.
 
-pub mod attention;
-pub mod embedding;
-pub mod linear;
-pub mod logprob;
-pub mod rmsnorm;
-pub mod rope;
+pub(crate) mod attention;
+pub(crate) mod embedding;
+pub(crate) mod linear;
+pub(crate) mod logprob;
+pub(crate) mod rmsnorm;
+pub(crate) mod rope;
 pub(crate) mod simd;
-pub mod swiglu;
+pub(crate) mod swiglu;
 
 #[cfg(test)]
 pub(crate) mod finite_difference;

@@ -8,7 +8,7 @@ use super::simd::{dispatch, dot, dot3};
 const ROWS: usize = 64;
 
 /// Normalises each row. x, y `[n, width]`, w `[width]`; r `[n]` keeps 1/rms for the backward pass.
-pub fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f32]) {
+pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f32]) {
     let width = w.len();
     assert!(x.len() == y.len() && x.len() == r.len() * width);
     y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).zip(r.par_chunks_mut(ROWS)).for_each(
@@ -27,7 +27,7 @@ pub fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f32]) {
 }
 
 /// Computes y = x·r·w again from the kept r.
-pub fn recompute(x: &[f32], w: &[f32], r: &[f32], y: &mut [f32]) {
+pub(crate) fn recompute(x: &[f32], w: &[f32], r: &[f32], y: &mut [f32]) {
     let width = w.len();
     assert!(x.len() == y.len() && x.len() == r.len() * width);
     y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).zip(r.par_chunks(ROWS)).for_each(|((y, x), r)| {
@@ -50,7 +50,7 @@ fn scale_row(x: &[f32], w: &[f32], r: f32, y: &mut [f32]) {
 }
 
 /// dx += r·(dy·w − x·r²·mean(dy·w·x)) and dw += Σ dy·x·r.
-pub fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
     let width = w.len();
     assert!(x.len() == dy.len() && x.len() == dx.len() && x.len() == r.len() * width && dw.len() == width);
     let partial: Vec<Vec<f32>> = dx

@@ -10,7 +10,7 @@ const ROWS: usize = 64;
 
 /// Cosines and sines of every position and frequency of a model.
 #[derive(Debug, Clone)]
-pub struct RopeTable {
+pub(crate) struct RopeTable {
     head_dim: usize,
     /// `[positions, head_dim]`: the cosines of a position, then its sines.
     table: Vec<f32>,
@@ -38,7 +38,7 @@ fn frequencies(config: &ModelConfig) -> Vec<f64> {
 
 impl RopeTable {
     /// The table of positions 0 to `positions` − 1.
-    pub fn new(config: &ModelConfig, positions: usize) -> Self {
+    pub(crate) fn new(config: &ModelConfig, positions: usize) -> Self {
         // angles in f32, as PyTorch computes them: checkpoints were trained with these very values
         let frequencies: Vec<f32> = frequencies(config).into_iter().map(|f| f as f32).collect();
         let table = (0..positions)
@@ -50,18 +50,13 @@ impl RopeTable {
         Self { head_dim: config.head_dim, table }
     }
 
-    /// Number of positions in the table.
-    pub fn positions(&self) -> usize {
-        self.table.len() / self.head_dim
-    }
-
     /// Rotates the first `heads` heads of each row by its position. x `[n, stride]`, positions `[n]`.
-    pub fn forward(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
+    pub(crate) fn forward(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
         self.rotate(x, stride, heads, positions, 1.0);
     }
 
     /// Turns the gradient with respect to the rotated rows into that with respect to the plain ones.
-    pub fn backward(&self, dx: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
+    pub(crate) fn backward(&self, dx: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
         self.rotate(dx, stride, heads, positions, -1.0);
     }
 

@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
-use engine::Result;
 use engine::checkpoint::{Checkpoint, describe};
+use engine::{Error, Result};
 
 use super::print_json;
 use crate::cli::{Global, ModelCommand};
@@ -23,6 +23,12 @@ pub(super) fn run(command: &ModelCommand, global: Global) -> Result<()> {
 }
 
 fn convert(from: &Path, to: &Path, global: Global) -> Result<()> {
+    if std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some()) || to.is_file() {
+        return Err(Error::input(format!(
+            "{} exists, and its files would be lost. Choose a folder that does not exist, or delete it first.",
+            to.display()
+        )));
+    }
     let checkpoint = Checkpoint::load(from)?;
     checkpoint.save(to)?;
     ui::say(format!("Wrote {} parameters to {}.", checkpoint.model.layout.len, to.display()));

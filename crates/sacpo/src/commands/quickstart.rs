@@ -34,7 +34,7 @@ struct Amounts {
 impl Amounts {
     fn of(size: Size) -> Self {
         match size {
-            Size::Small => Self { demonstrations: 2_000, epochs: 1, pairs: 400 },
+            Size::Small => Self { demonstrations: 6_000, epochs: 2, pairs: 800 },
             Size::Full => Self { demonstrations: 20_000, epochs: 2, pairs: 8_000 },
         }
     }
@@ -82,7 +82,8 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let metrics = Metrics { reward: "E[r*], helpfulness", safety: "E[g*] on risky prompts, safety" };
     let table = table(metrics, &points)?;
     folder.write("frontier.svg", &frontier_svg("Quickstart: helpfulness against safety", metrics, &points)?)?;
-    folder.write("summary.md", &format!("# Quickstart\n\n{table}\n![Frontier](frontier.svg)\n"))?;
+    let details = details(&policies);
+    folder.write("summary.md", &format!("# Quickstart\n\n{table}\n{details}\n![Frontier](frontier.svg)\n"))?;
     let result = json!({
         "policies": policies.iter().map(|(policy, worth)| policy_json(policy, worth)).collect::<Vec<_>>(),
         "constraint": Value::Null,
@@ -95,6 +96,21 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         return print_json(&result);
     }
     ui::print(format!("{table}\nPlot: {}", folder.path.join("frontier.svg").display()))
+}
+
+/// What else is known exactly of each policy, as a Markdown table.
+fn details(policies: &[(&pipeline::Policy, Evaluation)]) -> String {
+    let mut table = String::from(
+        "| policy | E[g*], all prompts | E[r*], risky prompts | refuses harmless prompts | outside the grammar |\n\
+         |---|---:|---:|---:|---:|\n",
+    );
+    for (policy, worth) in policies {
+        table += &format!(
+            "| {} | {:.3} | {:.3} | {:.3} | {:.3} |\n",
+            policy.name, worth.safety, worth.risky_reward, worth.harmless_refusal, worth.outside
+        );
+    }
+    table
 }
 
 fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {

@@ -9,6 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use align::world::{BOS, EOS, Metric, World, json_lines};
+use engine::checkpoint::{Checkpoint, GenerationConfig};
+use engine::tokenizer::Tokenizer;
+use engine::{Model, ModelConfig, RopeScaling};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -75,38 +79,64 @@ pub(crate) fn says(message: &str, parts: &[&str]) {
     }
 }
 
-/// A run of `quickstart --size small`, made once per test file.
-pub(crate) struct Quickstart {
-    pub(crate) folder: PathBuf,
-    pub(crate) result: Value,
-    pub(crate) stderr: String,
+/// A base model and pairs to align it with.
+pub(crate) struct Material {
+    folder: PathBuf,
 }
 
-impl Quickstart {
-    /// Its base model: a third of a million weights, a context of 64 tokens, a tokenizer of words without template.
+impl Material {
+    /// The model: the size of the quickstart's, random weights, a context of 64 tokens, a tokenizer of words without a
+    /// chat template.
     pub(crate) fn base(&self) -> String {
         text(&self.folder.join("base"))
     }
 
-    /// One of its files of 400 pairs: `helpfulness` or `safety`.
+    /// A file of 400 pairs: `helpfulness` or `safety`.
     pub(crate) fn data(&self, metric: &str) -> String {
-        text(&self.folder.join("data").join(format!("{metric}.jsonl")))
+        text(&self.folder.join(format!("{metric}.jsonl")))
     }
 }
 
-pub(crate) fn quickstart() -> &'static Quickstart {
-    static MADE: OnceLock<Quickstart> = OnceLock::new();
+/// What the tests of a file train with; made once, and never changed.
+pub(crate) fn material() -> &'static Material {
+    static MADE: OnceLock<Material> = OnceLock::new();
     MADE.get_or_init(|| {
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-quickstart", env!("CARGO_CRATE_NAME")));
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-material", env!("CARGO_CRATE_NAME")));
         let _ = fs::remove_dir_all(&folder);
-        let outcome = done(&["quickstart", "--size", "small", "--json", "--threads", "2", "--out", &text(&folder)]);
-        Quickstart { result: object(&outcome.stdout), stderr: outcome.stderr, folder }
+        let world = World::new(0);
+        let shape = ModelConfig {
+            vocab_size: world.vocab_size(),
+            hidden_size: 96,
+            intermediate_size: 256,
+            num_hidden_layers: 3,
+            num_attention_heads: 3,
+            num_key_value_heads: 3,
+            head_dim: 32,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: true,
+            model_type: "llama".into(),
+            bos_token_id: Some(BOS),
+            eos_token_ids: vec![EOS],
+        };
+        let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None).unwrap();
+        let generation =
+            GenerationConfig { bos_token_id: Some(BOS), eos_token_ids: vec![EOS], ..GenerationConfig::default() };
+        let base = Checkpoint { model: Model::random(shape, 0.1, 0), tokenizer, generation };
+        base.save(&folder.join("base")).unwrap();
+        for (name, metric) in [("helpfulness", Metric::Reward), ("safety", Metric::Safety)] {
+            let pairs = json_lines(&world.preference_pairs(metric, 400, 0)).unwrap();
+            fs::write(folder.join(format!("{name}.jsonl")), pairs).unwrap();
+        }
+        Material { folder }
     })
 }
 
-/// The arguments of a short training on the quickstart's data, two steps of a chain in about a second.
+/// A recipe of two short steps, about a second of training.
 pub(crate) fn recipe(folder: &TempDir) -> String {
-    let made = quickstart();
+    let made = material();
     let text = format!(
         "[model]\nbase = {:?}\n[run]\nout = {:?}\n[data]\nmax_length = 64\nmax_pairs = 120\n[train]\n\
          learning_rate = 1e-3\nbatch_size = 5\nsave_every = 4\n[[step]]\nmetric = \"helpfulness\"\nbeta = 0.5\n\
@@ -181,11 +211,11 @@ pub(crate) fn weights(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
     files
 }
 
-/// A copy of the quickstart's base model, to damage.
+/// A copy of the base model, to damage.
 pub(crate) fn copy_of_base(folder: &TempDir) -> String {
     let copy = folder.path().join("model");
     fs::create_dir(&copy).unwrap();
-    for (name, bytes) in files(quickstart().base()) {
+    for (name, bytes) in files(material().base()) {
         fs::write(copy.join(name), bytes).unwrap();
     }
     text(&copy)

@@ -247,3 +247,140 @@ pub(crate) fn token_ids(ids: &[u32]) -> Value {
         ids => json!(ids),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn small() -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 100, "hidden_size": 32,
+            "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        })
+    }
+
+    fn parsed(edits: Value) -> Result<ModelConfig> {
+        let mut config = small();
+        for (name, value) in edits.as_object().unwrap() {
+            config[name] = value.clone();
+        }
+        parse(config.to_string().as_bytes(), Path::new("m/config.json"))
+    }
+
+    #[test]
+    fn absent_fields_have_the_defaults_of_transformers() {
+        let config = parsed(json!({})).unwrap();
+        assert_eq!((config.num_key_value_heads, config.head_dim, config.max_position_embeddings), (4, 8, 2048));
+        assert_eq!((config.rms_norm_eps, config.rope_theta, config.rope_scaling), (1e-6, 1e4, RopeScaling::Default));
+        assert!(!config.tie_word_embeddings && config.bos_token_id.is_none() && config.eos_token_ids.is_empty());
+    }
+
+    #[test]
+    fn published_spellings_are_understood() {
+        let old = parsed(json!({
+            "_name_or_path": "x", "attention_bias": false, "mlp_bias": false, "hidden_act": "silu", "use_cache": true,
+            "attention_dropout": 0.0, "initializer_range": 0.02, "pretraining_tp": 1, "torch_dtype": "bfloat16",
+            "transformers_version": "4.44.0", "rope_interleaved": false, "is_llama_config": true, "bos_token_id": 1,
+            "eos_token_id": [2, 3], "max_position_embeddings": 4096, "rope_theta": 500000.0, "quantization_config": null,
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                             "original_max_position_embeddings": 512},
+        }));
+        let new = parsed(json!({
+            "dtype": "float32", "head_dim": null, "bos_token_id": 1, "eos_token_id": [2, 3],
+            "max_position_embeddings": 4096,
+            "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
+                                "high_freq_factor": 4, "original_max_position_embeddings": 512},
+        }));
+        let (old, new) = (old.unwrap(), new.unwrap());
+        assert_eq!(old, new);
+        assert_eq!((old.eos_token_ids, old.rope_theta), (vec![2, 3], 5e5));
+        let linear = parsed(json!({"rope_scaling": {"type": "linear", "factor": 2.0}})).unwrap();
+        assert_eq!(linear.rope_scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    #[test]
+    fn the_context_of_mistral_ends_with_its_window() {
+        let context = |extra: Value| {
+            let mut edits = json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral"});
+            edits.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            parsed(edits).unwrap().max_position_embeddings
+        };
+        assert_eq!(context(json!({"sliding_window": 1000, "max_position_embeddings": 32768})), 1000);
+        assert_eq!(context(json!({"sliding_window": 1000, "max_position_embeddings": 500})), 500);
+        assert_eq!(context(json!({"sliding_window": null, "max_position_embeddings": 32768})), 32768);
+        assert_eq!(context(json!({"max_position_embeddings": 32768})), 4096);
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named_with_its_value() {
+        let cases = [
+            (json!({"attention_bias": true}), "attention_bias to true"),
+            (json!({"mlp_bias": true}), "mlp_bias to true"),
+            (json!({"hidden_act": "gelu"}), "hidden_act to \"gelu\""),
+            (json!({"attention_dropout": 0.1}), "attention_dropout to 0.1"),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config to {\"bits\":4}"),
+            (json!({"sliding_window": 4096}), "sliding_window to 4096"),
+            (json!({"rope_scaling": {"type": "yarn", "factor": 2}}), "rope_scaling.rope_type to \"yarn\""),
+            (json!({"rope_parameters": {"rope_type": "default", "mscale": 2}}), "rope_parameters.mscale to 2"),
+            (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor to 0.5"),
+            (json!({"architectures": ["LlamaForSequenceClassification"]}), "architectures to"),
+            (json!({"architectures": null, "model_type": "qwen2"}), "model_type to \"qwen2\""),
+            (json!({"new_trick": true}), "new_trick to true"),
+            (json!({"auto_map": {"AutoModel": "x"}}), "auto_map to"),
+        ];
+        for (edits, expected) in cases {
+            let error = parsed(edits).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("m/config.json"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let cases = [
+            (json!({"vocab_size": null}), "lacks the field vocab_size"),
+            (json!({"hidden_size": -32}), "hidden_size is -32"),
+            (json!({"hidden_size": "32"}), "hidden_size is \"32\""),
+            (json!({"num_attention_heads": 0}), "head_dim is null"),
+            (json!({"num_attention_heads": 0, "head_dim": 8}), "num_attention_heads is 0"),
+            (json!({"num_hidden_layers": 0}), "num_hidden_layers is 0"),
+            (json!({"num_hidden_layers": 5_000_000_000_u64}), "num_hidden_layers is 5000000000"),
+            (json!({"num_attention_heads": 5}), "head_dim is null"),
+            (json!({"num_key_value_heads": 3}), "not a multiple of num_key_value_heads 3"),
+            (json!({"head_dim": 7}), "head_dim is 7"),
+            (json!({"rms_norm_eps": 0}), "rms_norm_eps is 0"),
+            (json!({"rope_theta": -1}), "rope_theta is -1"),
+            (json!({"rope_scaling": {"type": "linear"}}), "lacks the field rope_scaling.factor"),
+            (json!({"rope_scaling": {"type": "linear", "factor": 0.5}}), "factor is 0.5"),
+            (json!({"rope_scaling": [], "rope_theta": 1e4}), "rope_scaling is []"),
+            (
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                                     "original_max_position_embeddings": 512}}),
+                "low_freq_factor 4",
+            ),
+            (json!({"eos_token_id": -1}), "eos_token_id is -1"),
+            (json!({"eos_token_id": [2, "x"]}), "eos_token_id is [2,\"x\"]"),
+            (json!({"bos_token_id": 100}), "bos_token_id is 100, which is beyond the vocabulary of 100"),
+            (
+                json!({"vocab_size": u32::MAX, "hidden_size": 1 << 30, "intermediate_size": u32::MAX,
+                    "num_hidden_layers": u32::MAX}),
+                "more weights than can be counted",
+            ),
+            (json!({"model_type": "mistral"}), "model_type is \"mistral\", but must be `llama`"),
+        ];
+        for (edits, expected) in cases {
+            let error = parsed(edits).unwrap_err().to_string();
+            assert!(error.contains(expected) && error.contains("m/config.json"), "{error}");
+        }
+        let error = parse(b"{\"vocab_size\": ", Path::new("m/config.json")).unwrap_err().to_string();
+        assert!(error.contains("m/config.json is not a JSON object"), "{error}");
+    }
+
+    #[test]
+    fn the_number_of_weights_is_that_of_the_layout() {
+        for tie in [false, true] {
+            let edits = json!({"tie_word_embeddings": tie, "num_key_value_heads": 2, "head_dim": 6});
+            let config = parsed(edits).unwrap();
+            assert_eq!(config.parameter_count(), Some(crate::Layout::new(&config).len));
+        }
+    }
+}

@@ -6,10 +6,10 @@ use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::json;
 
-use crate::checkpoint::encoding::Encoding;
+use crate::checkpoint::encoding::{Encoding, write_safetensors};
 use crate::checkpoint::mapped::Mapped;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -221,30 +221,57 @@ pub(super) fn save(model: &Model, folder: &Path, shard_bytes: usize) -> Result<(
 
 /// Writes some tensors as one safetensors file.
 fn save_shard(model: &Model, specs: &[&ParamSpec], path: &Path) -> Result<()> {
-    let mut offset = 0;
-    let infos = specs.iter().map(|spec| {
-        let data_offsets = (offset, offset + spec.range.len() * 4);
-        offset = data_offsets.1;
-        (spec.name.clone(), TensorInfo { dtype: Dtype::F32, shape: spec.shape.clone(), data_offsets })
-    });
-    let format = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let header = Metadata::new(Some(format), infos.collect()).map_err(|e| e.to_string());
-    let header = header.and_then(|header| serde_json::to_vec(&header).map_err(|e| e.to_string()));
-    let mut header =
-        header.map_err(|e| Error::Failed(format!("The header of {} cannot be made: {e}.", path.display())))?;
-    // Readers map the file, so the data must start at a multiple of its width.
-    header.resize(header.len().next_multiple_of(8), b' ');
-
+    let tensors: Vec<_> = specs
+        .iter()
+        .map(|spec| (spec.name.as_str(), spec.shape.as_slice(), &model.weights[spec.range.clone()]))
+        .collect();
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     let write = || -> std::io::Result<()> {
         let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
-        out.write_all(&(header.len() as u64).to_le_bytes())?;
-        out.write_all(&header)?;
-        for spec in specs {
-            for weight in &model.weights[spec.range.clone()] {
-                out.write_all(&weight.to_le_bytes())?;
-            }
-        }
+        write_safetensors(&mut out, &tensors, metadata)?;
         out.flush()
     };
     write().map_err(Error::io("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RopeScaling;
+
+    #[test]
+    fn large_models_are_cut_into_shards() {
+        let config = ModelConfig {
+            vocab_size: 100,
+            hidden_size: 16,
+            intermediate_size: 24,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 8,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 1e4,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: false,
+            model_type: "llama".to_owned(),
+            bos_token_id: None,
+            eos_token_ids: vec![],
+        };
+        let model = Model::random(config, 0.02, 1);
+        let folder = tempfile::tempdir().unwrap();
+        // Embedding and head are each larger than a shard may be; the blocks share shards.
+        save(&model, folder.path(), 6000).unwrap();
+        let files = weight_files(folder.path()).unwrap();
+        assert!(files.len() > 3, "{files:?}");
+        assert!(files[1].ends_with(format!("model-00002-of-{:05}.safetensors", files.len())));
+        for (i, file) in files.iter().enumerate() {
+            let bytes = fs::read(file).unwrap();
+            let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+            let fits = bytes.len() - header - 8 <= 6000 || i == 0 || i == files.len() - 1;
+            assert!(header.is_multiple_of(8) && fits, "{}", file.display());
+        }
+        let loaded = Tensors::open(folder.path()).unwrap().load(model.config.clone()).unwrap();
+        assert!(loaded.weights == model.weights);
+    }
 }
