@@ -37,7 +37,8 @@ impl TrainingState {
         };
         let damaged = |what: &str| {
             Error::input(format!(
-                "The training state {} {what}. Delete it to train from the start, or restore it.",
+                "The training state {} {what}. Delete it to train from the start; to continue, put it, or the model, \
+                 data and options, back as they were.",
                 path.display()
             ))
         };

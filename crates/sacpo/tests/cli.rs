@@ -265,6 +265,10 @@ mod stopped {
             says(&stderr, &["Stopped after step", "as you asked", "run the same command again"]);
             assert!(!stderr.contains("error"), "{stderr}");
             assert!(!Path::new(&out(&folder)).join("steps").join(policy).join("checkpoint").exists());
+            let message = fails(2, &["run", &recipe, "--set", "train.learning_rate=1e-4"]);
+            let why =
+                if policy == "helpfulness" { "belongs to another training" } else { "another model, data or options" };
+            says(&message, &[why, "elete"]);
         }
         says(&done(&["run", &recipe]).stderr, &["Policy helpfulness: complete.", "Continues after step"]);
         assert_eq!(metrics(&folder), metrics(&whole));

@@ -290,6 +290,10 @@ fn what_a_run_made_is_not_built_on_when_it_was_changed() {
 
     // and deleting what the message says makes it again
     fs::remove_dir_all(&helpful).unwrap();
+    fs::create_dir(&helpful).unwrap();
+    fs::write(helpful.join("training-state.safetensors"), "half").unwrap();
+    says(&fails(2, &["run", &recipe]), &["training-state.safetensors is damaged", "Delete"]);
+    fs::remove_file(helpful.join("training-state.safetensors")).unwrap();
     done(&["run", &recipe]);
     assert!(fs::read(helpful.join("checkpoint/model.safetensors")).unwrap() == before);
 }
