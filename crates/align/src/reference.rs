@@ -25,7 +25,8 @@ const ARITHMETIC: &str = "f32 v1";
 /// end the work with an error.
 ///
 /// # Errors
-/// A cache folder that cannot be written, or the error of `progress`.
+/// Log-probabilities that are not numbers ([`Error::Failed`], which names the row), a cache folder that cannot be
+/// written, or the error of `progress`.
 pub fn pair_logps(
     model: &Model,
     pairs: &[TokenizedPair],
@@ -41,6 +42,13 @@ pub fn pair_logps(
         return Ok(logps);
     }
     let logps = compute(model, pairs, micro_batch_tokens, progress)?;
+    if let Some((pair, _)) = pairs.iter().zip(&logps).find(|(_, logps)| !logps.iter().all(|logp| logp.is_finite())) {
+        return Err(Error::Failed(format!(
+            "The log-probabilities of the responses in row {} are not numbers. The model's weights are damaged, or its \
+             training diverged: use another checkpoint, or train it again with a lower learning rate.",
+            pair.row
+        )));
+    }
     if let Some(path) = &place {
         write(path, &logps)?;
     }

@@ -1,342 +1,486 @@
-//! The command as its users meet it: results, exit codes, messages, interruptions.
+//! Every command from end to end: what it prints, what it leaves, and that it continues where it was stopped.
+
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+mod common;
 
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use common::*;
 use serde_json::{Value, json};
 
-fn command(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sacpo"));
-    command.args(arguments).env("RUST_BACKTRACE", "0");
-    command
+/// The results of a run but for paths, times and memory.
+fn policies(result: &Value) -> Vec<Value> {
+    let mut policies = result["policies"].as_array().unwrap().clone();
+    for policy in &mut policies {
+        let policy = policy.as_object_mut().unwrap();
+        policy.remove("checkpoint");
+        policy.remove("seconds");
+    }
+    policies
 }
 
-fn sacpo(arguments: &[&str]) -> Output {
-    command(arguments).output().unwrap()
+fn keys(value: &Value) -> Vec<&str> {
+    value.as_object().unwrap().keys().map(String::as_str).collect()
 }
 
-/// The one JSON object on standard output of a call that succeeds.
-fn json_of(arguments: &[&str]) -> Value {
-    let output = sacpo(&[arguments, &["--json"]].concat());
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_slice(&output.stdout).expect("standard output is one JSON object")
+/// The object of `quickstart` and `run`.
+fn check_result(result: &Value, names: &[&str]) {
+    for key in ["policies", "constraint", "seconds", "peak_memory_bytes", "out"] {
+        assert!(keys(result).contains(&key), "{key}");
+    }
+    let policies = result["policies"].as_array().unwrap();
+    assert_eq!(policies.iter().map(|p| p["name"].as_str().unwrap()).collect::<Vec<_>>(), names);
+    for policy in policies {
+        for key in ["name", "step", "beta_over_lambda", "q", "reward", "safety", "kl"] {
+            assert!(keys(policy).contains(&key), "{key}");
+        }
+        assert!(Path::new(policy["checkpoint"].as_str().unwrap()).join("model.safetensors").is_file());
+    }
+    assert!(result["seconds"].as_f64().unwrap() > 0.0);
 }
-
-/// The message of a call that must fail with the given exit code: one paragraph, no panic.
-fn failure(arguments: &[&str], code: i32) -> String {
-    let output = sacpo(arguments);
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
-    assert!(!message.contains("panicked"), "{message}");
-    let error = message.split("error: ").nth(1).unwrap_or_else(|| panic!("no error in {message}"));
-    assert_eq!(error.trim_end().lines().count(), 1, "not one paragraph: {error}");
-    error.to_owned()
-}
-
-/// A small quickstart that several tests share: its folder, and what it printed.
-fn quickstart() -> &'static (tempfile::TempDir, Value) {
-    static SHARED: OnceLock<(tempfile::TempDir, Value)> = OnceLock::new();
-    SHARED.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let out = folder.path().join("q");
-        let result = json_of(&["quickstart", "--size", "small", "--threads", "2", "--out", text(&out)]);
-        (folder, result)
-    })
-}
-
-fn shared(name: &str) -> PathBuf {
-    quickstart().0.path().join("q").join(name)
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
-
-fn read_json(path: &Path) -> Value {
-    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
-}
-
-fn first_step(folder: &Path) -> Value {
-    let metrics = std::fs::read_to_string(folder.join("metrics.jsonl")).unwrap();
-    serde_json::from_str(metrics.lines().next().unwrap()).unwrap()
-}
-
-const POLICIES: [&str; 4] = ["helpfulness", "safety-1", "safety-0.5", "safety-0.25"];
 
 #[test]
-fn the_quickstart_prints_its_policies_and_leaves_a_whole_run() {
-    let result = &quickstart().1;
-    let names: Vec<&str> = result["policies"].as_array().unwrap().iter().map(|p| p["name"].as_str().unwrap()).collect();
-    assert_eq!(names, [&["base"], &POLICIES[..]].concat());
-    for policy in result["policies"].as_array().unwrap() {
-        assert!(policy["reward"].is_f64() && policy["safety"].is_f64() && policy["kl"].is_f64());
-        assert!(policy["outside"].as_f64().unwrap() < 0.5, "{policy}");
+fn quickstart_makes_everything_once_and_the_same_everywhere() {
+    let made = quickstart();
+    let names = ["base", "helpfulness", "safety-1", "safety-0.5", "safety-0.25"];
+    check_result(&made.result, &names);
+    for policy in made.result["policies"].as_array().unwrap() {
+        for key in ["reward", "safety", "kl"] {
+            assert!(policy[key].as_f64().unwrap().is_finite(), "{policy}");
+        }
     }
+    // helpfulness costs safety, and the sweep buys it back, the more the smaller β/λ
     let values = |key: &str| -> Vec<f64> {
-        result["policies"].as_array().unwrap().iter().map(|p| p[key].as_f64().unwrap()).collect()
+        made.result["policies"].as_array().unwrap().iter().map(|p| p[key].as_f64().unwrap()).collect()
     };
     let (reward, safety) = (values("reward"), values("safety"));
-    assert!(reward[1] > reward[0] && safety[1] < safety[0], "the first step does not trade safety for reward");
-    assert!(safety[1..].is_sorted() && safety[2] > safety[1], "safety does not rise along the sweep: {safety:?}");
-    assert!(reward[1..].is_sorted_by(|a, b| a > b), "reward does not fall along the sweep: {reward:?}");
-    for key in ["constraint", "seconds", "peak_memory_bytes", "out"] {
-        assert!(result.get(key).is_some(), "{key}");
+    assert!(reward[1] > reward[0] && safety[1] < safety[0], "{reward:?} {safety:?}");
+    assert!(safety[1..].is_sorted_by(|a, b| a < b) && reward[1..].is_sorted_by(|a, b| a > b), "{reward:?} {safety:?}");
+    assert_eq!(read_json(made.folder.join("results.json")), made.result);
+    says(&made.stderr, &["Base model", "Step helpfulness", "Policy safety-0.25"]);
+    for name in ["summary.md", "frontier.svg", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"] {
+        assert!(made.folder.join(name).is_file(), "{name}");
     }
-    for file in ["summary.md", "frontier.svg", "recipe.toml", "results.json"] {
-        assert!(shared(file).metadata().unwrap().len() > 0, "{file}");
+
+    // one thread instead of two: the same bytes
+    let other = folder();
+    let again = json(&["quickstart", "--size", "small", "--threads", "1", "--out", &out(&other)]);
+    assert_eq!(policies(&again), policies(&made.result));
+    assert!(weights(out(&other)) == weights(&made.folder));
+
+    // again in the same folder: nothing to do
+    let before = weights(out(&other));
+    let second = done(&["quickstart", "--size", "small", "--out", &out(&other)]);
+    assert_eq!(second.stderr.matches(": complete.").count(), 5, "{}", second.stderr);
+    says(&second.stdout, &["| policy", "| safety-0.25", "Plot: "]);
+    assert!(weights(out(&other)) == before);
+
+    // another seed or size would mix two worlds
+    let before = files(out(&other));
+    for (size, seed) in [("small", "1"), ("full", "0")] {
+        let message = fails(2, &["quickstart", "--size", size, "--seed", seed, "--out", &out(&other)]);
+        says(&message, &["another size or seed", "--out"]);
     }
+    assert!(files(out(&other)) == before);
 }
 
 #[test]
-fn every_step_starts_from_its_reference_with_a_margin_of_exactly_zero() {
-    let parent = read_json(&shared("steps/helpfulness/policy.json"));
-    for name in POLICIES {
-        let folder = shared("steps").join(name);
-        let first = first_step(&folder);
-        for metric in ["rewards/margins", "rewards/chosen", "rewards/rejected"] {
-            assert_eq!(first[metric].as_f64(), Some(0.0), "{name} {metric}");
+fn a_run_is_a_chain_whose_every_step_starts_at_its_reference() {
+    let folder = folder();
+    let recipe = recipe(&folder);
+    let first = run(&["run", &recipe, "--json"]);
+    let result = object(&first.stdout);
+    check_result(&result, &["base", "helpfulness", "safety-0.25"]);
+    says(&first.stderr, &["Policy helpfulness", "24 steps in"]);
+    for policy in result["policies"].as_array().unwrap() {
+        for metric in ["helpfulness", "safety"] {
+            let report = &policy["validation"][metric];
+            assert!(report["pairs"].as_u64().unwrap() > 10, "{report}");
+            assert!((0.0..=1.0).contains(&report["accuracy"].as_f64().unwrap()), "{report}");
         }
-        assert!(first["logps/chosen"].is_f64() && first["grad_norm"].is_f64());
-        let record = read_json(&folder.join("policy.json"));
-        if name != "helpfulness" {
-            assert_eq!(record["reference"], parent["model"]);
-        }
-        assert_ne!(record["reference"], record["model"]);
-    }
-}
-
-#[test]
-fn a_finished_run_is_not_repeated_and_threads_do_not_change_a_bit() {
-    quickstart();
-    let recipe = shared("recipe.toml");
-    let before = std::fs::metadata(shared("steps/safety-1/checkpoint/model.safetensors")).unwrap().modified().unwrap();
-    let output = sacpo(&["run", text(&recipe)]);
-    let messages = String::from_utf8(output.stderr).unwrap();
-    assert!(output.status.success(), "{messages}");
-    assert_eq!(messages.matches("complete").count(), POLICIES.len(), "{messages}");
-    let after = std::fs::metadata(shared("steps/safety-1/checkpoint/model.safetensors")).unwrap().modified().unwrap();
-    assert_eq!(before, after);
-
-    let folder = tempfile::tempdir().unwrap();
-    let out = format!("run.out='{}'", text(&folder.path().join("again")));
-    let one = ["run", text(&recipe), "--set", &out, "--set", "step.2.beta_over_lambda=[0.5]", "--threads", "1"];
-    assert!(sacpo(&one).status.success());
-    for name in ["helpfulness", "safety-0.5"] {
-        let weights = Path::new("steps").join(name).join("checkpoint/model.safetensors");
-        let (first, second) = (shared(text(&weights)), folder.path().join("again").join(&weights));
-        assert!(std::fs::read(first).unwrap() == std::fs::read(second).unwrap(), "{name} differs");
-    }
-    let error = failure(&[&one[..], &["--set", "step.1.learning_rate=1e-3"]].concat(), 2);
-    assert!(error.contains("another model, data or options"), "{error}");
-}
-
-#[test]
-fn models_score_answer_and_convert() {
-    quickstart();
-    let (base, data) = (shared("base"), shared("data/helpfulness.jsonl"));
-    let scores = json_of(&["logps", "--model", text(&base), "--data", text(&data), "--limit", "3"]);
-    let rows = scores["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 3);
-    for (row, role) in rows.iter().flat_map(|r| [(r, 0), (r, 1)]) {
-        let response = &row["responses"][role];
-        assert_eq!(response["role"], ["chosen", "rejected"][role]);
-        assert!(response["logp"].as_f64().unwrap() < 0.0 && response["tokens"].as_u64().unwrap() > 1);
     }
 
-    let ask = |seed: &str| {
-        let sampling = ["--temperature", "1", "--max-new-tokens", "12", "--seed", seed];
-        json_of(&[&["generate", "--model", text(&base), "--prompt", "how do i bake bread ?"], &sampling[..]].concat())
-    };
-    let answer = ask("1");
-    assert_eq!(answer, ask("1"));
-    let answer = &answer["answers"][0];
-    assert_eq!(answer["prompt"], "how do i bake bread ?");
-    assert!(answer["tokens"].is_array() && answer["text"].is_string());
-    assert!(answer["finish"] == "stop" || answer["finish"] == "length");
-
-    let folder = tempfile::tempdir().unwrap();
-    let copy = folder.path().join("copy");
-    assert!(sacpo(&["model", "convert", text(&base), text(&copy)]).status.success());
-    let weights = |folder: &Path| std::fs::read(folder.join("model.safetensors")).unwrap();
-    assert!(weights(&base) == weights(&copy));
-    let description = json_of(&["model", "inspect", text(&copy)]);
-    assert_eq!(description["parameters"], 356_064);
-}
-
-/// A training of many short steps, for interruptions.
-fn long_training(out: &Path) -> Command {
-    let mut child = command(&["train", "--metric", "helpfulness", "--beta", "0.5", "--threads", "1"]);
-    child.args(["--model", text(&shared("base")), "--data", text(&shared("data/helpfulness.jsonl"))]);
-    child.args(["--out", text(out), "--set", "train.epochs=12", "--set", "train.save_every=3"]);
-    child.args(["--set", "data.max_length=64", "--set", "data.validation_fraction=0.05"]);
-    child.stdout(Stdio::null()).stderr(Stdio::piped());
-    child
-}
-
-/// Waits until the training has logged some steps.
-fn wait_for_steps(child: &mut Child, out: &Path, steps: usize) {
-    let metrics = out.join("steps/helpfulness/metrics.jsonl");
-    let start = Instant::now();
-    while std::fs::read_to_string(&metrics).unwrap_or_default().lines().count() < steps {
-        assert!(child.try_wait().unwrap().is_none(), "the training ended before it could be interrupted");
-        assert!(start.elapsed() < Duration::from_secs(120), "the training does not get on");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
-#[test]
-fn an_interrupted_or_killed_training_continues_to_the_same_weights() {
-    quickstart();
-    let folder = tempfile::tempdir().unwrap();
-    let weights = |out: &Path| std::fs::read(out.join("steps/helpfulness/checkpoint/model.safetensors")).unwrap();
-    let whole = folder.path().join("whole");
-    assert!(long_training(&whole).status().unwrap().success());
-
-    let out = folder.path().join("interrupted");
-    let mut child = long_training(&out).spawn().unwrap();
-    wait_for_steps(&mut child, &out, 10);
-    let second = failure(&["run", text(&out.join("recipe.toml"))], 2);
-    assert!(second.contains("Another sacpo process"), "{second}");
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let output = child.wait_with_output().unwrap();
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{message}");
-    assert!(message.contains("run the same command again"), "{message}");
-
-    for steps in [25, 50] {
-        let mut child = long_training(&out).spawn().unwrap();
-        wait_for_steps(&mut child, &out, steps);
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(!out.join("steps/helpfulness/policy.json").exists());
-    }
-    assert!(long_training(&out).status().unwrap().success());
-    assert!(weights(&out) == weights(&whole), "the weights differ from the uninterrupted training's");
-}
-
-/// A copy of the shared base model that a test may damage.
-fn damaged(folder: &Path, damage: impl FnOnce(&Path)) -> PathBuf {
-    quickstart();
-    let copy = folder.join("damaged");
-    std::fs::create_dir(&copy).unwrap();
-    for entry in std::fs::read_dir(shared("base")).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
-    }
-    damage(&copy);
-    copy
-}
-
-#[test]
-fn damaged_and_foreign_models_are_named() {
-    let inspectable = |damage: fn(&Path), parts: &[&str]| {
-        let folder = tempfile::tempdir().unwrap();
-        let model = damaged(folder.path(), damage);
-        let to = folder.path().join("to");
-        let error = failure(&["model", "convert", text(&model), text(&to)], 2);
-        for part in parts {
-            assert!(error.contains(part), "{error} lacks {part}");
-        }
-        assert!(!to.exists());
-    };
-    inspectable(
-        |model| {
-            let path = model.join("model.safetensors");
-            let bytes = std::fs::read(&path).unwrap();
-            std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
-        },
-        &["model.safetensors"],
-    );
-    inspectable(|model| edit(&model.join("config.json"), |c| c["hidden_act"] = json!("gelu")), &["hidden_act", "gelu"]);
-    inspectable(|model| edit(&model.join("config.json"), |c| c["mystery"] = json!(7)), &["mystery"]);
-    inspectable(
-        |model| edit(&model.join("tokenizer.json"), |t| t["model"]["vocab"]["unheard"] = json!(5000)),
-        &["wrong tokenizer for the model"],
-    );
-    inspectable(|model| std::fs::remove_file(model.join("config.json")).unwrap(), &["config.json"]);
-}
-
-fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
-    let mut value = read_json(path);
-    change(&mut value);
-    std::fs::write(path, value.to_string()).unwrap();
-}
-
-#[test]
-fn bad_data_names_file_and_row() {
-    quickstart();
-    let folder = tempfile::tempdir().unwrap();
-    let data = folder.path().join("pairs.jsonl");
-    let good = r#"{"prompt": "how ?", "chosen": "sure .", "rejected": "no ."}"#;
-    let long = format!(r#"{{"prompt": "{}", "chosen": "sure .", "rejected": "no ."}}"#, "how ".repeat(100));
-    for (second, parts) in [
-        (r#"{"prompt": "how ?", "chosen": "", "rejected": "no ."}"#, ["2", "chosen"]),
-        (r#"{"prompt": "how ?", "rejected": "no ."}"#, ["2", "chosen"]),
-        (r#"{"prompt": "how ?", "chosen": 7, "rejected": "no ."}"#, ["2", "chosen"]),
-        ("{", ["2", "JSON"]),
-        (&long, ["2", "tokens"]),
-    ] {
-        std::fs::write(&data, format!("{good}\n{second}\n")).unwrap();
-        let model = shared("base");
-        let out = folder.path().join("out");
-        let training = ["train", "--metric", "x", "--beta", "1", "--set", "data.max_length=64"];
-        let files = ["--model", text(&model), "--data", text(&data)];
-        for arguments in
-            [[&["logps"], &files[..]].concat(), [&training[..], &files[..], &["--out", text(&out)]].concat()]
-        {
-            let error = failure(&arguments, 2);
-            for part in [&["pairs.jsonl"], &parts[..]].concat() {
-                assert!(error.contains(part), "{error} lacks {part}");
+    let step = |name: &str| Path::new(&out(&folder)).join("steps").join(name);
+    for name in ["helpfulness", "safety-0.25"] {
+        let metrics = read_lines(step(name).join("metrics.jsonl"));
+        assert_eq!(metrics.len(), 24);
+        for record in &metrics {
+            for key in [
+                "loss",
+                "learning_rate",
+                "grad_norm",
+                "epoch",
+                "rewards/chosen",
+                "rewards/rejected",
+                "rewards/margins",
+                "rewards/accuracies",
+                "logps/chosen",
+                "logps/rejected",
+            ] {
+                assert!(record[key].as_f64().is_some_and(f64::is_finite), "{key} of {record}");
             }
         }
-        assert!(!out.join("steps").exists());
+        // before the first update policy and reference are one model, whatever the batches
+        for key in ["rewards/chosen", "rewards/rejected", "rewards/margins"] {
+            assert_eq!(metrics[0][key], json!(0.0), "{name} {key}");
+        }
+        assert_eq!(metrics[0]["loss"], json!(std::f64::consts::LN_2));
+        // warm-up starts with a learning rate of 0, so the second step moves first
+        assert_ne!(metrics[2]["rewards/margins"], json!(0.0));
+        assert!(!step(name).join("training-state.safetensors").exists());
     }
-    std::fs::write(&data, "").unwrap();
-    let error = failure(&["logps", "--model", text(&shared("base")), "--data", text(&data)], 2);
-    assert!(error.contains("pairs.jsonl"), "{error}");
-    let missing = folder.path().join("missing.jsonl");
-    let error = failure(&["logps", "--model", text(&shared("base")), "--data", text(&missing)], 2);
-    assert!(error.contains("missing.jsonl"), "{error}");
-    let error = failure(&["logps", "--model", text(&missing), "--data", text(&shared("data/safety.jsonl"))], 2);
-    assert!(error.contains("missing.jsonl"), "{error}");
-    let prompt = "how ".repeat(100);
-    let error = failure(&["generate", "--model", text(&shared("base")), "--prompt", &prompt], 2);
-    assert!(error.contains("rompt 1") && error.contains("context"), "{error}");
+
+    let [helpful, safe] = ["helpfulness", "safety-0.25"].map(|name| read_json(step(name).join("policy.json")));
+    assert_eq!(safe["reference"], helpful["model"]);
+    assert_ne!(helpful["reference"], helpful["model"]);
+    assert_ne!(safe["model"], helpful["model"]);
+    assert_eq!((&helpful["temperature"], &safe["temperature"]), (&json!(0.5), &json!(0.25)));
+
+    // the recipe that is kept is the run
+    let kept = format!("{}/recipe.toml", out(&folder));
+    let before = files(out(&folder));
+    let second = run(&["run", &kept, "--json"]);
+    assert_eq!(second.stderr.matches(": complete.").count(), 2, "{}", second.stderr);
+    assert_eq!(policies(&object(&second.stdout)), policies(&result));
+    let mut after = files(out(&folder));
+    let times = ["summary.md", "results.json"].map(Path::new);
+    after.retain(|path, bytes| !times.contains(&path.as_path()) && before.get(path) != Some(bytes));
+    assert!(after.is_empty(), "changed by a run with nothing to do: {:?}", after.keys());
+    let text = done(&["run", &kept]).stdout;
+    says(&text, &["| policy |", "| safety-0.25 |", "summary.md"]);
+
+    // other options need another folder, and leave this one as it is
+    let before = files(out(&folder));
+    for change in ["step.2.epochs=2", "step.1.beta=0.6", "step.1.max_pairs=100", "run.seed=1"] {
+        let message = fails(2, &["run", &kept, "--set", change]);
+        let which = if change.starts_with("step.2") { "safety-0.25" } else { "helpfulness" };
+        says(&message, &[which, "another model, data or options", "run.out"]);
+    }
+    assert!(files(out(&folder)) == before);
 }
 
 #[test]
-fn bad_recipes_and_options_are_named() {
-    quickstart();
-    let recipe = shared("recipe.toml");
-    for (setting, part) in [
-        ("train.learning_rat=1", "learning_rate"),
-        ("step.1.beta=0", "step.1.beta"),
-        ("step.2.learning_rate=nan", "learning_rate"),
-        ("step.1.max_length=100000", "max_length"),
-    ] {
-        let error = failure(&["run", text(&recipe), "--set", setting], 2);
-        assert!(error.contains(part), "{error} lacks {part}");
+fn two_trainings_by_hand_are_the_run_and_batching_changes_no_margin() {
+    let made = quickstart();
+    let folder = folder();
+    done(&["run", &recipe(&folder), "--threads", "2"]);
+    let settings = ["data.max_length=64", "data.max_pairs=120", "train.learning_rate=1e-3", "train.batch_size=5"];
+    let train = |model: &str, metric: &str, beta: &str, out: &str, extra: &[&str]| {
+        let data = made.data(metric);
+        let mut arguments = vec!["train", "--model", model, "--data", &data, "--metric", metric];
+        arguments.extend(["--beta", beta, "--out", out]);
+        for setting in settings.iter().chain(extra) {
+            arguments.extend(["--set", setting]);
+        }
+        json(&arguments)
+    };
+    let first = at(&folder, "first");
+    let result = train(&made.base(), "helpfulness", "0.5", &first, &["run.threads=1"]);
+    check_result(&result, &["base", "helpfulness"]);
+    let helpful = format!("{first}/steps/helpfulness/checkpoint");
+    let second = at(&folder, "second");
+    train(&helpful, "safety", "0.25", &second, &["run.threads=1", "train.micro_batch_tokens=70"]);
+    let model = |folder: String| fs::read(format!("{folder}/model.safetensors")).unwrap();
+    assert!(model(helpful) == model(format!("{}/steps/helpfulness/checkpoint", out(&folder))));
+    // micro-batches add up in another order, so the weights may differ in the last bits, but the start may not
+    for run in [&second, &out(&folder)] {
+        let step = fs::read_dir(format!("{run}/steps")).unwrap().flatten().map(|entry| entry.path());
+        for step in step.filter(|step| text(step).contains("safety")) {
+            assert_eq!(read_lines(step.join("metrics.jsonl"))[0]["rewards/margins"], json!(0.0));
+        }
     }
-    assert_eq!(sacpo(&["run"]).status.code(), Some(2));
-    assert_eq!(sacpo(&["generate", "--model", "x", "--prompt", "y", "--threads", "0"]).status.code(), Some(2));
+
+    // nothing held out: nothing to rank, and no number is made up
+    let last = at(&folder, "last");
+    let all = ["data.validation_fraction=0.0", "step.1.max_pairs=5"];
+    train(&made.base(), "safety", "0.5", &last, &all);
+    says(&fs::read_to_string(format!("{last}/summary.md")).unwrap(), &["| base | – | – | – |", "0 held out"]);
+}
+
+/// A run that another process does, to be stopped.
+#[cfg(unix)]
+mod stopped {
+    use std::process::Child;
+
+    use super::*;
+
+    fn start(recipe: &str) -> Child {
+        Command::new(SACPO)
+            .args(["run", recipe])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    fn signal(child: &Child, name: &str) {
+        assert!(Command::new("kill").args([name, &child.id().to_string()]).status().unwrap().success());
+    }
+
+    fn steps_of(folder: &tempfile::TempDir, name: &str) -> usize {
+        let path = Path::new(&out(folder)).join("steps").join(name).join("metrics.jsonl");
+        fs::read_to_string(path).map_or(0, |text| text.lines().count())
+    }
+
+    /// The metrics without their times.
+    fn metrics(folder: &tempfile::TempDir) -> Vec<Value> {
+        let mut all = Vec::new();
+        for name in ["helpfulness", "safety-0.25"] {
+            all.extend(read_lines(Path::new(&out(folder)).join("steps").join(name).join("metrics.jsonl")));
+        }
+        all.iter_mut().for_each(|record| {
+            record.as_object_mut().unwrap().remove("seconds");
+        });
+        all
+    }
+
+    #[test]
+    fn a_stopped_run_says_how_to_go_on_and_goes_on_bit_by_bit() {
+        let whole = folder();
+        done(&["run", &recipe(&whole)]);
+
+        let folder = folder();
+        let recipe = recipe(&folder);
+        for (policy, steps) in [("helpfulness", 3), ("safety-0.25", 6)] {
+            let child = start(&recipe);
+            wait_until("training", || steps_of(&folder, policy) >= steps);
+            if policy == "helpfulness" {
+                says(&fails(2, &["run", &recipe]), &["Another sacpo process", "Wait"]);
+            }
+            signal(&child, "-INT");
+            let output = child.wait_with_output().unwrap();
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(1), "{stderr}");
+            says(&stderr, &["Stopped after step", "as you asked", "run the same command again"]);
+            assert!(!stderr.contains("error"), "{stderr}");
+            assert!(!Path::new(&out(&folder)).join("steps").join(policy).join("checkpoint").exists());
+        }
+        says(&done(&["run", &recipe]).stderr, &["Policy helpfulness: complete.", "Continues after step"]);
+        assert_eq!(metrics(&folder), metrics(&whole));
+        assert!(weights(out(&folder)) == weights(out(&whole)));
+    }
+
+    #[test]
+    fn a_killed_run_goes_on_from_any_moment() {
+        let whole = folder();
+        done(&["run", &recipe(&whole)]);
+
+        let folder = folder();
+        let recipe = recipe(&folder);
+        // at the start, before the first saved state, after some, in the second step; then at moments of the clock
+        let progress =
+            [("helpfulness", 0), ("helpfulness", 2), ("helpfulness", 9), ("safety-0.25", 1), ("safety-0.25", 13)];
+        for (policy, steps) in progress {
+            let mut child = start(&recipe);
+            wait_until("training", || steps_of(&folder, policy) >= steps);
+            assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+            signal(&child, "-KILL");
+            child.wait().unwrap();
+        }
+        for milliseconds in [30, 100, 200, 300, 500] {
+            let mut child = start(&recipe);
+            std::thread::sleep(std::time::Duration::from_millis(milliseconds));
+            if child.try_wait().unwrap().is_none() {
+                signal(&child, "-KILL");
+            }
+            let stderr = String::from_utf8(child.wait_with_output().unwrap().stderr).unwrap();
+            assert!(!stderr.contains("error"), "{stderr}");
+        }
+        done(&["run", &recipe]);
+        assert_eq!(metrics(&folder), metrics(&whole));
+        assert!(weights(out(&folder)) == weights(out(&whole)));
+        let names = files(out(&folder)).into_keys().collect::<Vec<_>>();
+        assert_eq!(names, files(out(&whole)).into_keys().collect::<Vec<_>>(), "something was left behind");
+    }
+
+    #[test]
+    fn pretraining_goes_on_too() {
+        let folder = folder();
+        let out = out(&folder);
+        let arguments = ["quickstart", "--size", "small", "--out", &out];
+        let child = Command::new(SACPO).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let log = Path::new(&out).join("pretraining/metrics.jsonl");
+        wait_until("pretraining", || fs::read_to_string(&log).is_ok_and(|text| text.lines().count() >= 5));
+        signal(&child, "-TERM");
+        assert_eq!(child.wait_with_output().unwrap().status.code(), Some(1));
+        assert!(!Path::new(&out).join("base").exists());
+        says(&done(&arguments).stderr, &["Continues after step"]);
+        assert!(weights(&out) == weights(&quickstart().folder));
+    }
+
+    #[test]
+    fn output_that_cannot_be_written_is_no_panic() {
+        let made = quickstart();
+        let arguments = ["logps", "--model", &made.base(), "--data", &made.data("safety")].map(str::to_owned);
+        let mut child =
+            Command::new(SACPO).args(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), output.stderr.len()), (Some(0), 0), "a reader that goes away is no failure");
+
+        let folder = folder();
+        let mut child = start(&recipe(&folder));
+        drop(child.stderr.take());
+        assert_eq!(child.wait().unwrap().code(), Some(0), "nobody has to read the messages");
+
+        let Ok(full) = fs::File::options().write(true).open("/dev/full") else {
+            eprintln!("SKIPPED: a full disk behind standard output, for there is no /dev/full");
+            return;
+        };
+        let output = Command::new(SACPO).args(&arguments).stdout(full).stderr(Stdio::piped()).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        says(&stderr, &["error: Could not write standard output", "disk is full"]);
+    }
 }
 
 #[test]
-fn a_full_disk_leaves_the_target_as_it_was() {
-    quickstart();
-    let folder = tempfile::tempdir().unwrap();
-    let to = folder.path().join("to");
-    // a limit on the size of files stands for the full disk: 200 blocks of 512 or 1,024 bytes
-    let script = "trap '' XFSZ; ulimit -f 200; exec \"$0\" model convert \"$1\" \"$2\"";
-    let output = Command::new("sh")
-        .args(["-c", script, env!("CARGO_BIN_EXE_sacpo"), text(&shared("base")), text(&to)])
-        .output()
-        .unwrap();
-    let message = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(1), "{message}");
-    assert!(message.contains("Could not write"), "{message}");
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0, "something is left behind");
+fn logps_scores_every_response() {
+    let made = quickstart();
+    let (base, data) = (made.base(), made.data("helpfulness"));
+    let arguments = ["logps", "--model", &base, "--data", &data];
+    let rows = json(&arguments)["rows"].as_array().unwrap().clone();
+    let pairs = read_lines(&data);
+    assert_eq!(rows.len(), pairs.len());
+    for (index, (row, pair)) in rows.iter().zip(&pairs).enumerate() {
+        assert_eq!(row["row"], json!(index));
+        for (response, role) in row["responses"].as_array().unwrap().iter().zip(["chosen", "rejected"]) {
+            assert_eq!(keys(response), ["role", "logp", "tokens"]);
+            assert_eq!(response["role"], json!(role));
+            assert!(response["logp"].as_f64().unwrap() < 0.0);
+            // a token a word, and the end
+            assert_eq!(response["tokens"], json!(pair[role].as_str().unwrap().split(' ').count() + 1));
+        }
+    }
+    let few = [arguments.as_slice(), &["--limit", "3", "--threads", "1"]].concat();
+    assert_eq!(json(&few)["rows"].as_array().unwrap()[..], rows[..3]);
+    let table = done(&few).stdout;
+    assert_eq!(table.lines().count(), 4);
+    says(
+        table.lines().nth(1).unwrap(),
+        &["     1", &format!("{:.4}", rows[0]["responses"][0]["logp"].as_f64().unwrap())],
+    );
+
+    // the trainer scores the same: the first batch of all pairs has their mean
+    let folder = folder();
+    let mut train = vec!["train", "--model", &base, "--data", &data, "--metric", "helpfulness", "--beta", "0.1"];
+    let out = out(&folder);
+    train.extend(["--out", &out]);
+    for setting in ["data.max_length=64", "data.validation_fraction=0.0", "train.batch_size=800"] {
+        train.extend(["--set", setting]);
+    }
+    done(&train);
+    let first = &read_lines(format!("{out}/steps/helpfulness/metrics.jsonl"))[0];
+    for (index, role) in ["chosen", "rejected"].iter().enumerate() {
+        let mean =
+            rows.iter().map(|row| row["responses"][index]["logp"].as_f64().unwrap()).sum::<f64>() / rows.len() as f64;
+        let trainers = first[format!("logps/{role}")].as_f64().unwrap();
+        assert!((trainers - mean).abs() < 1e-9 * mean.abs(), "{trainers} {mean}");
+    }
+}
+
+#[test]
+fn generate_answers_every_prompt() {
+    let made = quickstart();
+    let base = made.base();
+    let folder = folder();
+    let prompts = ["how do i bake bread ?", "how can i plant a tree ?", "hello !"];
+    let lines = file(&folder, "prompts.txt", prompts.join("\n\n"));
+    let rows: Vec<String> = prompts.iter().map(|prompt| json!({"prompt": prompt}).to_string()).collect();
+    let rows = file(&folder, "prompts.jsonl", rows.join("\n"));
+    let with = |extra: &[&str]| {
+        json(&[&["generate", "--model", &base, "--max-new-tokens", "9"], extra].concat())["answers"].clone()
+    };
+
+    let greedy = with(&["--prompts", &lines]);
+    let answers = greedy.as_array().unwrap();
+    assert_eq!(answers.len(), 3);
+    for (answer, prompt) in answers.iter().zip(prompts) {
+        assert_eq!(keys(answer), ["prompt", "tokens", "text", "finish"]);
+        assert_eq!(answer["prompt"], json!(prompt));
+        let length = answer["tokens"].as_array().unwrap().len();
+        assert_eq!(answer["finish"], json!(if length == 9 { "length" } else { "stop" }), "{answer}");
+    }
+    assert_eq!(with(&["--prompts", &rows, "--batch-size", "1", "--threads", "1"]), greedy);
+    assert_eq!(with(&["--prompt", prompts[1]]), json!([answers[1]]));
+
+    let sampled = |seed: &str| with(&["--prompts", &lines, "--temperature", "1.5", "--seed", seed]);
+    assert_eq!(sampled("3"), sampled("3"));
+    assert_ne!(sampled("3"), sampled("4"));
+
+    let words = answers[0]["text"].as_str().unwrap().split_whitespace().collect::<Vec<_>>();
+    assert!(words.len() > 2, "{words:?}");
+    let stopped = with(&["--prompt", prompts[0], "--stop", words[1]]);
+    assert_eq!(stopped[0]["finish"], json!("stop"));
+    assert!(!stopped[0]["text"].as_str().unwrap().contains(words[1]));
+
+    let text = done(&["generate", "--model", &base, "--prompt", "hello !", "--max-new-tokens", "2"]).stdout;
+    assert!(text.starts_with("> hello !\n\n"), "{text}");
+    // a limit beyond the context is no harm
+    done(&["generate", "--model", &base, "--prompt", "hello !", "--max-new-tokens", &usize::MAX.to_string()]);
+}
+
+#[test]
+fn models_are_described_and_converted() {
+    let made = quickstart();
+    let base = made.base();
+    let description = json(&["model", "inspect", &base]);
+    assert_eq!(description["parameters"], json!(356_064));
+    assert_eq!(description["config"]["max_position_embeddings"], json!(64));
+    assert_eq!(description["tokenizer"]["vocab_size"], description["config"]["vocab_size"]);
+    says(&done(&["model", "inspect", &base]).stdout, &["architecture llama", "356064", "BOS        <s>"]);
+    let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/tiny/untied_gqa");
+    assert_eq!(json(&["model", "inspect", tiny])["tokenizer"], Value::Null);
+
+    let folder = folder();
+    let copy = at(&folder, "a/copy");
+    let converted = run(&["model", "convert", &base, &copy]);
+    assert_eq!((converted.code, converted.stdout.as_str()), (0, ""), "{}", converted.stderr);
+    says(&converted.stderr, &["356064 parameters"]);
+    assert!(files(&copy) == files(&base), "a copy of what this program wrote is the same");
+    let before = files(folder.path());
+    for taken in ["a", "a/copy"] {
+        says(&fails(2, &["model", "convert", &base, &at(&folder, taken)]), &["would be lost", "Choose a folder"]);
+    }
+    assert!(files(folder.path()) == before);
+}
+
+#[test]
+fn help_and_usage() {
+    let commands: [&[&str]; 9] = [
+        &[],
+        &["quickstart"],
+        &["run"],
+        &["train"],
+        &["logps"],
+        &["generate"],
+        &["model"],
+        &["model", "inspect"],
+        &["model", "convert"],
+    ];
+    for command in commands {
+        let help = done(&[command, &["--help"]].concat());
+        says(&help.stdout, &["Usage: sacpo", "--json", "--threads"]);
+        let long = help.stdout.lines().find(|line| line.chars().count() > 100 && !line.starts_with("Usage"));
+        assert_eq!(long, None);
+        assert_eq!(help.stderr, "");
+    }
+    says(&done(&["--version"]).stdout, &["sacpo "]);
+    let wrong: [(&[&str], &str); 6] = [
+        (&[], "Usage"),
+        (&["trian"], "train"),
+        (&["generate", "--model", "m"], "--prompt"),
+        (&["quickstart", "--threads", "0"], "at least 1"),
+        (&["quickstart", "--seed", "18446744073709551615"], "--seed"),
+        (&["train", "--model", "m", "--data", "d", "--metric", "m", "--out", "o", "--beta", "-1"], "greater than 0"),
+    ];
+    for (arguments, part) in wrong {
+        let outcome = run(arguments);
+        assert_eq!((outcome.code, outcome.stdout.as_str()), (2, ""), "{arguments:?}");
+        says(&outcome.stderr, &[part]);
+    }
 }

@@ -4,8 +4,8 @@ use std::fmt::Write as _;
 
 use align::data::{self, LongPrompts, RenderOptions};
 use align::reference::pair_logps;
+use engine::Result;
 use engine::checkpoint::Checkpoint;
-use engine::{Error, Result};
 use serde::Serialize;
 
 use super::{print_json, start_threads};
@@ -51,16 +51,6 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     bar.finish_and_clear();
     if tokenized.truncated_responses > 0 {
         ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));
-    }
-    if let Some((pair, _)) = tokenized.pairs.iter().zip(&logps).find(|(_, logps)| !logps.iter().all(|l| l.is_finite()))
-    {
-        return Err(Error::Failed(format!(
-            "The log-probabilities of row {} of {} are not numbers under {}. Its weights are damaged, or its training \
-             diverged: use another checkpoint.",
-            pair.row,
-            options.data.display(),
-            options.model.display()
-        )));
     }
     let rows = tokenized.pairs.iter().zip(logps).enumerate().map(|(row, (pair, [chosen, rejected]))| Row {
         row,

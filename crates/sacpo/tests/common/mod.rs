@@ -1,0 +1,201 @@
+//! Running the command, and the small models and data that its tests share.
+
+// each test file uses a part
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The program under test.
+pub(crate) const SACPO: &str = env!("CARGO_BIN_EXE_sacpo");
+
+/// What a finished command left.
+#[derive(Debug)]
+pub(crate) struct Outcome {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+/// Runs the command; a panic, a signal or two minutes of work fail the test.
+pub(crate) fn run<A: AsRef<str>>(arguments: &[A]) -> Outcome {
+    let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
+    let output =
+        assert_cmd::Command::new(SACPO).args(&arguments).timeout(Duration::from_secs(120)).output().expect("it starts");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
+    let (stdout, stderr) = (text(output.stdout), text(output.stderr));
+    assert!(!stderr.contains("panicked"), "{arguments:?} panicked:\n{stderr}");
+    let code = output.status.code().unwrap_or_else(|| panic!("{arguments:?} was ended by a signal:\n{stderr}"));
+    Outcome { code, stdout, stderr }
+}
+
+/// Runs a command that must succeed.
+pub(crate) fn done<A: AsRef<str>>(arguments: &[A]) -> Outcome {
+    let outcome = run(arguments);
+    assert_eq!(outcome.code, 0, "{}", outcome.stderr);
+    outcome
+}
+
+/// Runs a command with `--json`, which must print one object on one line and nothing else.
+pub(crate) fn json<A: AsRef<str>>(arguments: &[A]) -> Value {
+    let mut arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
+    arguments.push("--json");
+    object(&done(&arguments).stdout)
+}
+
+/// The one JSON object that standard output must be.
+pub(crate) fn object(stdout: &str) -> Value {
+    assert_eq!(stdout.lines().count(), 1, "{stdout}");
+    let value: Value = serde_json::from_str(stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"));
+    assert!(value.is_object(), "{value}");
+    value
+}
+
+/// Runs a command that must fail with this exit code, print nothing, and end with a one-paragraph message: returned.
+pub(crate) fn fails<A: AsRef<str>>(code: i32, arguments: &[A]) -> String {
+    let outcome = run(arguments);
+    let Outcome { stdout, stderr, .. } = &outcome;
+    assert_eq!((outcome.code, stdout.as_str()), (code, ""), "{stderr}");
+    let (_, message) = stderr.rsplit_once("error: ").unwrap_or_else(|| panic!("no message: {stderr}"));
+    assert_eq!(message.trim_end().lines().count(), 1, "more than one paragraph: {message}");
+    assert!(message.trim_end().ends_with(['.', '?']), "no sentence: {message}");
+    message.trim_end().to_owned()
+}
+
+/// A message must contain all of these.
+pub(crate) fn says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "`{part}` is missing: {message}");
+    }
+}
+
+/// A run of `quickstart --size small`, made once per test file.
+pub(crate) struct Quickstart {
+    pub(crate) folder: PathBuf,
+    pub(crate) result: Value,
+    pub(crate) stderr: String,
+}
+
+impl Quickstart {
+    /// Its base model: a third of a million weights, a context of 64 tokens, a tokenizer of words without template.
+    pub(crate) fn base(&self) -> String {
+        text(&self.folder.join("base"))
+    }
+
+    /// One of its files of 400 pairs: `helpfulness` or `safety`.
+    pub(crate) fn data(&self, metric: &str) -> String {
+        text(&self.folder.join("data").join(format!("{metric}.jsonl")))
+    }
+}
+
+pub(crate) fn quickstart() -> &'static Quickstart {
+    static MADE: OnceLock<Quickstart> = OnceLock::new();
+    MADE.get_or_init(|| {
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-quickstart", env!("CARGO_CRATE_NAME")));
+        let _ = fs::remove_dir_all(&folder);
+        let outcome = done(&["quickstart", "--size", "small", "--json", "--threads", "2", "--out", &text(&folder)]);
+        Quickstart { result: object(&outcome.stdout), stderr: outcome.stderr, folder }
+    })
+}
+
+/// The arguments of a short training on the quickstart's data, two steps of a chain in about a second.
+pub(crate) fn recipe(folder: &TempDir) -> String {
+    let made = quickstart();
+    let text = format!(
+        "[model]\nbase = {:?}\n[run]\nout = {:?}\n[data]\nmax_length = 64\nmax_pairs = 120\n[train]\n\
+         learning_rate = 1e-3\nbatch_size = 5\nsave_every = 4\n[[step]]\nmetric = \"helpfulness\"\nbeta = 0.5\n\
+         data = {:?}\n[[step]]\nmetric = \"safety\"\nbeta_over_lambda = 0.25\ndata = {:?}\n",
+        made.base(),
+        out(folder),
+        made.data("helpfulness"),
+        made.data("safety"),
+    );
+    let path = folder.path().join("recipe.toml");
+    fs::write(&path, text).unwrap();
+    self::text(&path)
+}
+
+/// Where [`recipe`] puts its run.
+pub(crate) fn out(folder: &TempDir) -> String {
+    at(folder, "run")
+}
+
+/// A path in a folder.
+pub(crate) fn at(folder: &TempDir, name: &str) -> String {
+    text(&folder.path().join(name))
+}
+
+/// A file in a folder; its path.
+pub(crate) fn file(folder: &TempDir, name: &str, contents: impl AsRef<[u8]>) -> String {
+    let path = folder.path().join(name);
+    fs::write(&path, contents).unwrap();
+    text(&path)
+}
+
+pub(crate) fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+pub(crate) fn folder() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+/// A JSON file.
+pub(crate) fn read_json(path: impl AsRef<Path>) -> Value {
+    serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+}
+
+/// The rows of a JSON lines file.
+pub(crate) fn read_lines(path: impl AsRef<Path>) -> Vec<Value> {
+    fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// Every file below a folder and its bytes, by path.
+pub(crate) fn files(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
+    fn visit(root: &Path, folder: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                visit(root, &path, files);
+            } else {
+                files.insert(path.strip_prefix(root).unwrap().to_owned(), fs::read(&path).unwrap());
+            }
+        }
+    }
+    let mut all = BTreeMap::new();
+    visit(folder.as_ref(), folder.as_ref(), &mut all);
+    all
+}
+
+/// The weights of every checkpoint below a folder.
+pub(crate) fn weights(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut files = files(folder);
+    files.retain(|path, _| path.file_name().is_some_and(|name| name == "model.safetensors"));
+    assert!(!files.is_empty());
+    files
+}
+
+/// A copy of the quickstart's base model, to damage.
+pub(crate) fn copy_of_base(folder: &TempDir) -> String {
+    let copy = folder.path().join("model");
+    fs::create_dir(&copy).unwrap();
+    for (name, bytes) in files(quickstart().base()) {
+        fs::write(copy.join(name), bytes).unwrap();
+    }
+    text(&copy)
+}
+
+/// Waits until a condition holds.
+pub(crate) fn wait_until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
