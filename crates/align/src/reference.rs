@@ -12,7 +12,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::data::TokenizedPair;
-use crate::objective::Objective;
+use crate::objective::Pairwise;
 use crate::task::{Preferences, Task};
 use crate::trainer::{micro_batches, pack};
 
@@ -64,7 +64,7 @@ fn compute(
     let longest = pairs.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
     let mut decoder = Decoder::new(model, longest);
     let unknown = vec![[0.0; 2]; pairs.len()];
-    let task = Preferences::new(pairs, &unknown, &Objective::Dpo { beta: 1.0, label_smoothing: 0.0 });
+    let task = Preferences::new(pairs, &unknown, &Pairwise::Dpo { beta: 1.0, label_smoothing: 0.0 });
     let all: Vec<usize> = (0..task.len()).collect();
     let mut logps: Vec<f64> = Vec::with_capacity(2 * pairs.len());
     for part in micro_batches(&task, &all, micro_batch_tokens) {

@@ -10,7 +10,7 @@ use engine::{Error, Model, Result};
 use serde::Serialize;
 
 use crate::data::TokenizedPair;
-use crate::objective::Objective;
+use crate::objective::Pairwise;
 use crate::reference::pair_logps;
 use crate::task::Preferences;
 use crate::trainer::{Monitor, StepRecord, TrainOptions, train};
@@ -24,7 +24,7 @@ use crate::trainer::{Monitor, StepRecord, TrainOptions, train};
 pub fn align(
     start: &Model,
     pairs: &[TokenizedPair],
-    objective: &Objective,
+    objective: &Pairwise,
     options: &TrainOptions,
     folder: &Path,
     cache: &Path,

@@ -1,7 +1,7 @@
 //! What the trainer trains on: examples, and what their log-probabilities mean for the loss.
 
 use crate::data::TokenizedPair;
-use crate::objective::{Objective, PairLogps};
+use crate::objective::{Pair, Pairwise, Response};
 
 /// The loss of one example, before division by the batch's total weight.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,7 +39,7 @@ pub trait Task: Sync {
 pub struct Preferences<'a> {
     pairs: &'a [TokenizedPair],
     reference: &'a [[f64; 2]],
-    objective: &'a Objective,
+    objective: &'a Pairwise,
 }
 
 impl<'a> Preferences<'a> {
@@ -47,7 +47,7 @@ impl<'a> Preferences<'a> {
     ///
     /// # Panics
     /// If there is not exactly one entry of `reference` per pair.
-    pub fn new(pairs: &'a [TokenizedPair], reference: &'a [[f64; 2]], objective: &'a Objective) -> Self {
+    pub fn new(pairs: &'a [TokenizedPair], reference: &'a [[f64; 2]], objective: &'a Pairwise) -> Self {
         assert_eq!(pairs.len(), reference.len(), "every pair needs its reference log-probabilities");
         Self { pairs, reference, objective }
     }
@@ -74,18 +74,16 @@ impl Task for Preferences<'_> {
         let pair = &self.pairs[example];
         let [ref_chosen, ref_rejected] = self.reference[example];
         let (policy_chosen, policy_rejected) = (logps[0], logps[1]);
-        let result = self.objective.evaluate(&PairLogps {
-            policy_chosen,
-            policy_rejected,
-            ref_chosen,
-            ref_rejected,
-            len_chosen: pair.chosen.len(),
-            len_rejected: pair.rejected.len(),
+        let result = self.objective.evaluate(&Pair {
+            chosen: Response { policy: policy_chosen, reference: ref_chosen, len: pair.chosen.len(), kl: 0.0 },
+            rejected: Response { policy: policy_rejected, reference: ref_rejected, len: pair.rejected.len(), kl: 0.0 },
+            is_unsafe: [false; 2],
+            margin: 0.0,
         });
         let margin = result.reward_chosen - result.reward_rejected;
         ExampleLoss {
             loss: result.loss,
-            d_logps: vec![result.d_chosen, result.d_rejected],
+            d_logps: vec![result.chosen.logp, result.rejected.logp],
             metrics: vec![
                 ("rewards/chosen", result.reward_chosen),
                 ("rewards/rejected", result.reward_rejected),

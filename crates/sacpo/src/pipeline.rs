@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use align::data::{self, RenderOptions, TokenizedPair};
 use align::log::read_metric;
-use align::objective::Objective;
+use align::objective::Pairwise;
 use align::reference::pair_logps;
 use align::step::{self, PreferenceReport};
 use align::trainer::TrainOptions;
@@ -270,8 +270,8 @@ impl<'a> Stage<'a> {
         self.folder.join("checkpoint")
     }
 
-    fn objective(&self) -> Result<Objective> {
-        Objective::dpo(self.planned.beta, self.step.label_smoothing)
+    fn objective(&self) -> Result<Pairwise> {
+        Ok(Pairwise::Dpo { beta: self.planned.beta, label_smoothing: self.step.label_smoothing })
     }
 
     fn options(&self) -> TrainOptions {

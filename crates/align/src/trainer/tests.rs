@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::*;
 use crate::data::TokenizedPair;
-use crate::objective::Objective;
+use crate::objective::Pairwise;
 use crate::reference::pair_logps;
 use crate::task::{Demonstration, Demonstrations, Preferences};
 
@@ -79,7 +79,7 @@ fn reference(model: &Model, pairs: &[TokenizedPair]) -> Vec<[f64; 2]> {
     pair_logps(model, pairs, 50, None, &mut |_| Ok(())).unwrap()
 }
 
-const DPO: Objective = Objective::Dpo { beta: 0.5, label_smoothing: 0.0 };
+const DPO: Pairwise = Pairwise::Dpo { beta: 0.5, label_smoothing: 0.0 };
 
 fn close(value: f64, expected: &Value, what: &str) {
     let expected = expected.as_f64().unwrap();
