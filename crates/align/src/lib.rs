@@ -8,6 +8,7 @@ pub mod data;
 pub mod log;
 pub mod objective;
 pub mod reference;
+pub mod sequences;
 mod state;
 pub mod step;
 pub mod task;

@@ -1,7 +1,8 @@
-//! Log-probabilities of pairs under a fixed model, computed once and kept on disk.
+//! Log-probabilities under a fixed model, computed once and kept on disk.
 //!
-//! The key of a cache file is a hash of everything that the values depend on: the model's weights and shape,
-//! every token of every pair, the arithmetic's version and the processor's instruction set. Template, tokenizer and truncation show in the tokens.
+//! They are kept in blocks, so that a scoring that was stopped goes on where it was. The key of a block is a hash of
+//! everything that its values depend on: the model's weights and shape, every token, the arithmetic's version and the
+//! processor's instruction set. Template, tokenizer and truncation show in the tokens.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,103 +12,87 @@ use engine::{Decoder, Error, Model, Result};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::data::TokenizedPair;
-use crate::objective::Pairwise;
-use crate::task::{Preferences, Task};
-use crate::trainer::{micro_batches, pack};
+use crate::sequences::{Sequences, micro_batches, pack};
 
 /// Changes whenever the engine's f32 results may change.
 const ARITHMETIC: &str = "f32 v1";
 
-/// Log-probabilities of each pair's chosen and rejected response under `model`.
+/// Prompts per block: some seconds of work on a small model.
+const BLOCK: usize = 256;
+
+/// The log-probability of every response under `model`, in order.
 ///
-/// Read from `cache` if it holds them, else computed and kept there. `progress` gets the number of pairs done and may
-/// end the work with an error.
+/// Blocks that `cache` holds are read, the others computed and kept there. `progress` gets the number of prompts done
+/// and may end the work with an error; finished blocks stay.
 ///
 /// # Errors
 /// Log-probabilities that are not numbers ([`Error::Failed`], which names the row), a cache folder that cannot be
 /// written, or the error of `progress`.
-pub fn pair_logps(
+pub fn logps(
     model: &Model,
-    pairs: &[TokenizedPair],
+    items: &[Sequences<'_>],
     micro_batch_tokens: usize,
     cache: Option<&Path>,
     progress: &mut dyn FnMut(usize) -> Result<()>,
-) -> Result<Vec<[f64; 2]>> {
-    let place = cache.map(|folder| cache_file(folder, model, pairs));
-    if let Some(path) = &place
-        && let Some(logps) = read(path, pairs.len())
-    {
-        progress(pairs.len())?;
-        return Ok(logps);
-    }
-    let logps = compute(model, pairs, micro_batch_tokens, progress)?;
-    if let Some((pair, _)) = pairs.iter().zip(&logps).find(|(_, logps)| !logps.iter().all(|logp| logp.is_finite())) {
-        return Err(Error::Failed(format!(
-            "The log-probabilities of the responses in row {} are not numbers. The model's weights are damaged, or its \
-             training diverged: use another checkpoint, or train it again with a lower learning rate.",
-            pair.row
-        )));
-    }
-    if let Some(path) = &place {
-        write(path, &logps)?;
-    }
-    Ok(logps)
-}
-
-fn compute(
-    model: &Model,
-    pairs: &[TokenizedPair],
-    micro_batch_tokens: usize,
-    progress: &mut dyn FnMut(usize) -> Result<()>,
-) -> Result<Vec<[f64; 2]>> {
-    let longest = pairs.iter().map(|p| p.prompt.len() + p.chosen.len().max(p.rejected.len())).max().unwrap_or(0);
-    let mut decoder = Decoder::new(model, longest);
-    let unknown = vec![[0.0; 2]; pairs.len()];
-    let task = Preferences::new(pairs, &unknown, &Pairwise::Dpo { beta: 1.0, label_smoothing: 0.0 });
-    let all: Vec<usize> = (0..task.len()).collect();
-    let mut logps: Vec<f64> = Vec::with_capacity(2 * pairs.len());
-    for part in micro_batches(&task, &all, micro_batch_tokens) {
-        logps.extend(decoder.logps(&model.weights, &pack(&task, &all[part.clone()])));
-        progress(part.end)?;
-    }
-    Ok(logps.as_chunks::<2>().0.to_vec())
-}
-
-fn cache_file(folder: &Path, model: &Model, pairs: &[TokenizedPair]) -> PathBuf {
-    let key = format!("{ARITHMETIC} {} {} {}", engine::instruction_set(), model.hash(), fingerprint(pairs));
-    folder.join(format!("{}.safetensors", blake3::hash(key.as_bytes()).to_hex()))
-}
-
-/// A hash of every token of the pairs, in their order: 64 hexadecimal digits.
-pub fn fingerprint(pairs: &[TokenizedPair]) -> String {
-    let mut hasher = blake3::Hasher::new();
-    for pair in pairs {
-        for tokens in [&pair.prompt, &pair.chosen, &pair.rejected] {
-            hasher.update(&(tokens.len() as u64).to_le_bytes());
-            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            hasher.update(&bytes);
+) -> Result<Vec<f64>> {
+    let hash = cache.map(|_| model.hash());
+    let mut decoder = Decoder::new(model, items.iter().map(Sequences::longest).max().unwrap_or(0));
+    let mut all = Vec::with_capacity(items.iter().map(|item| item.responses.len()).sum());
+    let mut done = 0;
+    for block in items.chunks(BLOCK) {
+        let place = cache.zip(hash.as_deref()).map(|(folder, hash)| cache_file(folder, hash, block));
+        let responses = block.iter().map(|item| item.responses.len()).sum();
+        if let Some(kept) = place.as_deref().and_then(|path| read(path, responses)) {
+            all.extend(kept);
+        } else {
+            let start = all.len();
+            for part in micro_batches(block, micro_batch_tokens) {
+                all.extend(decoder.logps(&model.weights, &pack(&block[part.clone()])));
+                progress(done + part.end)?;
+            }
+            check_finite(block, &all[start..])?;
+            if let Some(path) = &place {
+                write(path, &all[start..])?;
+            }
         }
+        done += block.len();
+        progress(done)?;
     }
-    hasher.finalize().to_hex().to_string()
+    Ok(all)
+}
+
+fn check_finite(items: &[Sequences<'_>], logps: &[f64]) -> Result<()> {
+    let mut rows = items.iter().flat_map(|item| std::iter::repeat_n(item.row, item.responses.len())).zip(logps);
+    rows.find(|(_, logp)| !logp.is_finite()).map_or(Ok(()), |(row, _)| {
+        Err(Error::Failed(format!(
+            "The log-probabilities of the responses in row {row} are not numbers. The model's weights are damaged, or its \
+             training diverged: use another checkpoint, or train it again with a lower learning rate."
+        )))
+    })
+}
+
+fn cache_file(folder: &Path, model: &str, items: &[Sequences<'_>]) -> PathBuf {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(format!("{ARITHMETIC} {} {model}", engine::instruction_set()).as_bytes());
+    items.iter().for_each(|item| item.hash_into(&mut hasher));
+    folder.join(format!("{}.safetensors", hasher.finalize().to_hex()))
 }
 
 /// The cached values, or nothing when the file is missing or damaged (they are then computed again).
-fn read(path: &Path, pairs: usize) -> Option<Vec<[f64; 2]>> {
+fn read(path: &Path, responses: usize) -> Option<Vec<f64>> {
     let bytes = std::fs::read(path).ok()?;
     let tensors = SafeTensors::deserialize(&bytes).ok()?;
     let logps = tensors.tensor("logps").ok()?;
-    let values = logps.data().as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b));
-    let values: Vec<[f64; 2]> = values.collect::<Vec<f64>>().as_chunks::<2>().0.to_vec();
-    (values.len() == pairs).then_some(values)
+    let values: Vec<f64> = logps.data().as_chunks::<8>().0.iter().map(|b| f64::from_le_bytes(*b)).collect();
+    (values.len() == responses).then_some(values)
 }
 
-fn write(path: &Path, logps: &[[f64; 2]]) -> Result<()> {
+fn write(path: &Path, logps: &[f64]) -> Result<()> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
     }
-    let bytes: Vec<u8> = logps.as_flattened().iter().flat_map(|v| v.to_le_bytes()).collect();
-    let view = TensorView::new(Dtype::F64, vec![logps.len(), 2], &bytes)
+    let bytes: Vec<u8> = logps.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F64, vec![logps.len()], &bytes)
         .map_err(|e| Error::Failed(format!("Could not lay out the reference log-probabilities: {e}.")))?;
     atomic::write_file(path, |out| {
         let metadata: Option<HashMap<String, String>> = None;

@@ -1,70 +1,83 @@
-//! The state of an unfinished training: weights, moments and the number of steps taken.
+//! The state of an unfinished training: weights, the optimizer's state, and what was seen on the way.
 
 use std::collections::HashMap;
 use std::path::Path;
 
-use engine::checkpoint::{atomic, write_safetensors};
-use engine::optim::AdamW;
-use engine::{Error, Model, Result};
+use engine::checkpoint::{TensorData, atomic, write_safetensors};
+use engine::optim::{Optimizer, StateTensor, StateValues};
+use engine::{Error, Result};
 use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::trainer::progress::Progress;
 
 const FILE: &str = "training-state.safetensors";
 
-/// Reads and writes `training-state.safetensors` in a training's folder.
-pub(crate) struct TrainingState;
+/// All that changes in a training.
+pub(crate) struct TrainingState<'a> {
+    pub(crate) weights: &'a mut [f32],
+    pub(crate) optimizer: &'a mut Optimizer,
+    pub(crate) progress: &'a mut Progress,
+}
 
-impl TrainingState {
-    /// Writes the state; the previous one stays until the new one is complete.
-    pub(crate) fn save(folder: &Path, identity: &str, policy: &Model, optimizer: &AdamW) -> Result<()> {
-        let path = folder.join(FILE);
+impl TrainingState<'_> {
+    /// Writes `training-state.safetensors` in a training's folder; the previous one stays until this one is complete.
+    pub(crate) fn save(&mut self, folder: &Path, identity: &str) -> Result<()> {
+        let numbers = serde_json::to_string(&self.progress.counts)
+            .map_err(|e| Error::Failed(format!("The training's numbers are no JSON: {e}.")))?;
         let metadata = HashMap::from([
             ("identity".to_owned(), identity.to_owned()),
-            ("steps".to_owned(), optimizer.steps.to_string()),
+            ("steps".to_owned(), self.optimizer.steps.to_string()),
+            ("counts".to_owned(), numbers),
         ]);
-        let shape = [policy.layout.len];
-        let tensors = [("weights", &policy.weights), ("first", &optimizer.first), ("second", &optimizer.second)]
-            .map(|(name, values)| (name, &shape[..], values.as_slice()));
-        atomic::write_file(&path, |out| write_safetensors(out, &tensors, metadata))
+        let tensors = self.tensors();
+        let tensors: Vec<(&str, &[usize], TensorData<'_>)> = tensors
+            .iter()
+            .map(|tensor| {
+                let values = match &tensor.values {
+                    StateValues::F32(values) => TensorData::F32(values),
+                    StateValues::U8(values) => TensorData::U8(values),
+                };
+                (tensor.name.as_str(), tensor.shape.as_slice(), values)
+            })
+            .collect();
+        atomic::write_file(&folder.join(FILE), |out| write_safetensors(out, &tensors, metadata))
     }
 
-    /// Restores a state of the same training; leaves policy and optimizer as they are when there is none.
-    pub(crate) fn load(folder: &Path, identity: &str, policy: &mut Model, optimizer: &mut AdamW) -> Result<()> {
+    /// Restores a state of the same training; leaves all as it is when there is none.
+    pub(crate) fn load(&mut self, folder: &Path, identity: &str) -> Result<()> {
         let path = folder.join(FILE);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(Error::io("read", &path)(error)),
         };
-        let damaged = |what: &str| {
+        let refused = |what: &str| {
             Error::input(format!(
                 "The training state {} {what}. Delete it to train from the start; to continue, put it, or the model, \
                  data and options, back as they were.",
                 path.display()
             ))
         };
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|_| damaged("is damaged"))?;
+        let damaged = || refused("is damaged");
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|_| damaged())?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("identity").map(String::as_str) != Some(identity) {
-            return Err(damaged("belongs to another training: the model, the data or the options have changed"));
+            return Err(refused("belongs to another training: the model, the data or the options have changed"));
         }
-        let steps = metadata.get("steps").and_then(|s| s.parse().ok()).ok_or_else(|| damaged("is damaged"))?;
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged("is damaged"))?;
-        for (name, to) in
-            [("weights", &mut policy.weights), ("first", &mut optimizer.first), ("second", &mut optimizer.second)]
-        {
-            let data = tensors.tensor(name).map_err(|_| damaged("is damaged"))?;
-            if data.data().len() != to.len() * size_of::<f32>() {
-                return Err(damaged("is of a model of another size"));
-            }
-            for (to, bytes) in to.iter_mut().zip(data.data().as_chunks::<4>().0) {
-                *to = f32::from_le_bytes(*bytes);
-            }
+        let steps = metadata.get("steps").and_then(|steps| steps.parse().ok()).ok_or_else(damaged)?;
+        let counts = metadata.get("counts").and_then(|counts| serde_json::from_str(counts).ok()).ok_or_else(damaged)?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged())?;
+        for tensor in self.tensors() {
+            let data = tensors.tensor(&tensor.name).map_err(|_| damaged())?;
+            restore(tensor.values, &data).ok_or_else(damaged)?;
         }
-        optimizer.steps = steps;
+        self.optimizer.steps = steps;
+        self.progress.counts = counts;
         Ok(())
     }
 
-    /// Removes the state, if there is one.
+    /// Removes the state in a training's folder, if there is one.
     pub(crate) fn discard(folder: &Path) -> Result<()> {
         let path = folder.join(FILE);
         match std::fs::remove_file(&path) {
@@ -72,4 +85,26 @@ impl TrainingState {
             _ => Ok(()),
         }
     }
+
+    fn tensors(&mut self) -> Vec<StateTensor<'_>> {
+        let shape = vec![self.weights.len()];
+        let weights = StateTensor { name: "weights".into(), shape, values: StateValues::F32(self.weights) };
+        let mut tensors = vec![weights];
+        tensors.append(&mut self.progress.tensors());
+        tensors.append(&mut self.optimizer.state());
+        tensors
+    }
+}
+
+/// Overwrites values by those of a file; nothing if their type or number differs.
+fn restore(values: StateValues<'_>, from: &TensorView<'_>) -> Option<()> {
+    let bytes = from.data();
+    match (values, from.dtype()) {
+        (StateValues::F32(to), Dtype::F32) if bytes.len() == size_of_val(to) => {
+            to.iter_mut().zip(bytes.as_chunks::<4>().0).for_each(|(to, bytes)| *to = f32::from_le_bytes(*bytes));
+        }
+        (StateValues::U8(to), Dtype::U8) if bytes.len() == to.len() => to.copy_from_slice(bytes),
+        _ => return None,
+    }
+    Some(())
 }

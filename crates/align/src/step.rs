@@ -1,4 +1,4 @@
-//! One step of the chain, and how a policy ranks pairs.
+//! One step of the chain, and how a policy ranks held-out data.
 //!
 //! SACPO (arXiv 2404.11049): step 1 aligns the base model at temperature β; step k aligns the policy of step k − 1 at
 //! temperature β/λ, with that policy as its start *and* its reference. Theorem 1 makes the last policy the constrained
@@ -9,48 +9,143 @@ use std::path::Path;
 use engine::{Error, Model, Result};
 use serde::Serialize;
 
-use crate::data::TokenizedPair;
-use crate::objective::Pairwise;
-use crate::reference::pair_logps;
-use crate::task::Preferences;
+use crate::data::{Dataset, TokenizedExample, TokenizedPair};
+use crate::objective::{Objective, Pairwise, Unpaired};
+use crate::reference;
+use crate::sequences::Sequences;
+use crate::task::{LabelledResponses, Preferences, Task, longest, mismatched};
 use crate::trainer::{Monitor, StepRecord, TrainOptions, train};
 
-/// Aligns `start` on preferences, with `start` itself as the reference, so that the first margin is exactly 0.
-///
-/// `folder` receives metrics and state (see [`train`]); `cache` keeps the reference's log-probabilities.
-///
-/// # Errors
-/// Those of [`pair_logps`] and [`train`].
-pub fn align(
-    start: &Model,
-    pairs: &[TokenizedPair],
-    objective: &Pairwise,
-    options: &TrainOptions,
-    folder: &Path,
-    cache: &Path,
-    monitor: &mut dyn Monitor,
-) -> Result<(Model, Vec<StepRecord>)> {
-    let mut scored = |done| {
-        monitor.scored(done, pairs.len());
-        if !monitor.stop_requested() {
-            return Ok(());
-        }
-        Err(Error::Interrupted(format!(
-            "Stopped after {done} of {} pairs were scored under the reference, as you asked. Run the same command again; \
-             the scores are computed anew.",
-            pairs.len()
-        )))
-    };
-    let reference = pair_logps(start, pairs, options.micro_batch_tokens, Some(cache), &mut scored)?;
-    let mut policy = start.clone();
-    let records = train(&mut policy, &Preferences::new(pairs, &reference, objective), options, folder, monitor)?;
-    Ok((policy, records))
+/// Aligns a policy on preference data, with its start as the reference, so that the first margin is exactly 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Alignment<'a> {
+    /// Where training starts, and the reference.
+    pub start: &'a Model,
+    /// What to train on.
+    pub data: &'a Dataset,
+    /// What is held out, of the same kind.
+    pub validation: &'a Dataset,
+    /// The loss.
+    pub objective: &'a Objective,
+    /// How to train.
+    pub options: &'a TrainOptions,
+    /// Receives metrics and state (see [`train`]).
+    pub folder: &'a Path,
+    /// Keeps the reference's log-probabilities.
+    pub cache: &'a Path,
 }
 
-/// How a policy ranks held-out pairs.
+impl Alignment<'_> {
+    /// Trains, and returns the policy with the records of the steps that this call took.
+    ///
+    /// # Errors
+    /// Data of another kind than the objective takes ([`Error::Input`]); those of [`reference::logps`] and [`train`].
+    pub fn run(&self, monitor: &mut dyn Monitor) -> Result<(Model, Vec<StepRecord>)> {
+        match (self.objective, self.data, self.validation) {
+            (Objective::Pairwise(objective), Dataset::Pairs(pairs), Dataset::Pairs(held_out)) => {
+                self.on_pairs(objective, pairs, held_out, monitor)
+            }
+            (Objective::Unpaired(objective), Dataset::Examples(examples), Dataset::Examples(held_out)) => {
+                self.on_examples(objective, examples, held_out, monitor)
+            }
+            (objective, data, _) => {
+                Err(Error::input(format!("The objective `{}` does not take {}.", objective.name(), data.unit())))
+            }
+        }
+    }
+
+    fn on_pairs(
+        &self,
+        objective: &Pairwise,
+        pairs: &[TokenizedPair],
+        held_out: &[TokenizedPair],
+        monitor: &mut dyn Monitor,
+    ) -> Result<(Model, Vec<StepRecord>)> {
+        let mut reference = |pairs: &[TokenizedPair]| {
+            let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
+            Ok(self.reference(&sequences, monitor)?.as_chunks::<2>().0.to_vec())
+        };
+        let (train, held_out_reference) = (reference(pairs)?, reference(held_out)?);
+        let held_out = Preferences::new(held_out, &held_out_reference, objective);
+        self.train(&Preferences::new(pairs, &train, objective), &held_out, monitor)
+    }
+
+    fn on_examples(
+        &self,
+        objective: &Unpaired,
+        examples: &[TokenizedExample],
+        held_out: &[TokenizedExample],
+        monitor: &mut dyn Monitor,
+    ) -> Result<(Model, Vec<StepRecord>)> {
+        let mut reference = |examples: &[TokenizedExample]| {
+            let sequences: Vec<_> = examples.iter().map(TokenizedExample::sequences).collect();
+            self.reference(&sequences, monitor)
+        };
+        let (train, held_out_reference) = (reference(examples)?, reference(held_out)?);
+        let plan = self.options.plan(examples.len(), objective.smallest_batch());
+        let mismatched = self.mismatched(objective, examples, &plan.batches, monitor)?;
+        let whole = [(0..held_out.len()).collect()];
+        let held_out_mismatched = self.mismatched(objective, held_out, &whole, monitor)?;
+        let held_out = LabelledResponses::new(held_out, &held_out_reference, objective, &held_out_mismatched);
+        self.train(&LabelledResponses::new(examples, &train, objective, &mismatched), &held_out, monitor)
+    }
+
+    /// The reference's log-probabilities of the mismatched prompts and responses of every batch, if the objective asks
+    /// for them.
+    fn mismatched(
+        &self,
+        objective: &Unpaired,
+        examples: &[TokenizedExample],
+        batches: &[Vec<usize>],
+        monitor: &mut dyn Monitor,
+    ) -> Result<Vec<Vec<f64>>> {
+        if !objective.uses_mismatched() || batches.iter().any(|batch| batch.len() < objective.smallest_batch()) {
+            return Ok(Vec::new());
+        }
+        let longest = longest(examples);
+        let sequences: Vec<_> = batches.iter().flat_map(|batch| mismatched(examples, batch, longest)).collect();
+        let logps = self.reference(&sequences, monitor)?;
+        let mut rest = logps.as_slice();
+        let of_batch = batches.iter().map(|batch| {
+            let (own, others) = rest.split_at(batch.len());
+            rest = others;
+            own.to_vec()
+        });
+        Ok(of_batch.collect())
+    }
+
+    /// The log-probability of every response under the start.
+    fn reference(&self, sequences: &[Sequences<'_>], monitor: &mut dyn Monitor) -> Result<Vec<f64>> {
+        let total = sequences.len();
+        let mut scored = |done| {
+            monitor.scored(done, total);
+            if !monitor.stop_requested() {
+                return Ok(());
+            }
+            Err(Error::Interrupted(format!(
+                "Stopped after {done} of {total} prompts were scored under the reference, as you asked. Run the same \
+                 command again to continue."
+            )))
+        };
+        reference::logps(self.start, sequences, self.options.micro_batch_tokens, Some(self.cache), &mut scored)
+    }
+
+    fn train(
+        &self,
+        task: &dyn Task,
+        held_out: &dyn Task,
+        monitor: &mut dyn Monitor,
+    ) -> Result<(Model, Vec<StepRecord>)> {
+        let mut policy = self.start.clone();
+        let records = train(&mut policy, task, Some(held_out), self.options, self.folder, monitor)?;
+        Ok((policy, records))
+    }
+}
+
+/// How a policy ranks held-out responses.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct PreferenceReport {
-    /// Number of pairs.
+    /// Number of pairs; of labelled responses, every desirable one makes a pair with every undesirable one.
     pub pairs: usize,
     /// Share of pairs whose implicit reward log π − log π_base prefers the chosen response; ties count half.
     pub accuracy: f64,
@@ -60,18 +155,61 @@ pub struct PreferenceReport {
     pub likelihood_accuracy: f64,
 }
 
-/// Ranks pairs by a policy's log-probabilities and a base model's, each `[chosen, rejected]` per pair.
-pub fn rank(policy: &[[f64; 2]], base: &[[f64; 2]]) -> PreferenceReport {
-    assert_eq!(policy.len(), base.len(), "policy and base must have scored the same pairs");
-    let prefers = |difference: f64| if difference == 0.0 { 0.5 } else { f64::from(u8::from(difference > 0.0)) };
-    let margins = policy.iter().zip(base).map(|(p, b)| (p[0] - b[0]) - (p[1] - b[1]));
-    let n = policy.len() as f64;
-    PreferenceReport {
-        pairs: policy.len(),
-        accuracy: margins.clone().map(prefers).sum::<f64>() / n,
-        margin: margins.sum::<f64>() / n,
-        likelihood_accuracy: policy.iter().map(|p| prefers(p[0] - p[1])).sum::<f64>() / n,
+/// Ranks held-out data by a policy's log-probabilities of all responses, in order, and a base model's.
+///
+/// # Panics
+/// If there is not one log-probability for each response.
+pub fn rank(data: &Dataset, policy: &[f64], base: &[f64]) -> PreferenceReport {
+    let rewards: Vec<f64> = policy.iter().zip(base).map(|(policy, base)| policy - base).collect();
+    match data {
+        Dataset::Pairs(pairs) => {
+            assert!(policy.len() == 2 * pairs.len() && base.len() == policy.len(), "two log-probabilities a pair");
+            let n = pairs.len() as f64;
+            let accuracy = |values: &[f64]| {
+                values.as_chunks::<2>().0.iter().map(|&[chosen, rejected]| wins(chosen, rejected)).sum::<f64>() / n
+            };
+            PreferenceReport {
+                pairs: pairs.len(),
+                accuracy: accuracy(&rewards),
+                margin: rewards.as_chunks::<2>().0.iter().map(|[chosen, rejected]| chosen - rejected).sum::<f64>() / n,
+                likelihood_accuracy: accuracy(policy),
+            }
+        }
+        Dataset::Examples(examples) => {
+            assert!(policy.len() == examples.len() && base.len() == policy.len(), "one log-probability an example");
+            let divide = |values: &[f64]| -> [Vec<f64>; 2] {
+                [true, false].map(|desirable| {
+                    let of_class = examples.iter().zip(values).filter(|(example, _)| example.desirable == desirable);
+                    of_class.map(|(_, value)| *value).collect()
+                })
+            };
+            let [chosen, rejected] = divide(&rewards);
+            let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+            PreferenceReport {
+                pairs: chosen.len() * rejected.len(),
+                accuracy: mean_wins(chosen.clone(), rejected.clone()),
+                margin: mean(&chosen) - mean(&rejected),
+                likelihood_accuracy: {
+                    let [chosen, rejected] = divide(policy);
+                    mean_wins(chosen, rejected)
+                },
+            }
+        }
     }
+}
+
+/// 1 if the first is greater, 0 if it is less, ½ if they are equal.
+fn wins(chosen: f64, rejected: f64) -> f64 {
+    if chosen == rejected { 0.5 } else { f64::from(u8::from(chosen > rejected)) }
+}
+
+/// The mean of [`wins`] over all pairs of one of the first and one of the second list.
+fn mean_wins(chosen: Vec<f64>, mut rejected: Vec<f64>) -> f64 {
+    rejected.sort_unstable_by(f64::total_cmp);
+    let below = |value: f64| rejected.partition_point(|&other| other < value) as f64;
+    let up_to = |value: f64| rejected.partition_point(|&other| other <= value) as f64;
+    let won: f64 = chosen.iter().map(|&value| 0.5 * (below(value) + up_to(value))).sum();
+    won / (chosen.len() * rejected.len()) as f64
 }
 
 #[cfg(test)]
@@ -80,13 +218,36 @@ mod tests {
 
     #[test]
     fn ties_count_half_and_margins_are_relative_to_the_base() {
-        let base = [[-3.0, -2.0], [-5.0, -5.0], [-1.0, -4.0]];
-        let same = rank(&base, &base);
+        let pair = TokenizedPair {
+            prompt: vec![1],
+            chosen: vec![1],
+            rejected: vec![2],
+            is_unsafe: None,
+            margin: None,
+            row: 1,
+        };
+        let data = Dataset::Pairs(vec![pair; 3]);
+        let base = [-3.0, -2.0, -5.0, -5.0, -1.0, -4.0];
+        let same = rank(&data, &base, &base);
         assert_eq!((same.accuracy, same.margin, same.likelihood_accuracy), (0.5, 0.0, 0.5));
-        let policy = [[-2.0, -2.5], [-5.0, -5.0], [-2.0, -4.0]];
-        let report = rank(&policy, &base);
+        let policy = [-2.0, -2.5, -5.0, -5.0, -2.0, -4.0];
+        let report = rank(&data, &policy, &base);
         assert_eq!(report.accuracy, 0.5);
         assert!((report.margin - (1.5 + 0.0 - 1.0) / 3.0).abs() < 1e-12);
         assert_eq!(report.likelihood_accuracy, 2.5 / 3.0);
+    }
+
+    #[test]
+    fn labelled_responses_are_ranked_by_all_pairs_of_both_classes() {
+        let example = |desirable| TokenizedExample { prompt: vec![1], response: vec![2], desirable, row: 1 };
+        let data = Dataset::Examples([true, false, true, false, false].map(example).to_vec());
+        let policy = [-1.0, -2.0, -3.0, -3.0, -9.0];
+        let base = [-2.0, -2.0, -3.0, -4.0, -9.0];
+        let report = rank(&data, &policy, &base);
+        // rewards 1 and 0 against 0, 1 and 0; log-probabilities −1 and −3 against −2, −3 and −9
+        assert_eq!(report.pairs, 6);
+        assert!((report.accuracy - (2.5 + 1.0) / 6.0).abs() < 1e-12);
+        assert!((report.margin - (0.5 - 1.0 / 3.0)).abs() < 1e-12);
+        assert!((report.likelihood_accuracy - (3.0 + 1.5) / 6.0).abs() < 1e-12);
     }
 }

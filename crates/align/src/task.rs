@@ -1,17 +1,59 @@
 //! What the trainer trains on: examples, and what their log-probabilities mean for the loss.
 
-use crate::data::TokenizedPair;
-use crate::objective::{Pair, Pairwise, Response};
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::data::{TokenizedExample, TokenizedPair};
+use crate::objective::{Derivative, Labelled, Pair, Pairwise, Response, Unpaired};
+use crate::sequences::Sequences;
+use crate::trainer::batches::derangement;
+
+/// What the policy says of one response.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Scored {
+    /// log π_θ(y | x), in nats.
+    pub logp: f64,
+    /// Σₜ KL(π_ref ‖ π_θ) along the response, in nats; 0 unless the task asks for it.
+    pub kl: f64,
+}
 
 /// The loss of one example, before division by the batch's total weight.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ExampleLoss {
     /// The loss.
     pub loss: f64,
-    /// Its derivative with respect to each response's log-probability.
-    pub d_logps: Vec<f64>,
-    /// Named quantities, averaged over a batch's examples and logged.
+    /// Its derivative with respect to each response.
+    pub derivatives: Vec<Derivative>,
+    /// Named quantities; each is averaged over the examples of a batch that have it.
     pub metrics: Vec<(&'static str, f64)>,
+}
+
+/// What a task must know of a whole batch before any of its losses.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ShiftFrom<'a> {
+    /// Nothing: the shift is 0.
+    Nothing,
+    /// What the policy says of the batch's own responses.
+    OwnResponses,
+    /// What the policy says of these, one response each.
+    Others(Vec<Sequences<'a>>),
+}
+
+/// The mean of all numbers seen so far.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct RunningMean {
+    /// How many.
+    pub count: u64,
+    /// Their mean; 0 before the first.
+    pub mean: f64,
+}
+
+impl RunningMean {
+    fn update(&mut self, value: f64) {
+        self.count += 1;
+        self.mean += (value - self.mean) / self.count as f64;
+    }
 }
 
 /// A set of examples with a loss. The trainer minimises Σ loss / Σ weight over a batch.
@@ -22,16 +64,28 @@ pub trait Task: Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
-    /// The prompt of an example.
-    fn prompt(&self, example: usize) -> &[u32];
-    /// The responses of an example, at least one.
-    fn responses(&self, example: usize) -> Vec<&[u32]>;
+    /// The prompt and the responses of an example, at least one.
+    fn sequences(&self, example: usize) -> Sequences<'_>;
     /// What the example counts in the mean: 1 for preferences, tokens for demonstrations.
-    fn weight(&self, example: usize) -> f64;
-    /// The loss of an example whose responses have these log-probabilities under the policy.
-    fn evaluate(&self, example: usize, logps: &[f64]) -> ExampleLoss;
-    /// Where the example came from, for messages: the line of its file.
-    fn row(&self, example: usize) -> usize;
+    fn weight(&self, _example: usize) -> f64 {
+        1.0
+    }
+    /// The loss of an example of whose responses the policy says this, in a batch of this shift.
+    fn evaluate(&self, example: usize, responses: &[Scored], shift: f64) -> ExampleLoss;
+    /// The fewest examples that a batch may have.
+    fn smallest_batch(&self) -> usize {
+        1
+    }
+    /// What the shift of a batch is made of.
+    fn shift_from(&self, _batch: &[usize]) -> ShiftFrom<'_> {
+        ShiftFrom::Nothing
+    }
+    /// The shift of the batch of `step`, from what [`shift_from`](Self::shift_from) asked for.
+    fn shift(&self, _step: u64, _batch: &[usize], _scored: &[Scored], _running: &mut RunningMean) -> f64 {
+        0.0
+    }
+    /// Adds metrics that follow from the means over a batch.
+    fn complete(&self, _means: &mut BTreeMap<&'static str, f64>) {}
 }
 
 /// Preference pairs under an objective, with the log-probabilities of a fixed reference.
@@ -58,45 +112,157 @@ impl Task for Preferences<'_> {
         self.pairs.len()
     }
 
-    fn prompt(&self, example: usize) -> &[u32] {
-        &self.pairs[example].prompt
+    fn sequences(&self, example: usize) -> Sequences<'_> {
+        self.pairs[example].sequences()
     }
 
-    fn responses(&self, example: usize) -> Vec<&[u32]> {
-        vec![&self.pairs[example].chosen, &self.pairs[example].rejected]
-    }
-
-    fn weight(&self, _: usize) -> f64 {
-        1.0
-    }
-
-    fn evaluate(&self, example: usize, logps: &[f64]) -> ExampleLoss {
+    fn evaluate(&self, example: usize, responses: &[Scored], _: f64) -> ExampleLoss {
         let pair = &self.pairs[example];
-        let [ref_chosen, ref_rejected] = self.reference[example];
-        let (policy_chosen, policy_rejected) = (logps[0], logps[1]);
+        let response = |index: usize, tokens: &[u32]| Response {
+            policy: responses[index].logp,
+            reference: self.reference[example][index],
+            len: tokens.len(),
+            kl: responses[index].kl,
+        };
         let result = self.objective.evaluate(&Pair {
-            chosen: Response { policy: policy_chosen, reference: ref_chosen, len: pair.chosen.len(), kl: 0.0 },
-            rejected: Response { policy: policy_rejected, reference: ref_rejected, len: pair.rejected.len(), kl: 0.0 },
-            is_unsafe: [false; 2],
-            margin: 0.0,
+            chosen: response(0, &pair.chosen),
+            rejected: response(1, &pair.rejected),
+            is_unsafe: pair.is_unsafe.unwrap_or_default(),
+            margin: pair.margin.unwrap_or_default(),
         });
         let margin = result.reward_chosen - result.reward_rejected;
         ExampleLoss {
             loss: result.loss,
-            d_logps: vec![result.chosen.logp, result.rejected.logp],
+            derivatives: vec![result.chosen, result.rejected],
             metrics: vec![
                 ("rewards/chosen", result.reward_chosen),
                 ("rewards/rejected", result.reward_rejected),
                 ("rewards/margins", margin),
                 ("rewards/accuracies", f64::from(u8::from(margin > 0.0))),
-                ("logps/chosen", policy_chosen),
-                ("logps/rejected", policy_rejected),
+                ("logps/chosen", responses[0].logp),
+                ("logps/rejected", responses[1].logp),
             ],
         }
     }
+}
 
-    fn row(&self, example: usize) -> usize {
-        self.pairs[example].row
+/// Labelled responses under an objective, with the log-probabilities of a fixed reference.
+#[derive(Debug, Clone)]
+pub struct LabelledResponses<'a> {
+    examples: &'a [TokenizedExample],
+    reference: &'a [f64],
+    objective: &'a Unpaired,
+    /// For each step, the reference's log-probabilities of its batch's mismatched prompts and responses.
+    mismatched: &'a [Vec<f64>],
+    longest: usize,
+}
+
+impl<'a> LabelledResponses<'a> {
+    /// `reference[i]` is the log-probability of example i's response. For `kto`, `mismatched[step]` holds those of
+    /// the [`mismatched`] prompts and responses of the step's batch; others need none.
+    ///
+    /// # Panics
+    /// If there is not exactly one entry of `reference` per example.
+    pub fn new(
+        examples: &'a [TokenizedExample],
+        reference: &'a [f64],
+        objective: &'a Unpaired,
+        mismatched: &'a [Vec<f64>],
+    ) -> Self {
+        assert_eq!(examples.len(), reference.len(), "every example needs its reference log-probability");
+        Self { examples, reference, objective, mismatched, longest: longest(examples) }
+    }
+
+    fn labelled(&self, example: usize, scored: &Scored) -> Labelled {
+        let TokenizedExample { response, desirable, .. } = &self.examples[example];
+        let reference = self.reference[example];
+        let response = Response { policy: scored.logp, reference, len: response.len(), kl: 0.0 };
+        Labelled { response, desirable: *desirable }
+    }
+}
+
+/// The prompt of each example of a batch with the response of another, of another prompt where the batch allows it:
+/// what `kto` estimates its divergence from. Responses are cut so that none is longer with its new prompt than the
+/// `longest` example (see [`longest`]).
+pub fn mismatched<'a>(examples: &'a [TokenizedExample], batch: &[usize], longest: usize) -> Vec<Sequences<'a>> {
+    let prompts: Vec<&[u32]> = batch.iter().map(|&example| examples[example].prompt.as_slice()).collect();
+    let pairs = batch.iter().zip(derangement(&prompts));
+    pairs
+        .map(|(&example, partner)| {
+            let own = examples[example].sequences();
+            let other = &examples[batch[partner]].response;
+            Sequences { responses: vec![&other[..other.len().min(longest - own.prompt.len())]], ..own }
+        })
+        .collect()
+}
+
+/// Tokens of the longest prompt with its response.
+pub fn longest(examples: &[TokenizedExample]) -> usize {
+    examples.iter().map(|example| example.prompt.len() + example.response.len()).max().unwrap_or(0)
+}
+
+impl Task for LabelledResponses<'_> {
+    fn len(&self) -> usize {
+        self.examples.len()
+    }
+
+    fn sequences(&self, example: usize) -> Sequences<'_> {
+        self.examples[example].sequences()
+    }
+
+    fn evaluate(&self, example: usize, responses: &[Scored], shift: f64) -> ExampleLoss {
+        let labelled = self.labelled(example, &responses[0]);
+        let result = self.objective.evaluate(&labelled, shift);
+        let [reward, logp] = if labelled.desirable {
+            ["rewards/chosen", "logps/chosen"]
+        } else {
+            ["rewards/rejected", "logps/rejected"]
+        };
+        let mut metrics = vec![(reward, result.reward), (logp, responses[0].logp)];
+        match self.objective {
+            Unpaired::Kto { .. } => metrics.push(("kl", shift)),
+            Unpaired::Bco { .. } => metrics.push(("delta", shift)),
+            _ => {}
+        }
+        ExampleLoss { loss: result.loss, derivatives: vec![result.derivative], metrics }
+    }
+
+    fn smallest_batch(&self) -> usize {
+        self.objective.smallest_batch()
+    }
+
+    fn shift_from(&self, batch: &[usize]) -> ShiftFrom<'_> {
+        match self.objective {
+            Unpaired::Kto { .. } => ShiftFrom::Others(mismatched(self.examples, batch, self.longest)),
+            Unpaired::Bco { .. } => ShiftFrom::OwnResponses,
+            _ => ShiftFrom::Nothing,
+        }
+    }
+
+    fn shift(&self, step: u64, batch: &[usize], scored: &[Scored], running: &mut RunningMean) -> f64 {
+        match self.objective {
+            Unpaired::Kto { .. } => {
+                let reference = &self.mismatched[step as usize];
+                let log_ratios: Vec<f64> =
+                    scored.iter().zip(reference).map(|(s, reference)| s.logp - reference).collect();
+                Unpaired::kl_estimate(&log_ratios)
+            }
+            Unpaired::Bco { .. } => {
+                let rewards = batch
+                    .iter()
+                    .zip(scored)
+                    .map(|(&example, scored)| self.objective.evaluate(&self.labelled(example, scored), 0.0).reward);
+                running.update(rewards.sum::<f64>() / batch.len() as f64);
+                running.mean
+            }
+            _ => 0.0,
+        }
+    }
+
+    fn complete(&self, means: &mut BTreeMap<&'static str, f64>) {
+        if let (Some(chosen), Some(rejected)) = (means.get("rewards/chosen"), means.get("rewards/rejected")) {
+            means.insert("rewards/margins", chosen - rejected);
+        }
     }
 }
 
@@ -118,23 +284,17 @@ impl Task for Demonstrations<'_> {
         self.0.len()
     }
 
-    fn prompt(&self, example: usize) -> &[u32] {
-        &self.0[example].prompt
-    }
-
-    fn responses(&self, example: usize) -> Vec<&[u32]> {
-        vec![&self.0[example].response]
+    fn sequences(&self, example: usize) -> Sequences<'_> {
+        let Demonstration { prompt, response } = &self.0[example];
+        Sequences { prompt, responses: vec![response], row: example + 1 }
     }
 
     fn weight(&self, example: usize) -> f64 {
         self.0[example].response.len() as f64
     }
 
-    fn evaluate(&self, _: usize, logps: &[f64]) -> ExampleLoss {
-        ExampleLoss { loss: -logps[0], d_logps: vec![-1.0], metrics: Vec::new() }
-    }
-
-    fn row(&self, example: usize) -> usize {
-        example + 1
+    fn evaluate(&self, _: usize, responses: &[Scored], _: f64) -> ExampleLoss {
+        let derivative = Derivative { logp: -1.0, kl: 0.0 };
+        ExampleLoss { loss: -responses[0].logp, derivatives: vec![derivative], metrics: Vec::new() }
     }
 }

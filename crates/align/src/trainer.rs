@@ -4,26 +4,31 @@
 //! decoder forward → log-probabilities → task → derivative per response → decoder backward. The loss and the
 //! gradient are those of the whole batch however it is cut.
 
+pub(crate) mod batches;
+mod passes;
+pub(crate) mod progress;
+
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::Path;
 use std::time::Instant;
 
-use engine::batch::packed_rows;
-use engine::optim::{AdamW, AdamWOptions, Schedule, global_norm};
-use engine::{Decoder, Error, Keep, Model, PackedBatch, Result};
-use rand::SeedableRng;
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
+use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions, Schedule, global_norm};
+use engine::{Error, Model, Result};
+use passes::{Means, Passes};
+use progress::Progress;
 use serde::Serialize;
+
+pub use batches::BatchPlan;
 
 use crate::log::MetricsLog;
 use crate::state::TrainingState;
-use crate::task::Task;
+use crate::task::{Scored, Task};
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainOptions {
+    /// The optimizer, with its customary constants.
+    pub optimizer: OptimizerKind,
     /// Peak learning rate.
     pub learning_rate: f64,
     /// How the learning rate falls after warm-up.
@@ -46,12 +51,24 @@ pub struct TrainOptions {
     pub seed: u64,
     /// Steps between saved training states; 0 saves only when interrupted.
     pub save_every: u64,
+    /// Steps between validations, where there are examples for it; 0 for none. The last step is then validated too.
+    pub validate_every: u64,
+    /// Ends the training after this many validations in a row without a lower loss, and goes back to the weights of
+    /// the lowest.
+    pub patience: Option<u64>,
+    /// Validates and returns an exponential moving average of the weights with this decay per step, in (0, 1).
+    pub ema_decay: Option<f64>,
 }
 
 impl TrainOptions {
     /// The options that decide the result of a training, as text. How the work is cut and when it is saved does not.
     pub fn course(&self) -> String {
         format!("{:?}", Self { micro_batch_tokens: 0, memory_bytes: None, save_every: 0, ..self.clone() })
+    }
+
+    /// The batches of a training on this many examples, none with fewer than `least`.
+    pub fn plan(&self, examples: usize, least: usize) -> BatchPlan {
+        BatchPlan::new(examples, self.batch_size, least, self.epochs, self.seed)
     }
 }
 
@@ -75,6 +92,9 @@ pub struct StepRecord {
     /// The task's metrics, averaged over the batch, under TRL's names.
     #[serde(flatten)]
     pub metrics: BTreeMap<&'static str, f64>,
+    /// Loss and metrics of the validation examples after the step, their names prefixed `eval_`; empty without.
+    #[serde(flatten)]
+    pub validation: BTreeMap<String, f64>,
 }
 
 /// Who watches the training and may end it.
@@ -87,81 +107,82 @@ pub trait Monitor {
     fn stop_requested(&self) -> bool;
 }
 
-/// Mean loss and metrics of some examples.
-#[derive(Debug, Clone, Default, PartialEq)]
-struct Means {
-    loss: f64,
-    metrics: BTreeMap<&'static str, f64>,
-}
-
 /// Trains `policy` on a task, in place. Returns the records of the steps that this call took.
 ///
-/// `folder` receives `metrics.jsonl` and, when the training is interrupted or `save_every` says so, its state.
-/// A state found there continues bit-exactly, if it is of the same training (same start, data and options).
+/// `validation` is a task of held-out examples, for `validate_every`. `folder` receives `metrics.jsonl` and, when the
+/// training is interrupted or `save_every` says so, its state. A state found there continues bit-exactly, if it is of
+/// the same training (same start, data and options).
 ///
 /// # Errors
-/// No examples ([`Error::Input`]); a loss or gradient that is not finite ([`Error::Failed`], which names the rows);
-/// a file that cannot be written; [`Error::Interrupted`] after the state was saved because the monitor asked to stop.
+/// No examples, or fewer than the task's smallest batch ([`Error::Input`]); a loss or gradient that is not finite
+/// ([`Error::Failed`], which names the rows); a file that cannot be written; [`Error::Interrupted`] after the state
+/// was saved because the monitor asked to stop.
 pub fn train(
     policy: &mut Model,
     task: &dyn Task,
+    validation: Option<&dyn Task>,
     options: &TrainOptions,
     folder: &Path,
     monitor: &mut dyn Monitor,
 ) -> Result<Vec<StepRecord>> {
-    if task.is_empty() {
-        return Err(Error::input("There is nothing to train on: the data holds no usable example."));
-    }
-    let identity = identity(policy, task, options);
-    let mut optimizer =
-        AdamW::new(AdamWOptions { weight_decay: options.weight_decay, ..AdamWOptions::default() }, policy.layout.len);
-    TrainingState::load(folder, &identity, policy, &mut optimizer)?;
+    check_size(task, options)?;
+    let validation = validation.filter(|task| options.validate_every > 0 && task.len() >= task.smallest_batch());
+    let tasks: Vec<&dyn Task> = std::iter::once(task).chain(validation).collect();
+    let identity = identity(policy, &tasks, options);
+    let constants = OptimizerOptions { weight_decay: options.weight_decay, ..options.optimizer.defaults() };
+    let mut optimizer = Optimizer::new(options.optimizer, constants, &policy.layout.specs);
+    let mut progress = Progress::new(options, &policy.weights);
+    state(policy, &mut optimizer, &mut progress).load(folder, &identity)?;
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
     let mut gradient = vec![0.0; policy.layout.len];
-    let mut passes = Passes::new(policy, task, options);
+    let mut passes = Passes::new(policy, &tasks, options);
 
-    let steps_per_epoch = task.len().div_ceil(options.batch_size) as u64;
-    let total = steps_per_epoch * options.epochs as u64;
+    let plan = options.plan(task.len(), task.smallest_batch());
+    let total = plan.batches.len() as u64;
     // the first step of a warm-up has rate 0, so a training of one step must not be all warm-up
     let warmup = ((options.warmup_ratio * total as f64).ceil() as u64).min(total - 1);
     let mut records = Vec::new();
-    while optimizer.steps < total {
+    while optimizer.steps < total && !progress.is_out_of_patience() {
         let start = Instant::now();
-        let (epoch, in_epoch) = (optimizer.steps / steps_per_epoch, optimizer.steps % steps_per_epoch);
-        let order = epoch_order(task.len(), options.seed, epoch);
-        let first = in_epoch as usize * options.batch_size;
-        let batch = &order[first..(first + options.batch_size).min(order.len())];
-        let (means, tokens) = passes.gradient(&policy.weights, task, batch, &mut gradient);
+        let batch = &plan.batches[optimizer.steps as usize];
+        let here = (optimizer.steps, batch.as_slice());
+        let (means, tokens, broken) =
+            passes.gradient(&policy.weights, task, here, &mut progress.counts.running, &mut gradient);
         let grad_norm = global_norm(&gradient);
         if !(means.loss.is_finite() && grad_norm.is_finite()) {
             let what = format!("the loss is {} and the norm of the gradient is {grad_norm}", means.loss);
-            return Err(diverged(task, batch, optimizer.steps + 1, &what));
+            return Err(diverged(task, batch, &broken, optimizer.steps + 1, &what));
         }
         let learning_rate = options.learning_rate * options.schedule.factor(optimizer.steps, warmup, total);
         let scale = (options.max_grad_norm / grad_norm).min(1.0);
-        optimizer.step(&policy.layout, &mut policy.weights, &mut gradient, learning_rate, scale);
+        optimizer.step(&mut policy.weights, &mut gradient, learning_rate, scale);
+        progress.average(&policy.weights);
+        let last = optimizer.steps == total;
+        let validated = validation.filter(|_| last || optimizer.steps.is_multiple_of(options.validate_every));
+        let validated = validated.map(|task| validate(&mut passes, policy, task, &mut progress));
         let record = StepRecord {
             step: optimizer.steps,
-            epoch: optimizer.steps as f64 / steps_per_epoch as f64,
+            epoch: optimizer.steps as f64 / plan.steps_per_epoch as f64,
             loss: means.loss,
             grad_norm,
             learning_rate,
             tokens,
             seconds: start.elapsed().as_secs_f64(),
             metrics: means.metrics,
+            validation: validated.unwrap_or_default(),
         };
         log.append(&record)?;
         monitor.step(total, &record);
         records.push(record);
-        let last = optimizer.steps == total;
+        let last = last || progress.is_out_of_patience();
         let stop = monitor.stop_requested() && !last;
         let due = options.save_every > 0 && optimizer.steps.is_multiple_of(options.save_every) && !last;
         // what is saved here must not hold an overflow that only the next loss would show
         if (stop || due || last) && !policy.weights.iter().all(|w| w.is_finite()) {
-            return Err(diverged(task, batch, optimizer.steps, "weights became infinite"));
+            return Err(diverged(task, batch, &[], optimizer.steps, "weights became infinite"));
         }
         if stop || due {
-            TrainingState::save(folder, &identity, policy, &optimizer)?;
+            state(policy, &mut optimizer, &mut progress).save(folder, &identity)?;
         }
         if stop {
             return Err(Error::Interrupted(format!(
@@ -172,7 +193,55 @@ pub fn train(
             )));
         }
     }
+    if let Some(weights) = progress.into_weights() {
+        policy.weights = weights;
+    }
     Ok(records)
+}
+
+/// What is saved of a training, and restored.
+fn state<'a>(policy: &'a mut Model, optimizer: &'a mut Optimizer, progress: &'a mut Progress) -> TrainingState<'a> {
+    TrainingState { weights: &mut policy.weights, optimizer, progress }
+}
+
+/// Loss and metrics of held-out examples; notes in `progress` whether the loss is the lowest so far.
+fn validate(
+    passes: &mut Passes,
+    policy: &mut Model,
+    task: &dyn Task,
+    progress: &mut Progress,
+) -> BTreeMap<String, f64> {
+    let all: Vec<usize> = (0..task.len()).collect();
+    let running = progress.counts.running;
+    // the average takes the place of the weights for as long as it is looked at
+    let exchange = |progress: &mut Progress, policy: &mut Model| {
+        if let Some(averaged) = progress.averaged() {
+            std::mem::swap(averaged, &mut policy.weights);
+        }
+    };
+    exchange(progress, policy);
+    let Means { loss, metrics } = passes.means(&policy.weights, task, (0, &all), running);
+    progress.validated(loss, &policy.weights);
+    exchange(progress, policy);
+    let metrics = metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value));
+    metrics.chain([("eval_loss".to_owned(), loss)]).collect()
+}
+
+/// Fails unless there are enough examples for the batches that the task needs.
+fn check_size(task: &dyn Task, options: &TrainOptions) -> Result<()> {
+    if task.is_empty() {
+        return Err(Error::input("There is nothing to train on: the data holds no usable example."));
+    }
+    let least = task.smallest_batch();
+    for (what, value) in [("there are only", task.len()), ("train.batch_size is", options.batch_size)] {
+        if value < least {
+            return Err(Error::input(format!(
+                "The objective compares the examples of a batch with each other, so a batch must have at least {least} of \
+                 them, but {what} {value}. Raise the batch size, or give more data."
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Removes the state of a training that is complete and saved elsewhere.
@@ -183,150 +252,34 @@ pub fn discard_state(folder: &Path) -> Result<()> {
     TrainingState::discard(folder)
 }
 
-/// The order in which an epoch visits the examples; depends on seed and epoch alone.
-fn epoch_order(examples: usize, seed: u64, epoch: u64) -> Vec<usize> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    rng.set_stream(epoch);
-    let mut order: Vec<usize> = (0..examples).collect();
-    order.shuffle(&mut rng);
-    order
-}
-
 /// A hash of all that decides the course of a training.
-fn identity(policy: &Model, task: &dyn Task, options: &TrainOptions) -> String {
+fn identity(policy: &Model, tasks: &[&dyn Task], options: &TrainOptions) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
-    for example in 0..task.len() {
-        let responses = task.responses(example);
-        // the loss at zero stands for the objective's parameters and the reference
-        let loss = task.evaluate(example, &vec![0.0; responses.len()]).loss;
-        hasher.update(format!("{:?} {responses:?} {loss:?}", task.prompt(example)).as_bytes());
+    for task in tasks {
+        for example in 0..task.len() {
+            let sequences = task.sequences(example);
+            sequences.hash_into(&mut hasher);
+            // the loss at zero stands for the objective's parameters and the reference
+            let scored = vec![Scored::default(); sequences.responses.len()];
+            let loss = task.evaluate(example, &scored, 0.0).loss;
+            hasher.update(&loss.to_le_bytes());
+        }
     }
     hasher.finalize().to_hex().to_string()
 }
 
-fn diverged(task: &dyn Task, batch: &[usize], step: u64, what: &str) -> Error {
-    let rows: Vec<String> = batch.iter().map(|&i| task.row(i).to_string()).collect();
+/// Names the rows that broke, or all of the batch if none broke by itself.
+fn diverged(task: &dyn Task, batch: &[usize], broken: &[usize], step: u64, what: &str) -> Error {
+    let batch: Vec<usize> = batch.iter().map(|&example| task.sequences(example).row).collect();
+    let (where_, rows) =
+        if broken.is_empty() { ("The batch holds the rows", &*batch) } else { ("It broke in the rows", broken) };
+    let rows: Vec<String> = rows.iter().map(usize::to_string).collect();
     Error::Failed(format!(
-        "Training stopped at step {step}: {what}. The batch holds the rows {}. What was saved before is untouched. \
-         Lower the learning rate, or look at those rows.",
+        "Training stopped at step {step}: {what}. {where_} {}. What was saved before is untouched. Lower the learning rate, \
+         or look at those rows.",
         rows.join(", ")
     ))
-}
-
-/// Runs the decoder over batches of a task.
-struct Passes {
-    decoder: Decoder,
-    keep: Keep,
-    micro_batch_tokens: usize,
-}
-
-impl Passes {
-    fn new(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Self {
-        let (mut longest, mut largest) = (0, 0);
-        for example in 0..task.len() {
-            let (prompt, responses) = lengths(task, example);
-            longest = longest.max(prompt + responses.iter().max().unwrap_or(&0));
-            largest = largest.max(packed_rows(prompt, &responses));
-        }
-        let decoder = Decoder::new(policy, longest);
-        // weights, gradient and two moments stay whatever the batch
-        let fixed = 4 * size_of::<f32>() * policy.layout.len;
-        let memory = options.memory_bytes.or_else(|| engine::memory::available().map(|bytes| bytes / 5 * 4));
-        let for_activations = memory.map_or(usize::MAX, |bytes| bytes.saturating_sub(fixed));
-        let rows = options.micro_batch_tokens.max(largest);
-        let keep = if decoder.activation_bytes(rows, Keep::All) <= for_activations { Keep::All } else { Keep::Inputs };
-        Self { decoder, keep, micro_batch_tokens: options.micro_batch_tokens }
-    }
-
-    /// Adds the gradient of the batch's mean loss; returns the means and the number of tokens computed.
-    fn gradient(&mut self, weights: &[f32], task: &dyn Task, batch: &[usize], gradient: &mut [f32]) -> (Means, usize) {
-        let total_weight: f64 = batch.iter().map(|&i| task.weight(i)).sum();
-        let mut sums = Sums::default();
-        let mut tokens = 0;
-        for part in micro_batches(task, batch, self.micro_batch_tokens) {
-            let part = &batch[part];
-            let packed = pack(task, part);
-            let logps = self.decoder.forward(weights, &packed, self.keep);
-            let mut d_logps = Vec::with_capacity(logps.len());
-            sums.add(task, part, &logps, |d| d_logps.push(d / total_weight));
-            self.decoder.backward(weights, &packed, &d_logps, gradient);
-            tokens += packed.rows();
-        }
-        (sums.means(batch.len(), total_weight), tokens)
-    }
-
-    #[cfg(test)]
-    fn means(&mut self, weights: &[f32], task: &dyn Task, batch: &[usize]) -> Means {
-        let mut sums = Sums::default();
-        for part in micro_batches(task, batch, self.micro_batch_tokens) {
-            let part = &batch[part];
-            let logps = self.decoder.logps(weights, &pack(task, part));
-            sums.add(task, part, &logps, |_| ());
-        }
-        sums.means(batch.len(), batch.iter().map(|&i| task.weight(i)).sum())
-    }
-}
-
-/// Running sums over the examples of a batch.
-#[derive(Default)]
-struct Sums {
-    loss: f64,
-    metrics: BTreeMap<&'static str, f64>,
-}
-
-impl Sums {
-    /// Adds examples whose responses have the given log-probabilities, in order; hands on each derivative.
-    fn add(&mut self, task: &dyn Task, examples: &[usize], logps: &[f64], mut derivative: impl FnMut(f64)) {
-        let mut rest = logps;
-        for &example in examples {
-            let (own, others) = rest.split_at(task.responses(example).len());
-            rest = others;
-            let result = task.evaluate(example, own);
-            self.loss += result.loss;
-            result.d_logps.into_iter().for_each(&mut derivative);
-            for (name, value) in result.metrics {
-                *self.metrics.entry(name).or_default() += value;
-            }
-        }
-    }
-
-    fn means(self, examples: usize, weight: f64) -> Means {
-        let metrics = self.metrics.into_iter().map(|(name, sum)| (name, sum / examples as f64)).collect();
-        Means { loss: self.loss / weight, metrics }
-    }
-}
-
-fn lengths(task: &dyn Task, example: usize) -> (usize, Vec<usize>) {
-    (task.prompt(example).len(), task.responses(example).iter().map(|r| r.len()).collect())
-}
-
-/// Cuts a batch into runs of examples of at most `tokens` rows each (at least one example).
-pub(crate) fn micro_batches(task: &dyn Task, batch: &[usize], tokens: usize) -> Vec<Range<usize>> {
-    let mut parts: Vec<Range<usize>> = Vec::new();
-    let mut used = 0;
-    for (at, &example) in batch.iter().enumerate() {
-        let (prompt, responses) = lengths(task, example);
-        let rows = packed_rows(prompt, &responses);
-        match parts.last_mut() {
-            Some(part) if used + rows <= tokens => part.end = at + 1,
-            _ => {
-                parts.push(at..at + 1);
-                used = 0;
-            }
-        }
-        used += rows;
-    }
-    parts
-}
-
-/// The examples as one packed batch.
-pub(crate) fn pack(task: &dyn Task, examples: &[usize]) -> PackedBatch {
-    let mut packed = PackedBatch::default();
-    for &example in examples {
-        packed.push(task.prompt(example), &task.responses(example));
-    }
-    packed
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use align::data::{Format, PairFile, PreferencePair, Prompt, read_pairs, read_prompts, split};
+use align::data::{DataFile, Format, PreferencePair, Prompt, read_pairs, read_prompts, split};
 use common::{chat, pair, shared};
 use flate2::Compression;
 use flate2::write::GzEncoder;
@@ -40,12 +40,12 @@ fn lines(rows: &[Value]) -> String {
     rows.iter().map(|row| format!("{row}\n")).collect()
 }
 
-fn read(path: &Path) -> PairFile {
+fn read(path: &Path) -> DataFile<PreferencePair> {
     read_pairs(path, None, "helpfulness", false).unwrap()
 }
 
 fn read_rows(rows: &[Value]) -> Vec<PreferencePair> {
-    read(&file("rows.jsonl", lines(rows)).path).pairs
+    read(&file("rows.jsonl", lines(rows)).path).rows
 }
 
 // ------------------------------------------------------------------------------------------- formats
@@ -85,8 +85,8 @@ fn hh_transcripts_become_conversations() {
     );
     let path = file("rows.jsonl", lines(std::slice::from_ref(&row)));
     assert_eq!(read(&path.path).format, Format::Hh);
-    assert_eq!(read(&path.path).pairs, std::slice::from_ref(&expected));
-    assert_eq!(read_pairs(&path.path, Some(Format::Trl), "safety", false).unwrap().pairs, [expected]);
+    assert_eq!(read(&path.path).rows, std::slice::from_ref(&expected));
+    assert_eq!(read_pairs(&path.path, Some(Format::Trl), "safety", false).unwrap().rows, [expected]);
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn the_metric_picks_the_label_of_pku_rows() {
         ("safety", "I would not.", "Like this."),
     ] {
         let got = read_pairs(&path.path, None, metric, false).unwrap();
-        assert_eq!((got.format, got.pairs), (Format::Pku, vec![pair(prompt.clone(), chosen, rejected)]));
+        assert_eq!((got.format, got.rows), (Format::Pku, vec![pair(prompt.clone(), chosen, rejected)]));
     }
     let error = read_pairs(&path.path, None, "wit", false).unwrap_err().to_string();
     assert!(error.contains("`wit`") && error.contains("`helpfulness`"), "{error}");
@@ -147,10 +147,10 @@ fn the_same_rows_are_read_from_every_kind_of_file() {
         ("no-last-newline.jsonl", text.trim_end().into()),
     ];
     for (name, bytes) in variants {
-        assert_eq!(read(&file(name, bytes).path).pairs, expected, "{name}");
+        assert_eq!(read(&file(name, bytes).path).rows, expected, "{name}");
     }
     let spaced = read(&file("spaced.jsonl", format!("\n{}", text.replace('\n', "\n\n"))).path);
-    assert_eq!(spaced.pairs.iter().map(|pair| pair.row).collect::<Vec<_>>(), [2, 4, 6, 8, 10]);
+    assert_eq!(spaced.rows.iter().map(|pair| pair.row).collect::<Vec<_>>(), [2, 4, 6, 8, 10]);
 }
 
 // ------------------------------------------------------------------------------------------ bad rows
@@ -212,7 +212,7 @@ fn bad_rows_are_named_or_counted() {
         assert_eq!(error.contains(&format!("column `{column}`")), !column.is_empty(), "{column}: {error}");
 
         let skipped = read_pairs(&path.path, None, "helpfulness", true).unwrap();
-        assert_eq!(skipped.pairs.iter().map(|pair| pair.row).collect::<Vec<_>>(), [1, 2, 4]);
+        assert_eq!(skipped.rows.iter().map(|pair| pair.row).collect::<Vec<_>>(), [1, 2, 4]);
         assert_eq!(skipped.skipped, 1);
         let reason = skipped.first_skipped.unwrap();
         assert!(error.starts_with(&reason), "{reason}");
@@ -285,8 +285,8 @@ proptest! {
             bytes.truncate(bytes.len() - cut.index(bytes.len() / 2));
             let path = file("rows.jsonl", &bytes);
             if let Ok(read) = read_pairs(&path.path, None, "helpfulness", true) {
-                prop_assert!(!read.pairs.is_empty());
-                for pair in read.pairs {
+                prop_assert!(!read.rows.is_empty());
+                for pair in read.rows {
                     prop_assert!(!pair.chosen.trim().is_empty() && !pair.rejected.trim().is_empty());
                     prop_assert!(pair.chosen != pair.rejected);
                 }
@@ -340,9 +340,9 @@ fn pku_rows_serve_both_metrics() {
     let Some(path) = shared("small/pku-saferlhf-32rows.json") else { return };
     let helpful = read_pairs(&path, None, "helpfulness", false).unwrap();
     let harmless = read_pairs(&path, None, "harmlessness", false).unwrap();
-    assert_eq!((helpful.format, helpful.pairs.len(), harmless.pairs.len()), (Format::Pku, 32, 32));
+    assert_eq!((helpful.format, helpful.rows.len(), harmless.rows.len()), (Format::Pku, 32, 32));
     let mut opposite = 0;
-    for (a, b) in helpful.pairs.iter().zip(&harmless.pairs) {
+    for (a, b) in helpful.rows.iter().zip(&harmless.rows) {
         assert_eq!((&a.prompt, a.row), (&b.prompt, b.row));
         if a.chosen == b.rejected && a.rejected == b.chosen {
             opposite += 1;
@@ -362,9 +362,9 @@ fn every_real_row_is_read_or_named() {
     {
         let Some(path) = shared(&format!("real-text/{name}.train.jsonl.gz")) else { continue };
         let file = read_pairs(&path, None, "harmlessness", true).unwrap();
-        assert_eq!((file.pairs.len(), file.skipped), (pairs, rows - pairs), "{name}: {:?}", file.first_skipped);
+        assert_eq!((file.rows.len(), file.skipped), (pairs, rows - pairs), "{name}: {:?}", file.first_skipped);
         match read_pairs(&path, None, "harmlessness", false) {
-            Ok(strict) => assert_eq!((strict.pairs.len(), file.skipped), (rows, 0)),
+            Ok(strict) => assert_eq!((strict.rows.len(), file.skipped), (rows, 0)),
             Err(error) => {
                 let first = file.first_skipped.as_deref().unwrap();
                 assert!(error.to_string().starts_with(first), "{error}");
@@ -376,7 +376,7 @@ fn every_real_row_is_read_or_named() {
 #[test]
 fn real_pairs_are_split_by_first_turn() {
     let Some(path) = shared("real-text/hh-helpful-base.train.jsonl.gz") else { return };
-    let pairs = read_pairs(&path, None, "helpfulness", true).unwrap().pairs;
+    let pairs = read_pairs(&path, None, "helpfulness", true).unwrap().rows;
     let total = pairs.len();
     let (train, validation) = split(pairs, 0.1, 7);
     assert_eq!(train.len() + validation.len(), total);

@@ -23,12 +23,12 @@ fn sequence_log_probabilities_equal_transformers() {
     for file in fixture["files"].as_array().unwrap() {
         let path = data.join(file["file"].as_str().unwrap());
         let rows = file["rows"].as_array().unwrap();
-        let all = read_pairs(&path, None, "harmlessness", true).unwrap().pairs;
+        let all = read_pairs(&path, None, "harmlessness", true).unwrap().rows;
         let wanted: Vec<_> = rows
             .iter()
             .map(|row| all.iter().find(|pair| pair.row as u64 == row["line"].as_u64().unwrap()).unwrap().clone())
             .collect();
-        let pairs = tokenize_pairs(&wanted, &path, &tokenizer, &options).unwrap().pairs;
+        let pairs = tokenize_pairs(&wanted, &path, &tokenizer, &options).unwrap().rows;
         let logps = pair_logps(&model, &pairs, 2048, None, &mut |_| Ok(())).unwrap();
         for ((row, pair), logps) in rows.iter().zip(&pairs).zip(logps) {
             assert_eq!(pair.prompt.len() as u64, row["prompt_tokens"].as_u64().unwrap());

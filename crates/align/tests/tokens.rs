@@ -54,13 +54,17 @@ const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'u
 const OPTIONS: RenderOptions =
     RenderOptions { max_length: 100, template_tail: TemplateTail::Drop, long_prompts: LongPrompts::Error };
 
-fn tokenize(pairs: &[PreferencePair], tokenizer: &Tokenizer, options: &RenderOptions) -> engine::Result<Tokenized> {
+fn tokenize(
+    pairs: &[PreferencePair],
+    tokenizer: &Tokenizer,
+    options: &RenderOptions,
+) -> engine::Result<Tokenized<TokenizedPair>> {
     tokenize_pairs(pairs, Path::new("rows.jsonl"), tokenizer, options)
 }
 
 /// Prompt, chosen, rejected with `|` between their tokens.
 fn shown(pair: &PreferencePair, tokenizer: &Tokenizer, options: &RenderOptions) -> [String; 3] {
-    let tokens = tokenize(std::slice::from_ref(pair), tokenizer, options).unwrap().pairs.remove(0);
+    let tokens = tokenize(std::slice::from_ref(pair), tokenizer, options).unwrap().rows.remove(0);
     [tokens.prompt, tokens.chosen, tokens.rejected].map(|ids| {
         let text = |id: &u32| tokenizer.decode_with_special(&[*id]).unwrap();
         ids.iter().map(text).collect::<Vec<_>>().join("|")
@@ -112,7 +116,7 @@ proptest! {
         let text = pair(Prompt::Text(prompt.clone()), &answers[0], &answers[1]);
         let conversation = PreferencePair { prompt: chat(&[("user", &prompt)]), ..text.clone() };
         for (pair, start) in [(text, format!("^{prompt}")), (conversation, format!("^U:{prompt};A:"))] {
-            let tokens = tokenize(&[pair], &tokenizer, &OPTIONS).unwrap().pairs.remove(0);
+            let tokens = tokenize(&[pair], &tokenizer, &OPTIONS).unwrap().rows.remove(0);
             for (response, answer) in [(&tokens.chosen, &answers[0]), (&tokens.rejected, &answers[1])] {
                 let whole = [tokens.prompt.as_slice(), response].concat();
                 prop_assert_eq!(tokenizer.decode_with_special(&whole).unwrap(), format!("{start}{answer}$"));
@@ -126,7 +130,7 @@ proptest! {
 fn prompts_have_the_same_tokens_in_training_and_generation() {
     let tokenizer = characters(true, Some("$"), Some(TEMPLATE));
     for prompt in [Prompt::Text("xab".into()), chat(&[("user", "ab")])] {
-        let trained = tokenize(&[pair(prompt.clone(), "b", "c")], &tokenizer, &OPTIONS).unwrap().pairs.remove(0).prompt;
+        let trained = tokenize(&[pair(prompt.clone(), "b", "c")], &tokenizer, &OPTIONS).unwrap().rows.remove(0).prompt;
         assert_eq!(tokenize_prompt(&prompt, &tokenizer).unwrap(), trained);
     }
 }
@@ -145,7 +149,7 @@ fn long_responses_are_cut_and_counted() {
         let all = tokenize(&pairs, &tokenizer, &options).unwrap();
         assert_eq!((all.truncated_responses, all.dropped_prompts), (cut, 0), "max_length {max_length}");
         assert_eq!(shown(&pairs[0], &tokenizer, &options), first);
-        for pair in all.pairs {
+        for pair in all.rows {
             assert!(pair.prompt.len() + pair.chosen.len().max(pair.rejected.len()) <= max_length);
         }
     }
@@ -165,7 +169,7 @@ fn prompts_without_room_are_errors_or_dropped() {
         assert!(error.contains(part), "{part} is not in: {error}");
     }
     let dropped = tokenize(&pairs, &tokenizer, &RenderOptions { long_prompts: LongPrompts::Drop, ..options }).unwrap();
-    assert_eq!(dropped.pairs.iter().map(|pair| pair.row).collect::<Vec<_>>(), [10, 13]);
+    assert_eq!(dropped.rows.iter().map(|pair| pair.row).collect::<Vec<_>>(), [10, 13]);
     assert_eq!((dropped.dropped_prompts, dropped.truncated_responses), (2, 4));
     assert!(tokenize(&pairs, &tokenizer, &RenderOptions { max_length: 0, ..OPTIONS }).is_err());
 }
@@ -195,7 +199,7 @@ fn pairs_that_cannot_be_rendered_are_named() {
 
 /// FNV-1a over the lengths and ids of all sequences, as 32-bit little-endian words.
 fn checksum(tokenized: &Tokenized) -> u64 {
-    let sequences = tokenized.pairs.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]);
+    let sequences = tokenized.rows.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]);
     let words = sequences.flat_map(|ids| std::iter::once(ids.len() as u32).chain(ids.iter().copied()));
     words
         .flat_map(u32::to_le_bytes)
@@ -212,19 +216,19 @@ fn tokens_equal_those_of_trl() {
         ("pku-saferlhf-safety-pairs", 6063, 0x4ae6_9587_9937_ea4a),
     ] {
         let Some(path) = shared(&format!("real-text/{name}.train.jsonl.gz")) else { continue };
-        let mut pairs = read_pairs(&path, None, "harmlessness", true).unwrap().pairs;
+        let mut pairs = read_pairs(&path, None, "harmlessness", true).unwrap().rows;
         pairs.truncate(32);
         let keep =
             RenderOptions { max_length: 512, template_tail: TemplateTail::Keep, long_prompts: LongPrompts::Error };
         let kept = tokenize(&pairs, &tokenizer, &keep).unwrap();
         let length = |pair: &TokenizedPair| pair.prompt.len() + pair.chosen.len() + pair.rejected.len();
-        assert_eq!(kept.pairs.iter().map(length).sum::<usize>(), tokens, "{name}");
+        assert_eq!(kept.rows.iter().map(length).sum::<usize>(), tokens, "{name}");
         assert_eq!(checksum(&kept), expected, "{name}");
 
         // Without the tail, every complete response ends with the only EOS, one token (the newline) earlier.
         let dropped =
             tokenize(&pairs, &tokenizer, &RenderOptions { template_tail: TemplateTail::Drop, ..keep }).unwrap();
-        for (kept, dropped) in kept.pairs.iter().zip(&dropped.pairs) {
+        for (kept, dropped) in kept.rows.iter().zip(&dropped.rows) {
             for (kept, dropped) in [(&kept.chosen, &dropped.chosen), (&kept.rejected, &dropped.rejected)] {
                 assert!(kept.starts_with(dropped) && kept.len() <= dropped.len() + 1);
                 let ends = dropped.iter().filter(|id| Some(**id) == tokenizer.eos()).count();

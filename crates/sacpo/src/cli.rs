@@ -110,7 +110,7 @@ pub(crate) struct Train {
     #[arg(long)]
     pub(crate) metric: String,
     /// The loss.
-    #[arg(long, default_value = "dpo", value_parser = ["dpo"])]
+    #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(align::objective::NAMES))]
     pub(crate) objective: String,
     /// Temperature: β in the first step of a chain, β/λ in a later one.
     #[arg(long, value_parser = temperature, allow_negative_numbers = true)]
@@ -238,9 +238,8 @@ fn temperature(text: &str) -> Result<f64, String> {
 }
 
 fn format_parser() -> impl TypedValueParser<Value = Format> {
-    let formats = [Format::Trl, Format::Pku, Format::Hh];
-    PossibleValuesParser::new(formats.map(Format::name))
-        .map(move |name| formats.into_iter().find(|f| f.name() == name).unwrap_or(Format::Trl))
+    PossibleValuesParser::new(Format::ALL.map(Format::name))
+        .map(|name| Format::ALL.into_iter().find(|f| f.name() == name).unwrap_or(Format::Trl))
 }
 
 fn template_tail_parser() -> impl TypedValueParser<Value = TemplateTail> {

@@ -11,16 +11,16 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use align::data::{self, RenderOptions, TokenizedPair};
 use align::log::read_metric;
-use align::objective::Pairwise;
-use align::reference::pair_logps;
-use align::step::{self, PreferenceReport};
+use align::objective::Objective;
+use align::reference;
+use align::step::{self, Alignment, PreferenceReport};
 use align::trainer::TrainOptions;
 use engine::checkpoint::{Checkpoint, atomic};
 use engine::{Error, Model, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::load::{StepData, load_data, warn_of_objectives};
 use crate::ui;
 use sacpo::recipe::{PlannedStep, Recipe, Step};
 
@@ -39,12 +39,6 @@ pub(crate) struct Policy {
     pub(crate) validation: Vec<PreferenceReport>,
     /// Seconds of training, also of the calls before this one; 0 for the base model.
     pub(crate) seconds: f64,
-}
-
-/// The pairs of one step, as tokens.
-pub(crate) struct StepData {
-    pub(crate) train: Vec<TokenizedPair>,
-    pub(crate) validation: Vec<TokenizedPair>,
 }
 
 /// What goes into a run.
@@ -133,6 +127,7 @@ fn remove_leftovers(run: &Path) -> Result<()> {
 pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
     let base = Checkpoint::load(&recipe.model.base)?;
     ui::say(format!("Base model {}: {} parameters.", recipe.model.base.display(), base.model.layout.len));
+    warn_of_objectives(recipe)?;
     let data = recipe.steps.iter().map(|step| load_data(step, &base, recipe.run.seed)).collect::<Result<Vec<_>>>()?;
     Ok(Inputs { base, data })
 }
@@ -197,86 +192,33 @@ fn refuse_other_policies(stages: &[Stage<'_>], base_hash: &str) -> Result<()> {
     Ok(())
 }
 
-/// Reads, divides and tokenises the pairs of a step, and says what came of them.
-fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
-    let options = &step.data_options;
-    let file = data::read_pairs(&step.data, step.format, &step.metric, options.skip_bad_rows)?;
-    let (skipped, first_skipped) = (file.skipped, file.first_skipped);
-    let (train, validation) = data::split(file.pairs, options.validation_fraction, seed);
-    let context = base.model.config.max_position_embeddings;
-    if options.max_length > context {
-        return Err(Error::input(format!(
-            "The step `{}` allows sequences of {} tokens, but the model's context is {context} tokens. Set \
-             data.max_length to {context} or less, in the recipe or with --set data.max_length={context}.",
-            step.name, options.max_length
-        )));
-    }
-    let render = RenderOptions {
-        max_length: options.max_length,
-        template_tail: options.template_tail,
-        long_prompts: options.long_prompts,
-    };
-    let mut train = data::tokenize_pairs(&train, &step.data, &base.tokenizer, &render)?;
-    let mut validation = data::tokenize_pairs(&validation, &step.data, &base.tokenizer, &render)?;
-    train.pairs.truncate(options.max_pairs.unwrap_or(usize::MAX));
-    validation.pairs.truncate(options.max_validation_pairs.unwrap_or(usize::MAX));
-    ui::say(format!(
-        "Step {}: {} pairs to train on, {} held out, from {} ({} rows).",
-        step.name,
-        train.pairs.len(),
-        validation.pairs.len(),
-        step.data.display(),
-        file.format.name(),
-    ));
-    let dropped = train.dropped_prompts + validation.dropped_prompts;
-    let truncated = train.truncated_responses + validation.truncated_responses;
-    for (count, what) in [
-        (dropped, "pairs left out, since their prompt leaves no room for a response"),
-        (truncated, "responses cut to the longest length"),
-        (skipped, "bad rows left out"),
-    ] {
-        if count > 0 {
-            ui::say(format!("  {count} {what}."));
-        }
-    }
-    if let Some(first) = first_skipped {
-        ui::say(format!("  The first: {first}"));
-    }
-    if train.pairs.is_empty() {
-        return Err(Error::input(format!(
-            "No pair of {} is left to train on. Raise data.max_length, or lower data.validation_fraction.",
-            step.data.display()
-        )));
-    }
-    Ok(StepData { train: train.pairs, validation: validation.pairs })
-}
-
 /// The training of one policy.
 struct Stage<'a> {
     recipe: &'a Recipe,
     step: &'a Step,
     planned: &'a PlannedStep,
-    data: &'a [TokenizedPair],
+    data: &'a StepData,
     folder: PathBuf,
 }
 
 impl<'a> Stage<'a> {
     fn new(recipe: &'a Recipe, planned: &'a PlannedStep, data: &'a [StepData], run: &RunFolder) -> Self {
         let folder = run.path.join("steps").join(&planned.name);
-        Self { recipe, step: &recipe.steps[planned.step], planned, data: &data[planned.step].train, folder }
+        Self { recipe, step: &recipe.steps[planned.step], planned, data: &data[planned.step], folder }
     }
 
     fn checkpoint(&self) -> PathBuf {
         self.folder.join("checkpoint")
     }
 
-    fn objective(&self) -> Result<Pairwise> {
-        Ok(Pairwise::Dpo { beta: self.planned.beta, label_smoothing: self.step.label_smoothing })
+    fn objective(&self) -> Result<Objective> {
+        self.step.objective_at(self.planned.beta)
     }
 
     fn options(&self) -> TrainOptions {
         let train = &self.step.train;
         TrainOptions {
+            optimizer: train.optimizer,
             learning_rate: train.learning_rate,
             schedule: train.schedule,
             warmup_ratio: train.warmup_ratio,
@@ -288,13 +230,20 @@ impl<'a> Stage<'a> {
             weight_decay: train.weight_decay,
             seed: self.recipe.run.seed,
             save_every: train.save_every as u64,
+            validate_every: train.validate_every.unwrap_or(0) as u64,
+            patience: train.patience.map(|patience| patience as u64),
+            ema_decay: train.ema_decay,
         }
     }
 
     /// Names everything that the policy depends on; `reference` is the hash of the model that it starts from.
     fn key(&self, reference: &str) -> Result<String> {
         let (objective, course) = (format!("{:?}", self.objective()?), self.options().course());
-        let parts = [reference, &objective, &course, &align::reference::fingerprint(self.data)];
+        let held_out = match self.step.train.validate_every {
+            Some(_) => self.data.validation.fingerprint(),
+            None => String::new(),
+        };
+        let parts = [reference, &objective, &course, &self.data.train.fingerprint(), &held_out];
         Ok(blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string())
     }
 
@@ -317,15 +266,16 @@ impl<'a> Stage<'a> {
         let name = &self.planned.name;
         ui::say(format!("Policy {name}: {} at temperature {}.", objective.name(), self.planned.beta));
         let start = if self.planned.parent.is_some() { load_policy(parent)? } else { base.model.clone() };
-        let (policy, records) = step::align(
-            &start,
-            self.data,
-            &objective,
-            &self.options(),
-            &self.folder,
+        let alignment = Alignment {
+            start: &start,
+            data: &self.data.train,
+            validation: &self.data.validation,
+            objective: &objective,
+            options: &self.options(),
+            folder: &self.folder,
             cache,
-            &mut ui::TrainingBar::new("training"),
-        )?;
+        };
+        let (policy, records) = alignment.run(&mut ui::TrainingBar::new("training"))?;
         let seconds = read_metric(&self.folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
         let record = PolicyRecord {
             name: name.clone(),
@@ -336,7 +286,7 @@ impl<'a> Stage<'a> {
             objective: objective.name().into(),
             temperature: self.planned.beta,
             data: self.step.data.clone(),
-            pairs: self.data.len(),
+            pairs: self.data.train.len(),
             seed: self.recipe.run.seed,
             version: env!("CARGO_PKG_VERSION").into(),
             seconds,
@@ -382,7 +332,7 @@ fn read_record(folder: &Path) -> Result<Option<PolicyRecord>> {
 /// Fills in how every policy ranks the held-out pairs of every step, relative to the base model.
 fn rank(policies: &mut [Policy], base: &Model, recipe: &Recipe, data: &[StepData], folder: &RunFolder) -> Result<()> {
     let cache = folder.path.join("cache");
-    let mut base_logps: Vec<Vec<[f64; 2]>> = Vec::new();
+    let mut base_logps: Vec<Vec<f64>> = Vec::new();
     for (index, policy) in policies.iter_mut().enumerate() {
         let trained;
         let model = if index == 0 {
@@ -392,11 +342,12 @@ fn rank(policies: &mut [Policy], base: &Model, recipe: &Recipe, data: &[StepData
             &trained
         };
         for (number, (step, data)) in recipe.steps.iter().zip(data).enumerate() {
-            let bar = ui::bar(data.validation.len() as u64, &format!("{} on {}", policy.name, step.name));
+            let held_out = &data.validation;
+            let bar = ui::bar(held_out.len() as u64, &format!("{} on {}", policy.name, step.name));
             let tokens = step.train.micro_batch_tokens;
-            let logps = pair_logps(model, &data.validation, tokens, Some(&cache), &mut ui::advance(&bar))?;
+            let logps = reference::logps(model, &held_out.sequences(), tokens, Some(&cache), &mut ui::advance(&bar))?;
             bar.finish_and_clear();
-            policy.validation.push(step::rank(&logps, base_logps.get(number).unwrap_or(&logps)));
+            policy.validation.push(step::rank(held_out, &logps, base_logps.get(number).unwrap_or(&logps)));
             if index == 0 {
                 base_logps.push(logps);
             }

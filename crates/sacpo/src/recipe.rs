@@ -11,7 +11,8 @@ use std::ops::Bound::{self, Excluded, Unbounded};
 use std::path::{Path, PathBuf};
 
 use align::data::{Format, LongPrompts, TemplateTail};
-use engine::optim::Schedule;
+use align::objective::{self, Objective};
+use engine::optim::{OptimizerKind, Schedule};
 use engine::{Error, Result};
 use section::Section;
 use serde::Serialize;
@@ -35,6 +36,7 @@ const DATA_KEYS: &[&str] = &[
     "template_tail",
 ];
 const TRAIN_KEYS: &[&str] = &[
+    "optimizer",
     "learning_rate",
     "epochs",
     "batch_size",
@@ -44,10 +46,28 @@ const TRAIN_KEYS: &[&str] = &[
     "max_grad_norm",
     "micro_batch_tokens",
     "save_every",
+    "validate_every",
+    "patience",
+    "ema_decay",
 ];
 /// The keys of a step beside those of `[data]` and `[train]`, which a step may override.
-const STEP_KEYS: &[&str] =
-    &["name", "metric", "objective", "label_smoothing", "beta", "beta_over_lambda", "data", "format"];
+const STEP_KEYS: &[&str] = &[
+    "name",
+    "metric",
+    "objective",
+    "label_smoothing",
+    "sum_logps",
+    "desirable_weight",
+    "undesirable_weight",
+    "gamma",
+    "alpha",
+    "delta",
+    "weight",
+    "beta",
+    "beta_over_lambda",
+    "data",
+    "format",
+];
 const EVALUATE_KEYS: &[&str] = &["prompts", "max_new_tokens"];
 const SECTIONS: &[(&str, &[&str])] = &[
     ("[model]", MODEL_KEYS),
@@ -117,7 +137,9 @@ pub struct DataOptions {
 /// `[train]`: how a step trains.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainOptions {
-    /// The peak learning rate of AdamW, > 0. Default 5e-6.
+    /// The optimizer. Default: AdamW.
+    pub optimizer: OptimizerKind,
+    /// The peak learning rate, > 0. Default 5e-6.
     pub learning_rate: f64,
     /// Passes over the training pairs, ≥ 1. Default 1.
     pub epochs: usize,
@@ -136,6 +158,14 @@ pub struct TrainOptions {
     pub micro_batch_tokens: usize,
     /// Optimizer steps between the states that a killed run continues from, ≥ 1. Default 20.
     pub save_every: usize,
+    /// Optimizer steps between validations on the held-out rows, ≥ 1. Default: none.
+    pub validate_every: Option<usize>,
+    /// Validations without a lower loss after which training stops and goes back to the best weights, ≥ 1; needs
+    /// `validate_every`. Default: never.
+    pub patience: Option<usize>,
+    /// The decay per step of an exponential moving average of the weights, which becomes the policy, 0 < decay < 1.
+    /// Default: none.
+    pub ema_decay: Option<f64>,
 }
 
 /// `[[step]]`: one preference alignment, which starts from and is referenced to the policy before it.
@@ -145,10 +175,11 @@ pub struct Step {
     pub name: String,
     /// The metric that the data's preferences are about, such as `helpfulness` or `harmlessness`.
     pub metric: String,
-    /// The loss. Default: `dpo`.
-    pub objective: ObjectiveName,
-    /// The probability that a label is wrong (conservative DPO), 0 ≤ ε < 0.5. Default 0.
-    pub label_smoothing: f64,
+    /// The name of the loss. Default: `dpo`.
+    pub objective: &'static str,
+    /// The parameters of the loss beside its temperature.
+    #[serde(flatten)]
+    pub parameters: objective::Options,
     /// `beta` or `beta_over_lambda`.
     #[serde(flatten)]
     pub temperature: Temperature,
@@ -162,14 +193,6 @@ pub struct Step {
     /// The `[train]` options of this step.
     #[serde(flatten)]
     pub train: TrainOptions,
-}
-
-/// The loss of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum ObjectiveName {
-    /// Direct preference optimization, arXiv 2305.18290.
-    Dpo,
 }
 
 /// The temperature of a step's objective: how strongly it is held to its reference.
@@ -407,6 +430,7 @@ impl DataOptions {
 impl Default for TrainOptions {
     fn default() -> Self {
         Self {
+            optimizer: OptimizerKind::AdamW,
             learning_rate: 5e-6,
             epochs: 1,
             batch_size: 16,
@@ -416,6 +440,9 @@ impl Default for TrainOptions {
             max_grad_norm: 1.0,
             micro_batch_tokens: 2048,
             save_every: 20,
+            validate_every: None,
+            patience: None,
+            ema_decay: None,
         }
     }
 }
@@ -423,7 +450,9 @@ impl Default for TrainOptions {
 impl TrainOptions {
     fn read(section: &Section<'_>, defaults: &Self) -> Result<Self> {
         let schedule = &[("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
-        Ok(Self {
+        let optimizers = OptimizerKind::ALL.map(|kind| (kind.name(), kind));
+        let train = Self {
+            optimizer: section.choice("optimizer", &optimizers)?.unwrap_or(defaults.optimizer),
             learning_rate: section.number("learning_rate", POSITIVE)?.unwrap_or(defaults.learning_rate),
             epochs: section.count("epochs", 1)?.unwrap_or(defaults.epochs),
             batch_size: section.count("batch_size", 1)?.unwrap_or(defaults.batch_size),
@@ -433,7 +462,16 @@ impl TrainOptions {
             max_grad_norm: section.number("max_grad_norm", POSITIVE)?.unwrap_or(defaults.max_grad_norm),
             micro_batch_tokens: section.count("micro_batch_tokens", 1)?.unwrap_or(defaults.micro_batch_tokens),
             save_every: section.count("save_every", 1)?.unwrap_or(defaults.save_every),
-        })
+            validate_every: section.count("validate_every", 1)?.or(defaults.validate_every),
+            patience: section.count("patience", 1)?.or(defaults.patience),
+            ema_decay: section.number("ema_decay", (Excluded(0.0), Excluded(1.0)))?.or(defaults.ema_decay),
+        };
+        if train.patience.is_some() && train.validate_every.is_none() {
+            return Err(section.error(
+                "`patience` counts validations, but there are none. Set `validate_every` to a number of optimizer steps.",
+            ));
+        }
+        Ok(train)
     }
 }
 
@@ -447,19 +485,41 @@ impl Step {
                  and `.` that starts with a letter or digit."
             )));
         }
-        let format = &[("hh", Format::Hh), ("trl", Format::Trl), ("pku", Format::Pku)];
+        let formats = Format::ALL.map(|format| (format.name(), format));
         let path = section.required("data", section.text("data")?, "data = \"data/pairs.jsonl.gz\"")?;
-        Ok(Self {
+        let names: Vec<(&str, &'static str)> = objective::NAMES.iter().map(|name| (*name, *name)).collect();
+        let step = Self {
             name,
             metric,
-            objective: section.choice("objective", &[("dpo", ObjectiveName::Dpo)])?.unwrap_or(ObjectiveName::Dpo),
-            label_smoothing: section.number("label_smoothing", 0.0..0.5)?.unwrap_or(0.0),
+            objective: section.choice("objective", &names)?.unwrap_or("dpo"),
+            parameters: objective::Options {
+                label_smoothing: section.number("label_smoothing", 0.0..0.5)?,
+                sum_logps: section.flag("sum_logps")?,
+                desirable_weight: section.number("desirable_weight", POSITIVE)?,
+                undesirable_weight: section.number("undesirable_weight", POSITIVE)?,
+                gamma: section.number("gamma", 0.0..)?,
+                alpha: section.number("alpha", 0.0..)?,
+                delta: section.number("delta", 0.0..)?,
+                weight: section.number("weight", POSITIVE)?,
+            },
             temperature: Temperature::read(section, first)?,
             data: path.into(),
-            format: section.choice("format", format)?,
+            format: section.choice("format", &formats)?,
             data_options: DataOptions::read(section, data)?,
             train: TrainOptions::read(section, train)?,
-        })
+        };
+        for &temperature in step.temperature.values() {
+            step.objective_at(temperature).map_err(|error| section.error(&error.to_string()))?;
+        }
+        Ok(step)
+    }
+
+    /// The loss at a temperature of the step.
+    ///
+    /// # Errors
+    /// A parameter that the objective does not have; not for the temperatures of a parsed recipe.
+    pub fn objective_at(&self, temperature: f64) -> Result<Objective> {
+        self.parameters.build(self.objective, temperature)
     }
 }
 

@@ -1,11 +1,13 @@
-//! Preference pairs: from a file to tokens.
+//! Preference data: from a file to tokens.
 //!
 //! ```text
 //! file ──read──► rows ──schema──► PreferencePair ──split──► training, validation ──render──► TokenizedPair
+//!                                 LabelledExample                                           TokenizedExample
 //! ```
 //!
 //! `docs/data.md` describes the formats and the rules for users.
 
+mod dataset;
 mod read;
 mod render;
 mod schema;
@@ -15,10 +17,14 @@ use std::path::PathBuf;
 
 use engine::chat::Message;
 
-pub use read::{read_pairs, read_prompts};
-pub use render::{LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedPair, tokenize_pairs, tokenize_prompt};
+pub use dataset::Dataset;
+pub use read::{read_examples, read_pairs, read_prompts};
+pub use render::{
+    LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedExample, TokenizedPair, tokenize_examples,
+    tokenize_pairs, tokenize_prompt,
+};
 pub use schema::Format;
-pub use split::split;
+pub use split::{Answered, split};
 
 /// What a response answers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,7 +38,7 @@ pub enum Prompt {
 /// Two responses to one prompt and which of them is preferred.
 ///
 /// Neither response is blank, and the two differ.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PreferencePair {
     /// What both responses answer.
     pub prompt: Prompt,
@@ -40,19 +46,36 @@ pub struct PreferencePair {
     pub chosen: String,
     /// The other response.
     pub rejected: String,
+    /// Whether the chosen and the rejected response are unsafe, where the row says so.
+    pub is_unsafe: Option<[bool; 2]>,
+    /// Σ_j w_j (m_j(chosen) − m_j(rejected)) of other metrics, where the row has it.
+    pub margin: Option<f64>,
     /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
     pub row: usize,
 }
 
-/// The preference pairs of a file, in its order.
+/// One response to a prompt, desirable or not. The response is not blank.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PairFile {
+pub struct LabelledExample {
+    /// What the response answers.
+    pub prompt: Prompt,
+    /// The response.
+    pub completion: String,
+    /// Whether it is a response to learn from, instead of one to avoid.
+    pub desirable: bool,
+    /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
+    pub row: usize,
+}
+
+/// The rows of a file as pairs or as labelled examples, in its order.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DataFile<T> {
     /// The file.
     pub path: PathBuf,
     /// The schema of its rows, found or given.
     pub format: Format,
-    /// The pairs, at least one.
-    pub pairs: Vec<PreferencePair>,
+    /// What the usable rows hold, at least one.
+    pub rows: Vec<T>,
     /// How many bad rows were left out.
     pub skipped: usize,
     /// What is wrong with the first row that was left out, as a sentence that names it.

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use engine::{Error, Result};
 use flate2::read::MultiGzDecoder;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use super::schema::{BadRow, Format, Schema, prompt_of};
-use super::{PairFile, PreferencePair, Prompt};
+use super::schema::{BadRow, Columns, Format, RowResult, Schema, prompt_of};
+use super::{DataFile, LabelledExample, PreferencePair, Prompt};
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -21,22 +21,57 @@ const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// usable pair is an error that names file, row, column and remedy; with `skip_bad_rows` such rows are
 /// left out and counted. A file of an unknown schema, without the metric's column, or without any
 /// usable pair is always an error.
-pub fn read_pairs(path: &Path, format: Option<Format>, metric: &str, skip_bad_rows: bool) -> Result<PairFile> {
+pub fn read_pairs(
+    path: &Path,
+    format: Option<Format>,
+    metric: &str,
+    skip_bad_rows: bool,
+) -> Result<DataFile<PreferencePair>> {
+    let find = |first: &Columns| Schema::find(first, path, format, metric);
+    read_rows(path, find, skip_bad_rows, "preference pair", |schema, columns, row| {
+        schema.pair(columns).map(|content| vec![PreferencePair { row, ..content }])
+    })
+}
+
+/// Reads labelled responses, as [`read_pairs`] reads pairs.
+///
+/// Rows with `prompt`, `completion` and `label` are taken as they are. Of a row that holds a pair, the chosen response
+/// is desirable and the rejected one is not; but where a PKU-SafeRLHF row says of each response whether it is safe,
+/// those flags are the labels of the metric `harmlessness`.
+pub fn read_examples(
+    path: &Path,
+    format: Option<Format>,
+    metric: &str,
+    skip_bad_rows: bool,
+) -> Result<DataFile<LabelledExample>> {
+    let find = |first: &Columns| Schema::find_labelled(first, path, format, metric);
+    read_rows(path, find, skip_bad_rows, "labelled response", |schema, columns, row| schema.examples(columns, row))
+}
+
+/// Reads rows under the schema that `find` finds in the first of them; `convert` gives what one row holds.
+fn read_rows<T>(
+    path: &Path,
+    find: impl Fn(&Columns) -> Result<Schema>,
+    skip_bad_rows: bool,
+    what: &str,
+    convert: impl Fn(&Schema, &Columns, usize) -> RowResult<Vec<T>>,
+) -> Result<DataFile<T>> {
     let mut schema: Option<Schema> = None;
-    let mut pairs = Vec::new();
+    let mut rows = Vec::new();
     let (mut skipped, mut first_skipped) = (0, None);
     visit_rows(path, |row| {
-        let pair = match row.columns {
+        let content = match row.columns {
             Err(bad) => Err(bad),
-            Ok(columns) => match schema {
-                Some(schema) => schema.pair(&columns),
-                None => schema.insert(Schema::find(&columns, path, format, metric)?).pair(&columns),
-            },
-        };
-        match pair {
-            Ok((prompt, chosen, rejected)) => {
-                pairs.push(PreferencePair { prompt, chosen, rejected, row: row.number });
+            Ok(columns) => {
+                let schema = match schema {
+                    Some(schema) => schema,
+                    None => *schema.insert(find(&columns)?),
+                };
+                convert(&schema, &columns, row.number)
             }
+        };
+        match content {
+            Ok(mut content) => rows.append(&mut content),
             Err(bad) if skip_bad_rows => {
                 skipped += 1;
                 first_skipped.get_or_insert_with(|| bad.describe(path, row.unit, row.number));
@@ -52,10 +87,10 @@ pub fn read_pairs(path: &Path, format: Option<Format>, metric: &str, skip_bad_ro
         Ok(())
     })?;
     match schema {
-        Some(schema) if !pairs.is_empty() => {
-            Ok(PairFile { path: path.to_path_buf(), format: schema.format(), pairs, skipped, first_skipped })
+        Some(schema) if !rows.is_empty() => {
+            Ok(DataFile { path: path.to_path_buf(), format: schema.format(), rows, skipped, first_skipped })
         }
-        _ => Err(nothing_usable(path, "preference pair", skipped, first_skipped)),
+        _ => Err(nothing_usable(path, what, skipped, first_skipped)),
     }
 }
 
@@ -113,7 +148,7 @@ struct Row {
     unit: &'static str,
     /// 1-based.
     number: usize,
-    columns: std::result::Result<Map<String, Value>, BadRow>,
+    columns: RowResult<Columns>,
 }
 
 /// Calls `visit` with each row of a JSON lines or JSON array file, in order.
@@ -139,7 +174,7 @@ fn visit_rows(path: &Path, mut visit: impl FnMut(Row) -> Result<()>) -> Result<(
     })
 }
 
-fn object(value: Value) -> std::result::Result<Map<String, Value>, BadRow> {
+fn object(value: Value) -> RowResult<Columns> {
     match value {
         Value::Object(columns) => Ok(columns),
         _ => Err(BadRow::whole("the row is not a JSON object with named columns.")),

@@ -8,10 +8,10 @@ use engine::{Error, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{PreferencePair, Prompt};
+use super::{LabelledExample, PreferencePair, Prompt};
 
 /// The tokens of a preference pair. Prompt followed by either response is a sequence for the model.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct TokenizedPair {
     /// At least one token; starts with BOS where the tokenizer adds one.
     pub prompt: Vec<u32>,
@@ -19,7 +19,24 @@ pub struct TokenizedPair {
     pub chosen: Vec<u32>,
     /// At least one token; ends with EOS unless it was truncated.
     pub rejected: Vec<u32>,
+    /// As in [`PreferencePair`].
+    pub is_unsafe: Option<[bool; 2]>,
+    /// As in [`PreferencePair`].
+    pub margin: Option<f64>,
     /// The row of the file, as in [`PreferencePair`].
+    pub row: usize,
+}
+
+/// The tokens of a labelled response.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizedExample {
+    /// At least one token; starts with BOS where the tokenizer adds one.
+    pub prompt: Vec<u32>,
+    /// At least one token; ends with EOS unless it was truncated.
+    pub response: Vec<u32>,
+    /// Whether it is a response to learn from.
+    pub desirable: bool,
+    /// The row of the file, as in [`LabelledExample`].
     pub row: usize,
 }
 
@@ -34,7 +51,7 @@ pub enum TemplateTail {
     Keep,
 }
 
-/// What happens to a pair whose prompt leaves no room for a response.
+/// What happens to a row whose prompt leaves no room for a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LongPrompts {
@@ -45,7 +62,7 @@ pub enum LongPrompts {
     Drop,
 }
 
-/// How pairs become tokens.
+/// How text becomes tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RenderOptions {
     /// The longest sequence, prompt and response together, in tokens; at least 2.
@@ -56,14 +73,14 @@ pub struct RenderOptions {
     pub long_prompts: LongPrompts,
 }
 
-/// Tokenised pairs, and what was cut to make them fit.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Tokenized {
-    /// The pairs in the order given.
-    pub pairs: Vec<TokenizedPair>,
+/// Tokenised rows, and what was cut to make them fit.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Tokenized<T> {
+    /// The rows in the order given.
+    pub rows: Vec<T>,
     /// How many responses (two a pair) were cut to `max_length`.
     pub truncated_responses: usize,
-    /// How many pairs were left out since their prompt leaves no room.
+    /// How many rows were left out since their prompt leaves no room.
     pub dropped_prompts: usize,
 }
 
@@ -78,24 +95,66 @@ pub fn tokenize_pairs(
     path: &Path,
     tokenizer: &Tokenizer,
     options: &RenderOptions,
-) -> Result<Tokenized> {
-    let all: Vec<Result<Fitted>> = pairs
-        .par_iter()
-        .map(|pair| {
-            tokenize_pair(pair, tokenizer, options).map_err(|error| {
-                Error::input(format!("Row {} of {} cannot be tokenised. {error}", pair.row, path.display()))
-            })
+) -> Result<Tokenized<TokenizedPair>> {
+    tokenize_rows(
+        pairs,
+        |pair| pair.row,
+        path,
+        |pair| {
+            let responses = [("chosen response", &*pair.chosen), ("rejected response", &pair.rejected)];
+            let fitted = tokenize_responses(&pair.prompt, responses, tokenizer, options)?;
+            Ok(fitted.map(|Fitted { prompt, responses: [chosen, rejected], truncated }| {
+                let PreferencePair { is_unsafe, margin, row, .. } = *pair;
+                (TokenizedPair { prompt, chosen, rejected, is_unsafe, margin, row }, truncated)
+            }))
+        },
+    )
+}
+
+/// Tokenises labelled responses, as [`tokenize_pairs`] does pairs.
+pub fn tokenize_examples(
+    examples: &[LabelledExample],
+    path: &Path,
+    tokenizer: &Tokenizer,
+    options: &RenderOptions,
+) -> Result<Tokenized<TokenizedExample>> {
+    tokenize_rows(
+        examples,
+        |example| example.row,
+        path,
+        |example| {
+            let fitted = tokenize_responses(&example.prompt, [("response", &*example.completion)], tokenizer, options)?;
+            Ok(fitted.map(|Fitted { prompt, responses: [response], truncated }| {
+                let LabelledExample { desirable, row, .. } = *example;
+                (TokenizedExample { prompt, response, desirable, row }, truncated)
+            }))
+        },
+    )
+}
+
+/// Tokenises rows in parallel; `tokens` gives those of one row and how many of its responses were cut, or nothing if
+/// the prompt leaves no room.
+fn tokenize_rows<R: Sync, T: Send>(
+    rows: &[R],
+    number: impl Fn(&R) -> usize + Sync,
+    path: &Path,
+    tokens: impl Fn(&R) -> Result<Option<(T, usize)>> + Sync,
+) -> Result<Tokenized<T>> {
+    let tokenize = |row: &R| {
+        tokens(row).map_err(|error| {
+            Error::input(format!("Row {} of {} cannot be tokenised. {error}", number(row), path.display()))
         })
-        .collect();
-    let mut tokenized = Tokenized::default();
+    };
+    let all: Vec<Result<Option<(T, usize)>>> = rows.par_iter().map(tokenize).collect();
+    let mut tokenized = Tokenized { rows: Vec::with_capacity(rows.len()), truncated_responses: 0, dropped_prompts: 0 };
     // In the order of the rows, so that the first bad row is the one that is reported.
     for fitted in all {
         match fitted? {
-            Fitted::Pair { tokens, truncated } => {
-                tokenized.pairs.push(tokens);
+            Some((tokens, truncated)) => {
+                tokenized.rows.push(tokens);
                 tokenized.truncated_responses += truncated;
             }
-            Fitted::NoRoom => tokenized.dropped_prompts += 1,
+            None => tokenized.dropped_prompts += 1,
         }
     }
     Ok(tokenized)
@@ -109,21 +168,29 @@ pub fn tokenize_prompt(prompt: &Prompt, tokenizer: &Tokenizer) -> Result<Vec<u32
     Ok(with_bos(tokenizer.encode(&prompt_text(prompt, tokenizer)?)?, tokenizer))
 }
 
-enum Fitted {
-    Pair { tokens: TokenizedPair, truncated: usize },
-    NoRoom,
+/// A prompt and its responses within `max_length`, and how many responses were cut for it.
+struct Fitted<const N: usize> {
+    prompt: Vec<u32>,
+    responses: [Vec<u32>; N],
+    truncated: usize,
 }
 
-fn tokenize_pair(pair: &PreferencePair, tokenizer: &Tokenizer, options: &RenderOptions) -> Result<Fitted> {
-    let text = prompt_text(&pair.prompt, tokenizer)?;
+/// The tokens of a prompt and of its responses, each named for messages; nothing if the prompt leaves no room.
+fn tokenize_responses<const N: usize>(
+    prompt: &Prompt,
+    responses: [(&str, &str); N],
+    tokenizer: &Tokenizer,
+    options: &RenderOptions,
+) -> Result<Option<Fitted<N>>> {
+    let text = prompt_text(prompt, tokenizer)?;
     let bare_prompt = tokenizer.encode(&text)?;
     let mut truncated = 0;
     let mut response = |name: &str, answer: &str, room: usize| {
-        let rest = response_text(&pair.prompt, &text, answer, tokenizer)?;
+        let rest = response_text(prompt, &text, answer, tokenizer)?;
         let mut tokens = encode_after(&text, &bare_prompt, &rest, tokenizer)?;
         end_response(&mut tokens, tokenizer.eos(), options.template_tail);
         if tokens.first().is_none_or(|first| Some(*first) == tokenizer.eos()) {
-            return Err(Error::input(format!("Its {name} response gives no tokens. Correct or remove the row.")));
+            return Err(Error::input(format!("Its {name} gives no tokens. Correct or remove the row.")));
         }
         if tokens.len() > room {
             tokens.truncate(room);
@@ -131,26 +198,28 @@ fn tokenize_pair(pair: &PreferencePair, tokenizer: &Tokenizer, options: &RenderO
         }
         Ok(tokens)
     };
-    let prompt = with_bos(bare_prompt.clone(), tokenizer);
-    let room = options.max_length.saturating_sub(prompt.len());
-    if prompt.is_empty() {
+    let tokens = with_bos(bare_prompt.clone(), tokenizer);
+    let room = options.max_length.saturating_sub(tokens.len());
+    if tokens.is_empty() {
         return Err(Error::input("Its prompt gives no tokens. Correct or remove the row."));
     }
     if room == 0 {
         return match options.long_prompts {
-            LongPrompts::Drop => Ok(Fitted::NoRoom),
+            LongPrompts::Drop => Ok(None),
             LongPrompts::Error => Err(Error::input(format!(
                 "Its prompt has {} tokens and max_length is {}, which leaves no room for a response. Raise \
                  it if the model's context allows it, shorten or remove the row, or let a recipe leave such \
-                 pairs out and count them with data.long_prompts = \"drop\".",
-                prompt.len(),
+                 rows out and count them with data.long_prompts = \"drop\".",
+                tokens.len(),
                 options.max_length
             ))),
         };
     }
-    let chosen = response("chosen", &pair.chosen, room)?;
-    let rejected = response("rejected", &pair.rejected, room)?;
-    Ok(Fitted::Pair { tokens: TokenizedPair { prompt, chosen, rejected, row: pair.row }, truncated })
+    let mut fitted = [const { Vec::new() }; N];
+    for (fitted, (name, answer)) in fitted.iter_mut().zip(responses) {
+        *fitted = response(name, answer, room)?;
+    }
+    Ok(Some(Fitted { prompt: tokens, responses: fitted, truncated }))
 }
 
 fn prompt_text(prompt: &Prompt, tokenizer: &Tokenizer) -> Result<String> {

@@ -9,12 +9,16 @@ use engine::{Error, Result};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::Prompt;
+use super::{LabelledExample, PreferencePair, Prompt};
 
-type Columns = Map<String, Value>;
-type RowResult<T> = std::result::Result<T, BadRow>;
+pub(super) type Columns = Map<String, Value>;
+pub(super) type RowResult<T> = std::result::Result<T, BadRow>;
 /// Prompt, chosen response, rejected response.
 type Answers = (Prompt, String, String);
+
+/// The responses of a PKU-SafeRLHF row, and whether each is safe.
+const RESPONSES: [&str; 2] = ["response_0", "response_1"];
+const SAFE: [&str; 2] = ["is_response_0_safe", "is_response_1_safe"];
 
 /// The schema of a file of preference pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -26,10 +30,13 @@ pub enum Format {
     Pku,
     /// hh-rlhf: `chosen` and `rejected` are transcripts that share all but their last turn.
     Hh,
+    /// `prompt`, `completion`, `label`: single responses, desirable or not, as TRL reads them.
+    Unpaired,
 }
 
 impl Format {
-    const ALL: [Self; 3] = [Self::Trl, Self::Pku, Self::Hh];
+    /// All formats.
+    pub const ALL: [Self; 4] = [Self::Trl, Self::Pku, Self::Hh, Self::Unpaired];
 
     /// The name in recipes and on the command line.
     pub fn name(self) -> &'static str {
@@ -37,6 +44,7 @@ impl Format {
             Self::Trl => "trl",
             Self::Pku => "pku",
             Self::Hh => "hh",
+            Self::Unpaired => "unpaired",
         }
     }
 
@@ -44,6 +52,8 @@ impl Format {
         let has = |column| row.contains_key(column);
         if has("response_0") && has("response_1") {
             Some(Self::Pku)
+        } else if has("completion") && has("label") {
+            Some(Self::Unpaired)
         } else if !has("chosen") || !has("rejected") {
             None
         } else if !has("prompt") && row["chosen"].is_string() {
@@ -93,8 +103,13 @@ impl BadRow {
 #[derive(Clone, Copy)]
 pub(super) enum Schema {
     Trl,
-    Pku { label: &'static str },
+    Pku {
+        label: &'static str,
+    },
+    /// PKU-SafeRLHF rows whose responses are labelled one by one.
+    PkuFlags,
     Hh,
+    Unpaired,
 }
 
 impl Schema {
@@ -105,7 +120,8 @@ impl Schema {
             Error::input(format!(
                 "The rows of {} are no preference pairs: the columns are {}. Expected are `prompt`, `chosen`, `rejected` \
                  (TRL), `chosen`, `rejected` (hh-rlhf transcripts or message lists), or `prompt`, `response_0`, \
-                 `response_1` with `better_response_id` or `safer_response_id` (PKU-SafeRLHF).",
+                 `response_1` with `better_response_id` or `safer_response_id` (PKU-SafeRLHF). Single responses have \
+                 `prompt`, `completion`, `label`.",
                 path.display(),
                 columns()
             ))
@@ -113,6 +129,11 @@ impl Schema {
         match format {
             Format::Trl => Ok(Self::Trl),
             Format::Hh => Ok(Self::Hh),
+            Format::Unpaired => Err(Error::input(format!(
+                "The rows of {} are single responses with a label, but the objective compares the two responses of a \
+                 pair. Choose an objective of single responses (`kto`, `bco`, `sft`), or data with `chosen` and `rejected`.",
+                path.display()
+            ))),
             Format::Pku => {
                 let label = match metric {
                     "helpfulness" => "better_response_id",
@@ -138,35 +159,89 @@ impl Schema {
         }
     }
 
-    pub(super) fn format(&self) -> Format {
-        match self {
-            Self::Trl => Format::Trl,
-            Self::Pku { .. } => Format::Pku,
-            Self::Hh => Format::Hh,
+    /// As [`find`](Self::find), for single responses with a label.
+    pub(super) fn find_labelled(first: &Columns, path: &Path, format: Option<Format>, metric: &str) -> Result<Self> {
+        match format.or_else(|| Format::of_row(first)) {
+            Some(Format::Unpaired) => Ok(Self::Unpaired),
+            Some(Format::Pku)
+                if matches!(metric, "harmlessness" | "safety") && SAFE.iter().all(|flag| first.contains_key(*flag)) =>
+            {
+                Ok(Self::PkuFlags)
+            }
+            _ => Self::find(first, path, format, metric),
         }
     }
 
-    /// The pair that a row holds.
-    pub(super) fn pair(&self, row: &Columns) -> RowResult<Answers> {
-        let (chosen_column, rejected_column, answers) = match self {
-            Self::Trl => ("chosen", "rejected", trl(row)?),
-            Self::Hh => ("chosen", "rejected", hh(row)?),
+    pub(super) fn format(&self) -> Format {
+        match self {
+            Self::Trl => Format::Trl,
+            Self::Pku { .. } | Self::PkuFlags => Format::Pku,
+            Self::Hh => Format::Hh,
+            Self::Unpaired => Format::Unpaired,
+        }
+    }
+
+    /// The pair that a row holds; its `row` is still to be set.
+    pub(super) fn pair(&self, row: &Columns) -> RowResult<PreferencePair> {
+        let (columns, (prompt, chosen, rejected)) = match self {
+            Self::Trl => (["chosen", "rejected"], trl(row)?),
+            Self::Hh => (["chosen", "rejected"], hh(row)?),
             Self::Pku { label } => pku(row, label)?,
+            Self::PkuFlags | Self::Unpaired => return Err(BadRow::whole("the row holds no pair.")),
         };
-        let (_, chosen, rejected) = &answers;
-        for (column, answer) in [(chosen_column, chosen), (rejected_column, rejected)] {
-            if answer.trim().is_empty() {
-                return Err(BadRow::at(column, "the response is empty."));
-            }
+        for (column, answer) in columns.iter().zip([&chosen, &rejected]) {
+            not_blank(answer, column)?;
         }
         if chosen.trim() == rejected.trim() {
             return Err(BadRow::at(
-                rejected_column,
+                columns[1],
                 "the chosen and the rejected response are the same, so that there is no preference to learn.",
             ));
         }
-        Ok(answers)
+        let flags = if columns[0] == RESPONSES[0] {
+            SAFE
+        } else if columns[0] == RESPONSES[1] {
+            [SAFE[1], SAFE[0]]
+        } else {
+            ["safe_chosen", "safe_rejected"]
+        };
+        let is_unsafe = match flags.map(|name| row.contains_key(name)) {
+            [true, true] => Some([!flag(row, flags[0])?, !flag(row, flags[1])?]),
+            _ => None,
+        };
+        let margin = row.get("margin").map(|value| number(value, "margin")).transpose()?;
+        Ok(PreferencePair { prompt, chosen, rejected, is_unsafe, margin, row: 0 })
     }
+
+    /// The labelled responses that a row holds.
+    pub(super) fn examples(&self, columns: &Columns, row: usize) -> RowResult<Vec<LabelledExample>> {
+        let example = |prompt, completion, desirable| LabelledExample { prompt, completion, desirable, row };
+        match self {
+            Self::Unpaired => {
+                let (prompt, completion) = unpaired(columns)?;
+                not_blank(&completion, "completion")?;
+                Ok(vec![example(prompt, completion, flag(columns, "label")?)])
+            }
+            Self::PkuFlags => {
+                let (prompt, responses) = pku_responses(columns)?;
+                let responses = responses.into_iter().zip(RESPONSES).zip(SAFE);
+                responses
+                    .map(|((response, name), safe)| {
+                        not_blank(&response, name)?;
+                        Ok(example(prompt.clone(), response, flag(columns, safe)?))
+                    })
+                    .collect()
+            }
+            _ => {
+                let pair = self.pair(columns)?;
+                Ok(vec![example(pair.prompt.clone(), pair.chosen, true), example(pair.prompt, pair.rejected, false)])
+            }
+        }
+    }
+}
+
+fn not_blank(response: &str, column: &'static str) -> RowResult<()> {
+    if response.trim().is_empty() { Err(BadRow::at(column, "the response is empty.")) } else { Ok(()) }
 }
 
 /// The prompt of a row that is to be answered.
@@ -201,17 +276,40 @@ fn trl(row: &Columns) -> RowResult<Answers> {
     }
 }
 
-fn pku(row: &Columns, label: &'static str) -> RowResult<(&'static str, &'static str, Answers)> {
-    const RESPONSES: [&str; 2] = ["response_0", "response_1"];
-    let (chosen, rejected) = match column(row, label)?.as_u64() {
-        Some(0) => (RESPONSES[0], RESPONSES[1]),
-        Some(1) => (RESPONSES[1], RESPONSES[0]),
+/// The columns of the chosen and the rejected response, and the pair.
+fn pku(row: &Columns, label: &'static str) -> RowResult<([&'static str; 2], Answers)> {
+    let swap = match column(row, label)?.as_u64() {
+        Some(0) => false,
+        Some(1) => true,
         _ => return Err(BadRow::at(label, format!("the label is {}, but must be 0 or 1.", short(&row[label])))),
     };
+    let (prompt, [first, second]) = pku_responses(row)?;
+    let (columns, chosen, rejected) =
+        if swap { ([RESPONSES[1], RESPONSES[0]], second, first) } else { (RESPONSES, first, second) };
+    Ok((columns, (prompt, chosen, rejected)))
+}
+
+/// The prompt and both responses of a PKU-SafeRLHF row.
+fn pku_responses(row: &Columns) -> RowResult<(Prompt, [String; 2])> {
     let response = |name| Ok(text(column(row, name)?, name)?.trim().to_owned());
     let prompt = non_blank_prompt(text(column(row, "prompt")?, "prompt")?)?.trim().to_owned();
     let prompt = Prompt::Chat(vec![Message { role: "user".into(), content: prompt }]);
-    Ok((chosen, rejected, (prompt, response(chosen)?, response(rejected)?)))
+    Ok((prompt, [response(RESPONSES[0])?, response(RESPONSES[1])?]))
+}
+
+/// The prompt and the response of a row of single responses.
+fn unpaired(row: &Columns) -> RowResult<(Prompt, String)> {
+    match column(row, "completion")? {
+        Value::Array(list) => {
+            let completion = only_answer(messages(list, "completion")?, "completion")?;
+            let prompt = match prompt_of(row)? {
+                Prompt::Text(content) => Prompt::Chat(vec![Message { role: "user".into(), content }]),
+                chat => chat,
+            };
+            Ok((prompt, completion))
+        }
+        value => Ok((prompt_of(row)?, text(value, "completion")?.to_owned())),
+    }
 }
 
 fn hh(row: &Columns) -> RowResult<Answers> {
@@ -310,6 +408,15 @@ fn column<'a>(row: &'a Columns, name: &'static str) -> RowResult<&'a Value> {
 
 fn text<'a>(value: &'a Value, column: &'static str) -> RowResult<&'a str> {
     value.as_str().ok_or_else(|| BadRow::at(column, format!("expected a string, found {}.", short(value))))
+}
+
+fn flag(row: &Columns, name: &'static str) -> RowResult<bool> {
+    let value = column(row, name)?;
+    value.as_bool().ok_or_else(|| BadRow::at(name, format!("expected true or false, found {}.", short(value))))
+}
+
+fn number(value: &Value, column: &'static str) -> RowResult<f64> {
+    value.as_f64().ok_or_else(|| BadRow::at(column, format!("expected a number, found {}.", short(value))))
 }
 
 /// A value as a message can show it.

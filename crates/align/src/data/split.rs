@@ -1,22 +1,36 @@
-//! Training and validation pairs.
+//! Training and validation rows.
 
 use engine::chat::Message;
 
 use super::schema::transcript;
-use super::{PreferencePair, Prompt};
+use super::{LabelledExample, PreferencePair, Prompt};
 
-/// Splits pairs into training and validation pairs, each in the order given.
+/// A row that answers a prompt.
+pub trait Answered {
+    /// What is answered.
+    fn prompt(&self) -> &Prompt;
+}
+
+impl Answered for PreferencePair {
+    fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+}
+
+impl Answered for LabelledExample {
+    fn prompt(&self) -> &Prompt {
+        &self.prompt
+    }
+}
+
+/// Splits rows into training and validation rows, each in the order given.
 ///
-/// Pairs whose conversations open with the same human turn go to the same side, so that no opening
+/// Rows whose conversations open with the same human turn go to the same side, so that no opening
 /// is seen in training and again in validation. A hash of that turn and `seed` decides, so the side of
-/// a pair depends neither on its position nor on the other pairs. `validation_fraction` is the
-/// probability (0 ≤ fraction < 1) that a turn is held out; the share of pairs is near it.
-pub fn split(
-    pairs: Vec<PreferencePair>,
-    validation_fraction: f64,
-    seed: u64,
-) -> (Vec<PreferencePair>, Vec<PreferencePair>) {
-    pairs.into_iter().partition(|pair| uniform(&first_turn(&pair.prompt), seed) >= validation_fraction)
+/// a row depends neither on its position nor on the other rows. `validation_fraction` is the
+/// probability (0 ≤ fraction < 1) that a turn is held out; the share of rows is near it.
+pub fn split<T: Answered>(rows: Vec<T>, validation_fraction: f64, seed: u64) -> (Vec<T>, Vec<T>) {
+    rows.into_iter().partition(|row| uniform(&first_turn(row.prompt()), seed) >= validation_fraction)
 }
 
 /// What the human says first, or the whole text of a prompt that is no transcript.

@@ -70,6 +70,16 @@ impl Unpaired {
         }
     }
 
+    /// The fewest examples that a batch may have: `kto` compares two of them.
+    pub fn smallest_batch(&self) -> usize {
+        if self.uses_mismatched() { 2 } else { 1 }
+    }
+
+    /// Whether the shift of a batch is estimated from mismatched prompts and responses.
+    pub fn uses_mismatched(&self) -> bool {
+        matches!(self, Self::Kto { .. })
+    }
+
     /// See [`Objective::outside_theorem`](super::Objective::outside_theorem).
     pub(super) fn outside_theorem(&self) -> Option<&'static str> {
         match self {

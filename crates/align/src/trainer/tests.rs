@@ -1,13 +1,17 @@
 use std::path::PathBuf;
 
 use engine::checkpoint::load_model;
+use engine::{Decoder, Keep};
 use serde_json::Value;
 
+use super::batches::epoch_order;
 use super::*;
-use crate::data::TokenizedPair;
-use crate::objective::Pairwise;
-use crate::reference::pair_logps;
-use crate::task::{Demonstration, Demonstrations, Preferences};
+use crate::data::{Dataset, TokenizedExample, TokenizedPair};
+use crate::objective::{Objective, Pairwise, Unpaired};
+use crate::reference;
+use crate::sequences::{Sequences, pack};
+use crate::step::Alignment;
+use crate::task::{Demonstration, Demonstrations, LabelledResponses, Preferences, RunningMean, longest, mismatched};
 
 /// Watches nothing; asks to stop after the given step.
 struct StopAfter(u64, u64);
@@ -28,6 +32,7 @@ fn never() -> StopAfter {
 
 fn options() -> TrainOptions {
     TrainOptions {
+        optimizer: OptimizerKind::AdamW,
         learning_rate: 5e-3,
         schedule: Schedule::Linear,
         warmup_ratio: 0.2,
@@ -39,6 +44,9 @@ fn options() -> TrainOptions {
         weight_decay: 0.1,
         seed: 3,
         save_every: 0,
+        validate_every: 0,
+        patience: None,
+        ema_decay: None,
     }
 }
 
@@ -48,6 +56,18 @@ fn crates() -> PathBuf {
 
 fn tiny(name: &str) -> Model {
     load_model(&crates().join("engine/tests/fixtures/tiny").join(name)).unwrap()
+}
+
+/// A tiny model whose weights have all moved a little.
+fn moved(name: &str) -> Model {
+    let mut model = tiny(name);
+    let other = Model::random(model.config.clone(), 0.02, 5);
+    model
+        .weights
+        .iter_mut()
+        .zip(&other.weights)
+        .for_each(|(weight, by)| *weight += by * f32::from(u8::from(*by != 1.0)));
+    model
 }
 
 fn fixture() -> Value {
@@ -69,14 +89,21 @@ fn pairs(fixture: &Value) -> Vec<TokenizedPair> {
             prompt: tokens(&pair["prompt"]),
             chosen: tokens(&pair["chosen"]),
             rejected: tokens(&pair["rejected"]),
+            is_unsafe: None,
+            margin: None,
             row: place + 1,
         });
     }
     pairs.into_iter().map(Option::unwrap).collect()
 }
 
+fn scores(model: &Model, sequences: &[Sequences<'_>]) -> Vec<f64> {
+    reference::logps(model, sequences, 50, None, &mut |_| Ok(())).unwrap()
+}
+
 fn reference(model: &Model, pairs: &[TokenizedPair]) -> Vec<[f64; 2]> {
-    pair_logps(model, pairs, 50, None, &mut |_| Ok(())).unwrap()
+    let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
+    scores(model, &sequences).as_chunks::<2>().0.to_vec()
 }
 
 const DPO: Pairwise = Pairwise::Dpo { beta: 0.5, label_smoothing: 0.0 };
@@ -89,7 +116,7 @@ fn close(value: f64, expected: &Value, what: &str) {
 /// Mean loss and metrics of all examples.
 fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
     let all: Vec<usize> = (0..task.len()).collect();
-    Passes::new(policy, task, options).means(&policy.weights, task, &all)
+    Passes::new(policy, &[task], options).means(&policy.weights, task, (0, &all), RunningMean::default())
 }
 
 #[test]
@@ -98,7 +125,7 @@ fn a_training_of_one_step_moves_the_weights() {
     let start = policy.clone();
     let demonstrations = [Demonstration { prompt: vec![5, 6], response: vec![7, 8, 2] }];
     let folder = tempfile::tempdir().unwrap();
-    train(&mut policy, &Demonstrations(&demonstrations), &options(), folder.path(), &mut never()).unwrap();
+    train(&mut policy, &Demonstrations(&demonstrations), None, &options(), folder.path(), &mut never()).unwrap();
     assert_ne!(policy.weights, start.weights);
 }
 
@@ -112,7 +139,7 @@ fn ten_dpo_steps_equal_pytorchs() {
         let reference = reference(&policy, &pairs);
         let folder = tempfile::tempdir().unwrap();
         let task = Preferences::new(&pairs, &reference, &DPO);
-        let records = train(&mut policy, &task, &options(), folder.path(), &mut never()).unwrap();
+        let records = train(&mut policy, &task, None, &options(), folder.path(), &mut never()).unwrap();
         assert_eq!(records.len(), 10);
         for (record, expected) in records.iter().zip(expected["steps"].as_array().unwrap()) {
             close(record.loss, &expected["loss"], &format!("{name} loss of step {}", record.step));
@@ -139,7 +166,8 @@ fn the_first_gradient_equals_pytorchs() {
         let task = Preferences::new(&pairs, &reference, &DPO);
         let order = epoch_order(pairs.len(), options().seed, 0);
         let mut gradient = vec![0.0; policy.layout.len];
-        Passes::new(&policy, &task, &options()).gradient(&policy.weights, &task, &order[..4], &mut gradient);
+        let mut passes = Passes::new(&policy, &[&task], &options());
+        passes.gradient(&policy.weights, &task, (0, &order[..4]), &mut RunningMean::default(), &mut gradient);
         for spec in &policy.layout.specs {
             let expected = &fixture["models"][name]["first_gradient"][&spec.name];
             let part = &gradient[spec.range.clone()];
@@ -174,8 +202,9 @@ fn loss_and_gradient_do_not_depend_on_the_cut_or_on_recomputing() {
     let all: Vec<usize> = (0..pairs.len()).collect();
     let run = |options: TrainOptions| {
         let mut gradient = vec![0.0; policy.layout.len];
-        let mut passes = Passes::new(&policy, &task, &options);
-        let (means, _) = passes.gradient(&policy.weights, &task, &all, &mut gradient);
+        let mut passes = Passes::new(&policy, &[&task], &options);
+        let running = &mut RunningMean::default();
+        let (means, _, _) = passes.gradient(&policy.weights, &task, (0, &all), running, &mut gradient);
         (passes.keep, means, gradient)
     };
     let (keep, whole, gradient) = run(TrainOptions { micro_batch_tokens: 10_000, ..options() });
@@ -199,16 +228,16 @@ fn a_stopped_training_continues_bit_exactly() {
     let options = TrainOptions { epochs: 2, ..options() };
     let whole_folder = tempfile::tempdir().unwrap();
     let mut whole = start.clone();
-    train(&mut whole, &task, &options, whole_folder.path(), &mut never()).unwrap();
+    train(&mut whole, &task, None, &options, whole_folder.path(), &mut never()).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     for stop in [3, 13, 17] {
         let mut policy = start.clone();
-        let error = train(&mut policy, &task, &options, folder.path(), &mut StopAfter(stop, 0)).unwrap_err();
+        let error = train(&mut policy, &task, None, &options, folder.path(), &mut StopAfter(stop, 0)).unwrap_err();
         assert!(matches!(error, Error::Interrupted(_)), "{error}");
     }
     let mut policy = start.clone();
-    let rest = train(&mut policy, &task, &options, folder.path(), &mut never()).unwrap();
+    let rest = train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
     assert_eq!(rest.len(), 3);
     assert_eq!(policy.weights, whole.weights);
     let losses = |folder: &Path| -> Vec<String> {
@@ -219,9 +248,9 @@ fn a_stopped_training_continues_bit_exactly() {
 
     // a state of another training is refused
     let other = TrainOptions { learning_rate: 1e-3, ..options };
-    train(&mut start.clone(), &task, &other, folder.path(), &mut never()).unwrap_err();
+    train(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap_err();
     discard_state(folder.path()).unwrap();
-    train(&mut start.clone(), &task, &other, folder.path(), &mut never()).unwrap();
+    train(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap();
 }
 
 #[test]
@@ -232,8 +261,8 @@ fn a_diverged_loss_names_the_rows() {
     reference[6][0] = f64::NAN;
     let task = Preferences::new(&pairs, &reference, &DPO);
     let folder = tempfile::tempdir().unwrap();
-    let error = train(&mut policy, &task, &options(), folder.path(), &mut never()).unwrap_err().to_string();
-    assert!(error.contains("NaN") && error.contains("rows") && error.contains('7'), "{error}");
+    let error = train(&mut policy, &task, None, &options(), folder.path(), &mut never()).unwrap_err().to_string();
+    assert!(error.contains("NaN") && error.contains("It broke in the rows 7."), "{error}");
 }
 
 #[test]
@@ -247,16 +276,218 @@ fn demonstrations_are_learned_and_weighted_by_tokens() {
     let options = TrainOptions { epochs: 60, batch_size: 2, weight_decay: 0.0, max_grad_norm: 1.0, ..options() };
     let before = evaluate(&policy, &task, &options).loss;
     let mut decoder = Decoder::new(&policy, 8);
-    let logps = decoder.logps(&policy.weights, &pack(&task, &[0, 1]));
+    let logps = decoder.logps(&policy.weights, &pack(&[task.sequences(0), task.sequences(1)]));
     assert!((before + (logps[0] + logps[1]) / 5.0).abs() < 1e-9);
     let folder = tempfile::tempdir().unwrap();
-    train(&mut policy, &task, &options, folder.path(), &mut never()).unwrap();
+    train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
     assert!(evaluate(&policy, &task, &options).loss < 0.05);
 }
 
 #[test]
 fn nothing_to_train_on_is_bad_input() {
     let folder = tempfile::tempdir().unwrap();
-    let error = train(&mut tiny("tied"), &Demonstrations(&[]), &options(), folder.path(), &mut never()).unwrap_err();
+    let error =
+        train(&mut tiny("tied"), &Demonstrations(&[]), None, &options(), folder.path(), &mut never()).unwrap_err();
     assert_eq!(error.exit_code(), 2);
+}
+
+/// The fixture's pairs as labelled responses, in an order in which both classes meet.
+fn examples(fixture: &Value) -> Vec<TokenizedExample> {
+    let pairs = pairs(fixture);
+    let example = |pair: &TokenizedPair, response: &[u32], desirable| TokenizedExample {
+        prompt: pair.prompt.clone(),
+        response: response.to_vec(),
+        desirable,
+        row: pair.row,
+    };
+    pairs.iter().flat_map(|p| [example(p, &p.chosen, true), example(p, &p.rejected, false)]).collect()
+}
+
+fn example_scores(model: &Model, examples: &[TokenizedExample]) -> Vec<f64> {
+    scores(model, &examples.iter().map(TokenizedExample::sequences).collect::<Vec<_>>())
+}
+
+const KTO: Unpaired = Unpaired::Kto { beta: 0.5, desirable_weight: 1.0, undesirable_weight: 1.5 };
+const BCO: Unpaired = Unpaired::Bco { beta: 0.5 };
+
+/// The shift of the whole batch, from sequences scored one at a time.
+#[test]
+fn shifts_are_those_of_the_whole_batch_however_it_is_cut() {
+    let examples = examples(&fixture());
+    let (start, policy) = (moved("untied_gqa"), tiny("untied_gqa"));
+    let reference = example_scores(&start, &examples);
+    let batch: Vec<usize> = (0..examples.len()).collect();
+    let others = mismatched(&examples, &batch, longest(&examples));
+    for (own, other) in examples.iter().zip(&others) {
+        assert_eq!(own.prompt, other.prompt);
+        assert_ne!(own.response, other.responses[0], "a response of another prompt");
+    }
+    let alone = |model: &Model, items: &[Sequences<'_>]| -> Vec<f64> {
+        items.iter().map(|item| scores(model, std::slice::from_ref(item))[0]).collect()
+    };
+    let mismatched_reference = [alone(&start, &others)];
+    let policy_scores = alone(&policy, &others);
+    let rho = policy_scores.iter().zip(&mismatched_reference[0]).map(|(p, r)| p - r);
+    let kl = (rho.sum::<f64>() / others.len() as f64).max(0.0);
+    assert!(kl > 0.01, "{kl} tells nothing");
+    let delta = example_scores(&policy, &examples).iter().zip(&reference).map(|(p, r)| 0.5 * (p - r)).sum::<f64>()
+        / examples.len() as f64;
+    for (objective, name, expected) in [(KTO, "kl", kl), (BCO, "delta", delta)] {
+        let task = LabelledResponses::new(&examples, &reference, &objective, &mismatched_reference);
+        let mut first: Option<(Means, Vec<f32>)> = None;
+        for micro_batch_tokens in [10_000, 60, 1] {
+            let options = TrainOptions { micro_batch_tokens, ..options() };
+            let mut gradient = vec![0.0; policy.layout.len];
+            let mut running = RunningMean::default();
+            let mut passes = Passes::new(&policy, &[&task], &options);
+            let (means, _, broken) = passes.gradient(&policy.weights, &task, (0, &batch), &mut running, &mut gradient);
+            assert!(broken.is_empty());
+            assert!((means.metrics[name] - expected).abs() < 1e-5, "{name}: {} {expected}", means.metrics[name]);
+            assert_eq!(running.count, u64::from(objective == BCO), "the batch counts once");
+            match &first {
+                None => first = Some((means, gradient)),
+                Some((whole, whole_gradient)) => {
+                    assert_eq!((means.loss, &means.metrics), (whole.loss, &whole.metrics));
+                    let difference: Vec<f32> = gradient.iter().zip(whole_gradient).map(|(a, b)| a - b).collect();
+                    assert!(global_norm(&difference) < 1e-5 * global_norm(whole_gradient));
+                }
+            }
+        }
+    }
+}
+
+/// A gradient of a loss whose shift is a constant: the finite difference keeps it where it was.
+#[test]
+fn no_derivative_flows_through_a_shift() {
+    let examples = examples(&fixture());
+    let (start, policy) = (tiny("untied_gqa"), moved("untied_gqa"));
+    let reference = example_scores(&start, &examples);
+    let batch: Vec<usize> = (0..6).collect();
+    let others = mismatched(&examples, &batch, longest(&examples));
+    let mismatched_reference = [scores(&start, &others)];
+    for objective in [KTO, BCO] {
+        let task = LabelledResponses::new(&examples, &reference, &objective, &mismatched_reference);
+        let mut gradient = vec![0.0; policy.layout.len];
+        let mut passes = Passes::new(&policy, &[&task], &options());
+        let here = (0, batch.as_slice());
+        let (means, _, _) = passes.gradient(&policy.weights, &task, here, &mut RunningMean::default(), &mut gradient);
+        let shift = means.metrics[if objective == KTO { "kl" } else { "delta" }];
+        // along the gradient of the loss the loss must change by the squared norm
+        let loss = |by: f32| {
+            let moved: Vec<f32> = policy.weights.iter().zip(&gradient).map(|(w, g)| w + by * g).collect();
+            let model = Model { weights: moved, ..policy.clone() };
+            let scores = example_scores(&model, &examples[..6]);
+            let losses = batch.iter().map(|&example| {
+                let scored = [Scored { logp: scores[example], kl: 0.0 }];
+                task.evaluate(example, &scored, shift).loss
+            });
+            losses.sum::<f64>() / 6.0
+        };
+        let squared = global_norm(&gradient).powi(2);
+        let step = (2e-3 / squared.sqrt()) as f32;
+        let slope = (loss(step) - loss(-step)) / (2.0 * f64::from(step));
+        assert!((slope / squared - 1.0).abs() < 1e-2, "{slope} {squared}");
+    }
+}
+
+/// Every kind of state that a training may keep, stopped and continued.
+#[test]
+fn every_training_continues_bit_exactly() {
+    let examples = Dataset::Examples(examples(&fixture()));
+    let pairs = Dataset::Pairs(pairs(&fixture()));
+    let start = tiny("tied");
+    let base = TrainOptions { epochs: 2, weight_decay: 0.1, ..options() };
+    let dpo = Objective::Pairwise(DPO);
+    let cases = [
+        (Objective::Unpaired(KTO), &examples, base.clone()),
+        (Objective::Unpaired(BCO), &examples, TrainOptions { validate_every: 3, ..base.clone() }),
+        (dpo, &pairs, TrainOptions { optimizer: OptimizerKind::AdamW8bit, ema_decay: Some(0.8), ..base.clone() }),
+        (dpo, &pairs, TrainOptions { optimizer: OptimizerKind::Lion, learning_rate: 1e-3, ..base.clone() }),
+        (dpo, &pairs, TrainOptions { optimizer: OptimizerKind::Muon, ..base.clone() }),
+        (dpo, &pairs, TrainOptions { validate_every: 2, patience: Some(50), ema_decay: Some(0.5), ..base }),
+    ];
+    for (objective, data, options) in &cases {
+        let cache = tempfile::tempdir().unwrap();
+        let run = |folder: &Path, stop: u64| {
+            let alignment =
+                Alignment { start: &start, data, validation: data, objective, options, folder, cache: cache.path() };
+            alignment.run(&mut StopAfter(stop, 0))
+        };
+        let whole_folder = tempfile::tempdir().unwrap();
+        let (whole, _) = run(whole_folder.path(), u64::MAX).unwrap();
+        assert_ne!(whole.weights, start.weights);
+        let folder = tempfile::tempdir().unwrap();
+        for stop in [3, 13] {
+            assert!(matches!(run(folder.path(), stop), Err(Error::Interrupted(_))));
+        }
+        let (policy, _) = run(folder.path(), u64::MAX).unwrap();
+        assert!(policy.weights == whole.weights, "{objective:?} {options:?}");
+        let read = |folder: &Path| crate::log::read_metric(&folder.join("metrics.jsonl"), "loss").unwrap();
+        assert_eq!(read(folder.path()), read(whole_folder.path()));
+        assert_eq!(read(folder.path())[0].1, read(whole_folder.path())[0].1);
+    }
+}
+
+#[test]
+fn a_training_without_progress_ends_early_with_the_best_weights() {
+    let pairs = pairs(&fixture());
+    let start = tiny("tied");
+    let reference = reference(&start, &pairs);
+    let task = Preferences::new(&pairs[..20], &reference[..20], &DPO);
+    // held-out pairs that prefer the opposite: every step in the right direction makes them worse
+    let swap = |pair: &TokenizedPair| TokenizedPair {
+        chosen: pair.rejected.clone(),
+        rejected: pair.chosen.clone(),
+        ..pair.clone()
+    };
+    let swapped: Vec<TokenizedPair> = pairs[..20].iter().map(swap).collect();
+    let swapped_reference: Vec<[f64; 2]> = reference[..20].iter().map(|[c, r]| [*r, *c]).collect();
+    let held_out = Preferences::new(&swapped, &swapped_reference, &DPO);
+    let options = TrainOptions { epochs: 8, validate_every: 2, patience: Some(3), ..options() };
+    let folder = tempfile::tempdir().unwrap();
+    let mut policy = start.clone();
+    let records = train(&mut policy, &task, Some(&held_out), &options, folder.path(), &mut never()).unwrap();
+    let losses: Vec<f64> = records.iter().filter_map(|r| r.validation.get("eval_loss").copied()).collect();
+    let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
+    let place = losses.iter().position(|&loss| loss == best).unwrap();
+    assert_eq!((records.len(), losses.len()), (2 * (place + 4), place + 4), "{losses:?}");
+    assert_eq!(evaluate(&policy, &held_out, &options).loss, best, "the best weights are those that stay");
+    assert!(records[1].validation.contains_key("eval_rewards/accuracies"));
+    assert!(records[0].validation.is_empty());
+}
+
+#[test]
+fn an_average_of_weights_follows_the_steps() {
+    let pairs = pairs(&fixture());
+    let start = tiny("tied");
+    let reference = reference(&start, &pairs);
+    let task = Preferences::new(&pairs, &reference, &DPO);
+    let run = |epochs: usize, ema_decay| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut policy = start.clone();
+        let options = TrainOptions { ema_decay, epochs, schedule: Schedule::Constant, warmup_ratio: 0.0, ..options() };
+        let options = TrainOptions { batch_size: 40, ..options };
+        train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
+        policy.weights
+    };
+    let average = run(2, Some(0.75));
+    let (first, second) = (run(1, None), run(2, None));
+    for (((average, start), first), second) in average.iter().zip(&start.weights).zip(&first).zip(&second) {
+        let expected = 0.75 * (0.75 * start + 0.25 * first) + 0.25 * second;
+        assert!((average - expected).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn a_batch_of_one_has_no_mismatched_response() {
+    let examples = examples(&fixture());
+    let reference = vec![-1.0; examples.len()];
+    let folder = tempfile::tempdir().unwrap();
+    for (examples, batch_size) in [(&examples[..1], 4), (&examples[..], 1)] {
+        let task = LabelledResponses::new(examples, &reference[..examples.len()], &KTO, &[]);
+        let options = TrainOptions { batch_size, ..options() };
+        let error = train(&mut tiny("tied"), &task, None, &options, folder.path(), &mut never()).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        assert!(error.to_string().contains("at least 2"), "{error}");
+    }
 }

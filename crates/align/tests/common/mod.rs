@@ -40,5 +40,5 @@ pub(crate) fn chat(turns: &[(&str, &str)]) -> Prompt {
 
 /// A pair on row 1.
 pub(crate) fn pair(prompt: Prompt, chosen: &str, rejected: &str) -> PreferencePair {
-    PreferencePair { prompt, chosen: chosen.into(), rejected: rejected.into(), row: 1 }
+    PreferencePair { prompt, chosen: chosen.into(), rejected: rejected.into(), is_unsafe: None, margin: None, row: 1 }
 }

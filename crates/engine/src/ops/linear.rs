@@ -3,6 +3,9 @@
 
 use gemm::{Parallelism, gemm};
 
+/// Up to this many results `gemm` takes each as one dot product, which sums in another order than its larger kernels.
+const DOT_PRODUCTS: usize = 256;
+
 /// Products below this many multiplications run on the calling thread: waking others costs more.
 const PARALLEL_FROM: usize = 1 << 19;
 
@@ -85,8 +88,16 @@ fn rows(x: &[f32], width: usize) -> usize {
 }
 
 /// y = x·Wᵀ, or y += x·Wᵀ with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
+///
+/// From two rows on, a row's result does not depend on how many others there are.
 pub(crate) fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
     let (n, outputs) = (rows(x, inputs), rows(w, inputs));
+    if n > 1 && n * outputs <= DOT_PRODUCTS {
+        let copies = DOT_PRODUCTS / (n * outputs) + 1;
+        let mut all = y.repeat(copies);
+        forward(&x.repeat(copies), w, &mut all, inputs, add);
+        return y.copy_from_slice(&all[..n * outputs]);
+    }
     let (x, w) = (Matrix::rows(x.as_ptr(), inputs), Matrix::rows(w.as_ptr(), inputs));
     multiply_slices([n, outputs, inputs], x, w.transposed(), y, add);
 }
@@ -128,6 +139,20 @@ mod tests {
         let mut dw = vec![0.0; w.len()];
         backward_weight(&dy, &x, &mut dw, inputs);
         check(&w, &dw, &dy, |w| run(&x, w));
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_number_of_others() {
+        for (inputs, outputs) in [(24, 40), (48, 33), (64, 4), (96, 300), (577, 129)] {
+            let (x, w, start) = (random(60 * inputs, 1), random(inputs * outputs, 2), random(60 * outputs, 3));
+            let run = |n: usize| {
+                let mut y = start[..n * outputs].to_vec();
+                forward(&x[..n * inputs], &w, &mut y, inputs, true);
+                y
+            };
+            let whole = run(60);
+            assert!((2..60).all(|n| run(n) == whole[..n * outputs]), "{inputs} inputs, {outputs} outputs");
+        }
     }
 
     #[test]

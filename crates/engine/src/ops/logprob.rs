@@ -16,9 +16,6 @@ pub(crate) fn chunk_rows(vocab: usize) -> usize {
 }
 
 /// How many of `rows` to process at once, so that no chunk is a single row (unless that is all there is).
-///
-/// A product of one row sums in another order than one of several, and a response's log-probability must not
-/// depend on what it is packed with.
 pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
     let most = chunk_rows(vocab).min(rows.max(1));
     (2..=most).rev().find(|chunk| rows % chunk != 1).unwrap_or(most)
@@ -81,12 +78,21 @@ fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {
 
 fn compute_logits<'l>(x: &[f32], w: &[f32], width: usize, vocab: usize, logits: &'l mut Vec<f32>) -> &'l mut [f32] {
     let len = x.len() / width * vocab;
-    if logits.len() < len {
-        logits.resize(len, 0.0);
+    // A product of one row sums in another order than one of several, and a response's log-probability must not depend
+    // on what it is packed with: a row that is alone comes twice.
+    let twice;
+    let x = if x.len() == width {
+        twice = x.repeat(2);
+        &twice
+    } else {
+        x
+    };
+    let computed = x.len() / width * vocab;
+    if logits.len() < computed {
+        logits.resize(computed, 0.0);
     }
-    let logits = &mut logits[..len];
-    linear::forward(x, w, logits, width, false);
-    logits
+    linear::forward(x, w, &mut logits[..computed], width, false);
+    &mut logits[..len]
 }
 
 /// Replaces the row by exp(logit − max); returns the target's log-probability and 1/Σ of the new row.

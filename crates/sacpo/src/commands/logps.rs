@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use align::data::{self, LongPrompts, RenderOptions};
-use align::reference::pair_logps;
+use align::data::{self, LongPrompts, RenderOptions, TokenizedPair};
+use align::reference;
 use engine::Result;
 use engine::checkpoint::Checkpoint;
 use serde::Serialize;
@@ -44,15 +44,18 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
         template_tail: options.template_tail,
         long_prompts: LongPrompts::Error,
     };
-    let first = &file.pairs[..options.limit.unwrap_or(usize::MAX).min(file.pairs.len())];
+    let first = &file.rows[..options.limit.unwrap_or(usize::MAX).min(file.rows.len())];
     let tokenized = data::tokenize_pairs(first, &options.data, &tokenizer, &render)?;
-    let bar = ui::bar(tokenized.pairs.len() as u64, "log-probabilities");
-    let logps = pair_logps(&model, &tokenized.pairs, TOKENS, None, &mut ui::advance(&bar))?;
+    let pairs = tokenized.rows;
+    let bar = ui::bar(pairs.len() as u64, "log-probabilities");
+    let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
+    let logps = reference::logps(&model, &sequences, TOKENS, None, &mut ui::advance(&bar))?;
     bar.finish_and_clear();
     if tokenized.truncated_responses > 0 {
         ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));
     }
-    let rows = tokenized.pairs.iter().zip(logps).enumerate().map(|(row, (pair, [chosen, rejected]))| Row {
+    let scored = pairs.iter().zip(logps.as_chunks::<2>().0);
+    let rows = scored.enumerate().map(|(row, (pair, &[chosen, rejected]))| Row {
         row,
         responses: [
             Response { role: "chosen", logp: chosen, tokens: pair.chosen.len() },
@@ -65,7 +68,7 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     }
     let mut table = format!("{:>6}  {:>12} {:>6}  {:>12} {:>6}", "row", "chosen", "tokens", "rejected", "tokens");
     // counted from 1 for people, as in messages and editors
-    for (pair, Row { responses: [a, b], .. }) in tokenized.pairs.iter().zip(&output.rows) {
+    for (pair, Row { responses: [a, b], .. }) in pairs.iter().zip(&output.rows) {
         let row = pair.row;
         let _ = write!(table, "\n{row:>6}  {:>12.4} {:>6}  {:>12.4} {:>6}", a.logp, a.tokens, b.logp, b.tokens);
     }

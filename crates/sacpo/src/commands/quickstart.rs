@@ -8,7 +8,7 @@ use align::task::{Demonstration, Demonstrations};
 use align::trainer::{TrainOptions, discard_state, train};
 use align::world::{self, Evaluation, Metric, World};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
-use engine::optim::Schedule;
+use engine::optim::{OptimizerKind, Schedule};
 use engine::tokenizer::Tokenizer;
 use engine::{Decoder, Error, Model, ModelConfig, PackedBatch, Result, RopeScaling};
 use evaluate::frontier::{Metrics, Point, frontier_svg, table};
@@ -186,6 +186,7 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
     });
     let demonstrations = demonstrations.collect::<Result<Vec<_>>>()?;
     let options = TrainOptions {
+        optimizer: OptimizerKind::AdamW,
         learning_rate: 3e-3,
         schedule: Schedule::Cosine,
         warmup_ratio: 0.05,
@@ -197,6 +198,9 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         weight_decay: 0.0,
         seed,
         save_every: 0,
+        validate_every: 0,
+        patience: None,
+        ema_decay: None,
     };
     let mut model = Model::random(shape(world), 0.05, seed);
     ui::say(format!(
@@ -204,7 +208,14 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         model.layout.len,
         demonstrations.len()
     ));
-    train(&mut model, &Demonstrations(&demonstrations), &options, &training, &mut ui::TrainingBar::new("training"))?;
+    train(
+        &mut model,
+        &Demonstrations(&demonstrations),
+        None,
+        &options,
+        &training,
+        &mut ui::TrainingBar::new("training"),
+    )?;
     let generation = GenerationConfig {
         bos_token_id: Some(world::BOS),
         eos_token_ids: vec![world::EOS],

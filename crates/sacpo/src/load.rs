@@ -1,0 +1,191 @@
+//! The data of a step: read, divided, tokenised, and checked against what its objective needs.
+
+use std::path::Path;
+
+use align::data::{self, Answered, DataFile, Dataset, RenderOptions, Tokenized, TokenizedExample, TokenizedPair};
+use align::objective::{Objective, Pairwise, Unpaired, WeightRule};
+use engine::checkpoint::Checkpoint;
+use engine::{Error, Result, Tokenizer};
+use sacpo::recipe::{Recipe, Step};
+
+use crate::ui;
+
+/// The data of one step, as tokens.
+pub(crate) struct StepData {
+    pub(crate) train: Dataset,
+    pub(crate) validation: Dataset,
+}
+
+/// Says which steps of a chain Theorem 1 does not cover.
+///
+/// # Errors
+/// None for a parsed recipe.
+pub(crate) fn warn_of_objectives(recipe: &Recipe) -> Result<()> {
+    if recipe.steps.len() < 2 {
+        return Ok(());
+    }
+    for step in &recipe.steps {
+        for &temperature in &step.temperature.values()[..1] {
+            if let Some(reason) = step.objective_at(temperature)?.outside_theorem() {
+                ui::say(format!(
+                    "Warning: the step `{}` uses `{}`, which Theorem 1 does not cover, so the chain need not end at the \
+                     constrained optimum. {reason}",
+                    step.name, step.objective
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads, divides and tokenises the data of a step, and says what came of them.
+///
+/// # Errors
+/// Bad rows, rows without what the objective needs, sequences beyond the model's context, nothing left to train on.
+pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
+    let options = &step.data_options;
+    let context = base.model.config.max_position_embeddings;
+    if options.max_length > context {
+        return Err(Error::input(format!(
+            "The step `{}` allows sequences of {} tokens, but the model's context is {context} tokens. Set \
+             data.max_length to {context} or less, in the recipe or with --set data.max_length={context}.",
+            step.name, options.max_length
+        )));
+    }
+    let Step { data: path, format, metric, .. } = step;
+    let skip = options.skip_bad_rows;
+    let objective = step.objective_at(step.temperature.values()[0])?;
+    let loaded = match objective {
+        Objective::Pairwise(objective) => {
+            let file = data::read_pairs(path, *format, metric, skip)?;
+            let keep = |pair: &TokenizedPair| can_learn(pair, &objective, step);
+            let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_pairs, keep)?;
+            StepData { train: Dataset::Pairs(train), validation: Dataset::Pairs(validation) }
+        }
+        Objective::Unpaired(objective) => {
+            let file = data::read_examples(path, *format, metric, skip)?;
+            // what is not imitated need not be computed
+            let keep = |example: &TokenizedExample| Ok(objective != Unpaired::Sft || example.desirable);
+            let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_examples, keep)?;
+            check_weights(&train, &objective, step);
+            StepData { train: Dataset::Examples(train), validation: Dataset::Examples(validation) }
+        }
+    };
+    ui::say(format!(
+        "Step {}: {} {} to train on, {} held out, from {}.",
+        step.name,
+        loaded.train.len(),
+        loaded.train.unit(),
+        loaded.validation.len(),
+        path.display(),
+    ));
+    if loaded.train.is_empty() {
+        return Err(Error::input(format!(
+            "Nothing of {} is left to train on. Raise data.max_length, lower data.validation_fraction, or give data that \
+             suit the objective `{}`.",
+            path.display(),
+            step.objective
+        )));
+    }
+    Ok(loaded)
+}
+
+/// Tokenises a list of rows of a file.
+type Tokenize<R, T> = fn(&[R], &Path, &Tokenizer, &RenderOptions) -> Result<Tokenized<T>>;
+
+/// The rows of a file to train on and to hold out, as tokens; says what was left out or cut.
+fn divide<R: Answered, T>(
+    file: DataFile<R>,
+    step: &Step,
+    tokenizer: &Tokenizer,
+    seed: u64,
+    tokenize: Tokenize<R, T>,
+    keep: impl Fn(&T) -> Result<bool>,
+) -> Result<[Vec<T>; 2]> {
+    let options = &step.data_options;
+    let render = RenderOptions {
+        max_length: options.max_length,
+        template_tail: options.template_tail,
+        long_prompts: options.long_prompts,
+    };
+    let (train, validation) = data::split(file.rows, options.validation_fraction, seed);
+    let (mut dropped, mut truncated, mut useless) = (0, 0, 0);
+    let mut tokens = |rows: &[R], most: Option<usize>| {
+        let tokenized = tokenize(rows, &step.data, tokenizer, &render)?;
+        dropped += tokenized.dropped_prompts;
+        truncated += tokenized.truncated_responses;
+        let mut kept = Vec::with_capacity(tokenized.rows.len());
+        for row in tokenized.rows {
+            if keep(&row)? {
+                kept.push(row);
+            } else {
+                useless += 1;
+            }
+        }
+        kept.truncate(most.unwrap_or(usize::MAX));
+        Ok(kept)
+    };
+    let divided = [tokens(&train, options.max_pairs)?, tokens(&validation, options.max_validation_pairs)?];
+    for (count, what) in [
+        (dropped, "rows left out, since their prompt leaves no room for a response"),
+        (truncated, "responses cut to the longest length"),
+        (useless, "rows left out, from which the objective cannot learn"),
+        (file.skipped, "bad rows left out"),
+    ] {
+        if count > 0 {
+            ui::say(format!("  {count} {what}."));
+        }
+    }
+    if let Some(first) = file.first_skipped {
+        ui::say(format!("  The first: {first}"));
+    }
+    Ok(divided)
+}
+
+/// Whether the objective can learn from a pair.
+///
+/// # Errors
+/// If the pair lacks a label that the objective needs.
+fn can_learn(pair: &TokenizedPair, objective: &Pairwise, step: &Step) -> Result<bool> {
+    let lacks = |what: &str| {
+        Err(Error::input(format!(
+            "The objective `{}` of the step `{}` needs {what}, which row {} of {} does not have. Add it to the data, or \
+             choose another objective.",
+            step.objective,
+            step.name,
+            pair.row,
+            step.data.display()
+        )))
+    };
+    match (objective, pair.is_unsafe, pair.margin) {
+        (Pairwise::SafeDpo { .. }, None, _) => lacks(
+            "to know whether each response is safe (the columns `safe_chosen` and `safe_rejected`, or PKU-SafeRLHF's \
+             `is_response_0_safe` and `is_response_1_safe`)",
+        ),
+        (Pairwise::SafeDpo { .. }, Some([true, true]), _) => Ok(false),
+        (Pairwise::Modpo { .. }, _, None) => lacks(
+            "the margin of the other metrics between chosen and rejected response (the column `margin`, a number)",
+        ),
+        _ => Ok(true),
+    }
+}
+
+/// Says when the weights of `kto` do not suit the numbers of desirable and undesirable examples.
+fn check_weights(examples: &[TokenizedExample], objective: &Unpaired, step: &Step) {
+    let Unpaired::Kto { desirable_weight, undesirable_weight, .. } = *objective else { return };
+    let desirable = examples.iter().filter(|example| example.desirable).count();
+    let counts = [desirable, examples.len() - desirable];
+    let rule = WeightRule::new(counts, [desirable_weight, undesirable_weight]);
+    if rule.holds() {
+        return;
+    }
+    let advice = match rule.desirable_weight {
+        Some([least, most]) => format!("Set `desirable_weight` between {least:.3} and {most:.3}."),
+        None => "One of the classes is missing, so that nothing holds the other back.".to_owned(),
+    };
+    ui::say(format!(
+        "Warning: the step `{}` has {} desirable and {} undesirable responses, which with the weights {desirable_weight} and \
+         {undesirable_weight} is a ratio of {:.3}; KTO's rule is a ratio from 1 to 4/3. {advice}",
+        step.name, counts[0], counts[1], rule.ratio
+    ));
+}
