@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use engine::batch::packed_rows;
-use engine::optim::{AdamW, AdamWOptions, Schedule, global_norm};
+use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions, Schedule, global_norm};
 use engine::{Decoder, Error, Keep, Model, PackedBatch, Result};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
@@ -113,8 +113,9 @@ pub fn train(
         return Err(Error::input("There is nothing to train on: the data holds no usable example."));
     }
     let identity = identity(policy, task, options);
-    let mut optimizer =
-        AdamW::new(AdamWOptions { weight_decay: options.weight_decay, ..AdamWOptions::default() }, policy.layout.len);
+    let kind = OptimizerKind::AdamW;
+    let constants = OptimizerOptions { weight_decay: options.weight_decay, ..kind.defaults() };
+    let mut optimizer = Optimizer::new(kind, constants, &policy.layout.specs);
     TrainingState::load(folder, &identity, policy, &mut optimizer)?;
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
     let mut gradient = vec![0.0; policy.layout.len];
@@ -139,7 +140,7 @@ pub fn train(
         }
         let learning_rate = options.learning_rate * options.schedule.factor(optimizer.steps, warmup, total);
         let scale = (options.max_grad_norm / grad_norm).min(1.0);
-        optimizer.step(&policy.layout, &mut policy.weights, &mut gradient, learning_rate, scale);
+        optimizer.step(&mut policy.weights, &mut gradient, learning_rate, scale);
         let record = StepRecord {
             step: optimizer.steps,
             epoch: optimizer.steps as f64 / steps_per_epoch as f64,
@@ -161,7 +162,7 @@ pub fn train(
             return Err(diverged(task, batch, optimizer.steps, "weights became infinite"));
         }
         if stop || due {
-            TrainingState::save(folder, &identity, policy, &optimizer)?;
+            TrainingState::save(folder, &identity, policy, &mut optimizer)?;
         }
         if stop {
             return Err(Error::Interrupted(format!(
