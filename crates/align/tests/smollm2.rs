@@ -3,8 +3,8 @@
 
 mod common;
 
-use align::data::{LongPrompts, RenderOptions, TemplateTail, read_pairs, tokenize_pairs};
-use align::reference::pair_logps;
+use align::data::{LongPrompts, RenderOptions, TemplateTail, TokenizedPair, read_pairs, tokenize_pairs};
+use align::reference;
 use engine::checkpoint::Checkpoint;
 use serde_json::Value;
 
@@ -29,8 +29,9 @@ fn sequence_log_probabilities_equal_transformers() {
             .map(|row| all.iter().find(|pair| pair.row as u64 == row["line"].as_u64().unwrap()).unwrap().clone())
             .collect();
         let pairs = tokenize_pairs(&wanted, &path, &tokenizer, &options).unwrap().rows;
-        let logps = pair_logps(&model, &pairs, 2048, None, &mut |_| Ok(())).unwrap();
-        for ((row, pair), logps) in rows.iter().zip(&pairs).zip(logps) {
+        let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
+        let logps = reference::logps(&model, &sequences, 2048, None, &mut |_| Ok(())).unwrap();
+        for ((row, pair), logps) in rows.iter().zip(&pairs).zip(logps.as_chunks::<2>().0) {
             assert_eq!(pair.prompt.len() as u64, row["prompt_tokens"].as_u64().unwrap());
             let sides = [("chosen", &pair.chosen), ("rejected", &pair.rejected)];
             for ((side, tokens), logp) in sides.into_iter().zip(logps) {

@@ -198,7 +198,7 @@ fn pairs_that_cannot_be_rendered_are_named() {
 }
 
 /// FNV-1a over the lengths and ids of all sequences, as 32-bit little-endian words.
-fn checksum(tokenized: &Tokenized) -> u64 {
+fn checksum(tokenized: &Tokenized<TokenizedPair>) -> u64 {
     let sequences = tokenized.rows.iter().flat_map(|pair| [&pair.prompt, &pair.chosen, &pair.rejected]);
     let words = sequences.flat_map(|ids| std::iter::once(ids.len() as u32).chain(ids.iter().copied()));
     words

@@ -13,7 +13,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
-use engine::optim::{AdamW, AdamWOptions};
+use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions};
 use engine::{Decoder, Keep, Model, ModelConfig, PackedBatch, RopeScaling};
 
 const SEQUENCES: usize = 8;
@@ -24,7 +24,7 @@ const STEPS_A_TURN: usize = 2;
 struct Ours {
     model: Model,
     decoder: Decoder,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     gradient: Vec<f32>,
     batch: PackedBatch,
 }
@@ -61,10 +61,11 @@ impl Ours {
                 .collect();
             batch.push(&ids[..1], &[&ids[1..]]);
         }
-        let options = AdamWOptions { weight_decay: 0.01, ..AdamWOptions::default() };
+        let kind = OptimizerKind::AdamW;
+        let options = OptimizerOptions { weight_decay: 0.01, ..kind.defaults() };
         Self {
             decoder: Decoder::new(&model, LENGTH),
-            optimizer: AdamW::new(options, model.layout.len),
+            optimizer: Optimizer::new(kind, options, &model.layout.specs),
             gradient: vec![0.0; model.layout.len],
             model,
             batch,
@@ -77,7 +78,7 @@ impl Ours {
         let d_logps = vec![-1.0 / self.batch.targets.len() as f64; self.batch.responses.len()];
         let logps =
             self.decoder.forward_backward(&self.model.weights, &self.batch, &d_logps, Keep::All, &mut self.gradient);
-        self.optimizer.step(&self.model.layout, &mut self.model.weights, &mut self.gradient, 3e-4, 1.0);
+        self.optimizer.step(&mut self.model.weights, &mut self.gradient, 3e-4, 1.0);
         let loss = logps.iter().zip(&d_logps).map(|(l, d)| l * d).sum();
         (start.elapsed().as_secs_f64(), loss)
     }

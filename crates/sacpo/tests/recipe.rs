@@ -92,7 +92,7 @@ fn every_key_arrives_where_it_belongs() {
     assert_eq!((train.schedule, train.warmup_ratio, train.weight_decay), (Schedule::Linear, 0.0, 0.01));
     assert_eq!((train.max_grad_norm, train.micro_batch_tokens), (2.0, 4096));
     assert_eq!(train.save_every, 5);
-    assert_eq!((helpful.name.as_str(), helpful.label_smoothing), ("helpful", 0.1));
+    assert_eq!((helpful.name.as_str(), helpful.parameters.label_smoothing), ("helpful", Some(0.1)));
     assert_eq!(helpful.temperature, Temperature::Beta(0.1));
     assert_eq!((harmless.name.as_str(), harmless.format), ("harmlessness", None));
     assert_eq!(harmless.temperature, Temperature::BetaOverLambda(vec![0.1, 0.05]));

@@ -112,20 +112,39 @@ fn nibbles(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(u8) -> f32) {
     }
 }
 
-/// Writes f32 tensors, each with name, shape and values, as one safetensors file, without a copy of them in memory.
+/// The values of a tensor to be written.
+#[derive(Debug, Clone, Copy)]
+pub enum TensorData<'a> {
+    /// Numbers.
+    F32(&'a [f32]),
+    /// Bytes.
+    U8(&'a [u8]),
+}
+
+impl<'a> From<&'a [f32]> for TensorData<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Self::F32(values)
+    }
+}
+
+/// Writes tensors, each with name, shape and values, as one safetensors file, without a copy of them in memory.
 ///
 /// # Errors
 /// What `out` returns, or a shape that does not fit its values.
-pub fn write_safetensors(
+pub fn write_safetensors<'a>(
     out: &mut dyn Write,
-    tensors: &[(&str, &[usize], &[f32])],
+    tensors: &[(&str, &[usize], impl Into<TensorData<'a>> + Copy)],
     metadata: HashMap<String, String>,
 ) -> io::Result<()> {
     let mut end = 0;
-    let infos = tensors.iter().map(|(name, shape, values)| {
+    let infos = tensors.iter().map(|&(name, shape, values)| {
+        let (dtype, bytes) = match values.into() {
+            TensorData::F32(values) => (Dtype::F32, size_of_val(values)),
+            TensorData::U8(values) => (Dtype::U8, values.len()),
+        };
         let start = end;
-        end += size_of_val(*values);
-        ((*name).to_owned(), TensorInfo { dtype: Dtype::F32, shape: shape.to_vec(), data_offsets: (start, end) })
+        end += bytes;
+        (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (start, end) })
     });
     let header = Metadata::new(Some(metadata), infos.collect()).map_err(io::Error::other)?;
     let mut header = serde_json::to_vec(&header)?;
@@ -133,10 +152,15 @@ pub fn write_safetensors(
     header.resize(header.len().next_multiple_of(8), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
-    for (_, _, values) in tensors {
-        for chunk in values.chunks(1 << 12) {
-            let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
-            out.write_all(&bytes)?;
+    for &(_, _, values) in tensors {
+        match values.into() {
+            TensorData::U8(values) => out.write_all(values)?,
+            TensorData::F32(values) => {
+                for chunk in values.chunks(1 << 12) {
+                    let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
+                    out.write_all(&bytes)?;
+                }
+            }
         }
     }
     Ok(())

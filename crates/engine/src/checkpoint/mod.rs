@@ -13,7 +13,7 @@ use std::fs;
 use std::path::Path;
 
 pub use describe::{Description, TensorSummary, TokenizerSummary};
-pub use encoding::write_safetensors;
+pub use encoding::{TensorData, write_safetensors};
 pub use generation::GenerationConfig;
 
 use crate::error::{Error, Result};
