@@ -237,7 +237,11 @@ fn wrong_recipes_are_named_with_key_and_line() {
         ("metric = \"helpfulness\"\n", "", &["lacks `step.1.metric`", "recipe.toml:26"]),
         ("objective = \"dpo\"", "objective = \"ppo\"", &["`step.1.objective`", "\"dpo\""]),
         ("label_smoothing = 0.1", "label_smoothing = 0.5", &["less than 0.5"]),
-        ("objective = \"dpo\"", "objective = \"kto\"", &["`step.1`", "`label_smoothing`", "`kto`", "no such parameter"]),
+        (
+            "objective = \"dpo\"",
+            "objective = \"kto\"",
+            &["`step.1`", "`label_smoothing`", "`kto`", "no such parameter"],
+        ),
         ("label_smoothing = 0.1", "desirable_weight = 2", &["`step.1`", "`desirable_weight`", "`dpo`"]),
         ("save_every = 5", "patience = 5", &["`train`", "`patience`", "`validate_every`"]),
         ("save_every = 5", "ema_decay = 1", &["`train.ema_decay`", "less than 1"]),
