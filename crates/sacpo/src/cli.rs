@@ -56,6 +56,9 @@ pub(crate) struct Quickstart {
     /// Folder for everything that is made.
     #[arg(long, default_value = "runs/quickstart", value_name = "FOLDER")]
     pub(crate) out: PathBuf,
+    /// The loss of both steps. Losses of single responses (`kto`, `bco`) train on labelled answers instead of pairs.
+    #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(WORLD_OBJECTIVES))]
+    pub(crate) objective: String,
     /// How much data and training: `small` is a smoke test of seconds, whose policies are not well trained.
     #[arg(long, value_enum, default_value_t = Size::Full)]
     pub(crate) size: Size,
@@ -63,6 +66,10 @@ pub(crate) struct Quickstart {
     #[arg(long, default_value_t = 0, value_parser = seed())]
     pub(crate) seed: u64,
 }
+
+/// The objectives that need nothing but the world's preferences, and have a reference.
+const WORLD_OBJECTIVES: [&str; 11] =
+    ["dpo", "robust-dpo", "ipo", "hinge", "kto", "bco", "nca", "exo", "sppo", "apo-zero", "apo-down"];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -31,6 +31,8 @@ pub(crate) struct Policy {
     /// The step's name; nothing for the base model.
     pub(crate) step: Option<String>,
     pub(crate) beta_over_lambda: Option<f64>,
+    /// The temperature of its objective, and the index of the policy that it started from; nothing for the base model.
+    pub(crate) origin: Option<(f64, usize)>,
     /// Where the model is.
     pub(crate) path: PathBuf,
     /// The hash of its weights.
@@ -149,6 +151,7 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
         name: "base".into(),
         step: None,
         beta_over_lambda: None,
+        origin: None,
         path: recipe.model.base.clone(),
         model: base_hash,
         validation: Vec::new(),
@@ -156,7 +159,8 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
     }];
     for stage in &stages {
         let planned = stage.planned;
-        let parent = &policies[planned.parent.map_or(0, |index| index + 1)];
+        let origin = planned.parent.map_or(0, |index| index + 1);
+        let parent = &policies[origin];
         let record = match stage.finished(&parent.model)? {
             Some(record) => {
                 ui::say(format!("Policy {}: complete.", planned.name));
@@ -170,6 +174,7 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
             name: planned.name.clone(),
             step: Some(stage.step.name.clone()),
             beta_over_lambda: planned.beta_over_lambda(),
+            origin: Some((planned.beta, origin)),
             path: stage.checkpoint(),
             model: record.model,
             validation: Vec::new(),

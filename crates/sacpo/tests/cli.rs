@@ -89,7 +89,7 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
     let before = files(made);
     for (size, seed) in [("small", "1"), ("full", "0")] {
         let message = fails(2, &["quickstart", "--size", size, "--seed", seed, "--out", &text(made)]);
-        says(&message, &["another size or seed", "--out"]);
+        says(&message, &["another size, seed or objective", "--out"]);
     }
     assert!(files(made) == before);
 }

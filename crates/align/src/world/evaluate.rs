@@ -133,6 +133,25 @@ impl World {
         Ok(all)
     }
 
+    /// The total variation distance of two policies, averaged over prompts, all texts outside the grammar taken as one
+    /// event: the largest difference that they give to the probability of any event, in [0, 1].
+    ///
+    /// # Errors
+    /// As [`World::evaluate`].
+    pub fn distance(&self, policy: &[Vec<f64>], other: &[Vec<f64>]) -> Result<f64> {
+        self.check_prompts(policy)?;
+        self.check_prompts(other)?;
+        let mut total = 0.0;
+        for ((prompt, policy), other) in self.heldout_prompts.iter().zip(policy).zip(other) {
+            let answers = self.answers(prompt).len();
+            let outside = [policy, other].map(|logps| outside_mass(logps, answers, &prompt.text));
+            let [policy_outside, other_outside] = outside;
+            let differences = policy.iter().zip(other).map(|(a, b)| (a.exp() - b.exp()).abs());
+            total += 0.5 * (differences.sum::<f64>() + (policy_outside? - other_outside?).abs());
+        }
+        Ok(total / self.heldout_prompts.len() as f64)
+    }
+
     fn check_prompts(&self, logps: &[Vec<f64>]) -> Result<()> {
         let (expected, found) = (self.heldout_prompts.len(), logps.len());
         if found != expected {

@@ -15,7 +15,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 pub use evaluate::{Evaluation, gibbs};
-pub use sample::{Completion, Pair, json_lines};
+pub use sample::{Completion, LabelledCompletion, Pair, json_lines};
 use vocabulary::Vocabulary;
 pub use vocabulary::{BOS, EOS, UNKNOWN};
 

@@ -27,6 +27,17 @@ pub struct Pair {
     pub rejected: String,
 }
 
+/// A prompt with an answer and whether it is desirable, under TRL's names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct LabelledCompletion {
+    /// The prompt's text.
+    pub prompt: String,
+    /// The answer's text.
+    pub completion: String,
+    /// Whether it is desirable.
+    pub label: bool,
+}
+
 /// Rows as JSON lines, the form in which users keep their own data.
 ///
 /// # Errors
@@ -75,6 +86,21 @@ impl World {
             Pair { prompt: prompt.text.clone(), chosen: chosen.text.clone(), rejected: rejected.text.clone() }
         };
         (0..n).map(|_| pair()).collect()
+    }
+
+    /// `n` training prompts, uniform, each with an answer drawn from p0, which is desirable with probability
+    /// σ(value(answer)).
+    ///
+    /// Labels of the two metrics are independent of each other and of the pairs, also under the same seed.
+    pub fn labelled_completions(&self, metric: Metric, n: usize, seed: u64) -> Vec<LabelledCompletion> {
+        let mut rng = generator(seed, 3 + metric as u64);
+        let mut labelled = || {
+            let prompt = self.draw_prompt(&mut rng);
+            let answer = draw(self.answers(prompt), &mut rng);
+            let label = rng.random::<f64>() < 1.0 / (1.0 + (-answer.value(metric)).exp());
+            LabelledCompletion { prompt: prompt.text.clone(), completion: answer.text.clone(), label }
+        };
+        (0..n).map(|_| labelled()).collect()
     }
 
     fn draw_prompt(&self, rng: &mut ChaCha8Rng) -> &Prompt {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use align::data::{Prompt, tokenize_prompt};
+use align::objective::{self, Objective};
 use align::task::{Demonstration, Demonstrations};
 use align::trainer::{TrainOptions, discard_state, train};
 use align::world::{self, Evaluation, Metric, World};
@@ -23,6 +24,9 @@ use sacpo::recipe::Recipe;
 
 /// The recipe that the quickstart runs, with its paths and sizes set below.
 const RECIPE: &str = include_str!("../../../../recipes/quickstart.toml");
+
+/// A policy, what it is worth, and how far it is from the tilt of its start that is its step's optimum.
+type Judged<'a> = (&'a pipeline::Policy, Evaluation, Option<f64>);
 
 /// Amounts of data.
 struct Amounts {
@@ -59,18 +63,20 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let outcome = pipeline::run(&recipe, pipeline::prepare(&recipe)?, &folder)?;
 
     let mut policies = Vec::new();
-    let mut reference = Vec::new();
+    let mut logps = Vec::new();
     for policy in &outcome.policies {
         interrupt::check()?;
-        let logps = answer_logps(&world, &Checkpoint::load(&policy.path)?)?;
-        if reference.is_empty() {
-            reference.clone_from(&logps);
-        }
-        policies.push((policy, world.evaluate(&logps, &reference)?));
+        logps.push(answer_logps(&world, &Checkpoint::load(&policy.path)?)?);
+        let (base, own) = (&logps[0], &logps[logps.len() - 1]);
+        let distance = policy.origin.map(|(temperature, origin)| {
+            let metric = if policy.beta_over_lambda.is_some() { Metric::Safety } else { Metric::Reward };
+            world.distance(own, &world.optimum(&logps[origin], metric, temperature)?)
+        });
+        policies.push((policy, world.evaluate(own, base)?, distance.transpose()?));
     }
     let points: Vec<Point> = policies
         .iter()
-        .map(|(policy, worth)| Point {
+        .map(|(policy, worth, _)| Point {
             name: policy.name.clone(),
             step: policy.step.clone().unwrap_or_else(|| "base".into()),
             beta_over_lambda: policy.beta_over_lambda,
@@ -85,7 +91,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let details = details(&policies);
     folder.write("summary.md", &format!("# Quickstart\n\n{table}\n{details}\n![Frontier](frontier.svg)\n"))?;
     let result = json!({
-        "policies": policies.iter().map(|(policy, worth)| policy_json(policy, worth)).collect::<Vec<_>>(),
+        "policies": policies.iter().map(policy_json).collect::<Vec<_>>(),
         "constraint": Value::Null,
         "seconds": start.elapsed().as_secs_f64(),
         "peak_memory_bytes": engine::memory::peak(),
@@ -99,21 +105,22 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
 }
 
 /// What else is known exactly of each policy, as a Markdown table.
-fn details(policies: &[(&pipeline::Policy, Evaluation)]) -> String {
+fn details(policies: &[Judged<'_>]) -> String {
     let mut table = String::from(
-        "| policy | E[g*], all prompts | E[r*], risky prompts | refuses harmless prompts | outside the grammar |\n\
-         |---|---:|---:|---:|---:|\n",
+        "| policy | E[g*], all prompts | E[r*], risky prompts | refuses harmless prompts | outside the grammar | \
+         distance from its optimum |\n|---|---:|---:|---:|---:|---:|\n",
     );
-    for (policy, worth) in policies {
+    for (policy, worth, distance) in policies {
+        let distance = distance.map_or("–".to_owned(), |distance| format!("{distance:.3}"));
         table += &format!(
-            "| {} | {:.3} | {:.3} | {:.3} | {:.3} |\n",
+            "| {} | {:.3} | {:.3} | {:.3} | {:.3} | {distance} |\n",
             policy.name, worth.safety, worth.risky_reward, worth.harmless_refusal, worth.outside
         );
     }
     table
 }
 
-fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {
+fn policy_json((policy, worth, distance): &Judged<'_>) -> Value {
     json!({
         "name": policy.name,
         "step": policy.step,
@@ -126,6 +133,7 @@ fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {
         "risky_safety": worth.risky_safety,
         "harmless_refusal": worth.harmless_refusal,
         "outside": worth.outside,
+        "distance_to_optimum": distance,
         "checkpoint": policy.path,
     })
 }
@@ -133,11 +141,11 @@ fn policy_json(policy: &pipeline::Policy, worth: &Evaluation) -> Value {
 /// Marks the folder as one of this size and seed, whose base model and data are used again.
 fn claim(folder: &RunFolder, options: &Quickstart) -> Result<()> {
     let path = folder.path.join("quickstart.json");
-    let wanted = json!({"size": options.size, "seed": options.seed});
+    let wanted = json!({"size": options.size, "seed": options.seed, "objective": options.objective});
     match std::fs::read(&path) {
         Ok(found) if serde_json::from_slice(&found).is_ok_and(|found: Value| found == wanted) => Ok(()),
         Ok(_) => Err(Error::input(format!(
-            "{} holds a quickstart of another size or seed ({}). Choose another folder with --out, or delete that one.",
+            "{} holds a quickstart of another size, seed or objective ({}). Choose another folder with --out, or delete that one.",
             folder.path.display(),
             path.display()
         ))),
@@ -231,9 +239,18 @@ fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFo
     std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
     let mut overrides =
         vec![setting("model.base", base)?, setting("run.out", &folder.path)?, format!("run.seed={}", options.seed)];
+    let objective = &options.objective;
+    let pairwise = matches!(objective::Options::default().build(objective, 1.0)?, Objective::Pairwise(_));
     for (step, name, metric) in [(1, "helpfulness", Metric::Reward), (2, "safety", Metric::Safety)] {
         let file = format!("data/{name}.jsonl");
-        folder.write(&file, &world::json_lines(&world.preference_pairs(metric, amounts.pairs, options.seed))?)?;
+        let rows = if pairwise {
+            world::json_lines(&world.preference_pairs(metric, amounts.pairs, options.seed))
+        } else {
+            // as many answers as the pairs have
+            world::json_lines(&world.labelled_completions(metric, 2 * amounts.pairs, options.seed))
+        };
+        folder.write(&file, &rows?)?;
+        overrides.push(format!("step.{step}.objective={objective}"));
         overrides.push(setting(&format!("step.{step}.data"), &folder.path.join(file))?);
     }
     Recipe::parse(RECIPE, Path::new("recipes/quickstart.toml"), &overrides)
