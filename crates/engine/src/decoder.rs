@@ -5,11 +5,15 @@
 //!    └──────────────────────────────────────────────────┘└──────────────────────────────────────┘
 //! ```
 
+mod divergence;
+
 use crate::batch::PackedBatch;
 use crate::model::{BlockLayout, Layout, Model};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, linear, logprob, rmsnorm, swiglu};
+
+pub use crate::ops::divergence::Head;
 
 /// How much of the forward pass is kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +70,7 @@ struct Scratch {
     normed: Vec<f32>,
     activation: Vec<f32>,
     logits: Vec<f32>,
+    reference_logits: Vec<f32>,
     head: HeadScratch,
     dx: Vec<f32>,
     d_normed: Vec<f32>,
@@ -361,22 +366,30 @@ impl Decoder {
         let chunks = batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)).zip(d_logps.chunks(chunk));
         for ((rows, targets), d_logps) in chunks {
             self.gather_normed(weights, rows);
-            let Scratch { head, logits, dx, .. } = &mut self.scratch;
+            let Scratch { head, logits, .. } = &mut self.scratch;
             let len = rows.len() * d;
             let d_normed = fit(&mut head.d_normed, len);
             let (w, d_w) = (&weights[self.layout.head.clone()], &mut gradient[self.layout.head.clone()]);
             logps.extend(logprob::forward_backward(&head.normed[..len], w, targets, d_logps, d_normed, d_w, logits));
-            let d_x = fit(&mut head.d_x, len);
-            d_x.fill(0.0);
-            let (norm, r) = (self.layout.final_norm.clone(), &head.r[..rows.len()]);
-            rmsnorm::backward(&head.x[..len], &weights[norm.clone()], r, d_normed, d_x, &mut gradient[norm]);
-            // a prompt's last row predicts the first token of each of its responses, so rows may repeat
-            for (d_x, &row) in d_x.chunks_exact(d).zip(rows) {
-                let to = &mut dx[row as usize * d..(row as usize + 1) * d];
-                to.iter_mut().zip(d_x).for_each(|(to, d)| *to += d);
-            }
+            self.norm_backward(weights, rows, gradient);
         }
         batch.sum_responses(&logps)
+    }
+
+    /// Takes `scratch.head.d_normed` of the given rows through the last norm and adds it to `scratch.dx`.
+    fn norm_backward(&mut self, weights: &[f32], rows: &[u32], gradient: &mut [f32]) {
+        let (d, Scratch { head, dx, .. }) = (self.hidden, &mut self.scratch);
+        let len = rows.len() * d;
+        let d_x = fit(&mut head.d_x, len);
+        d_x.fill(0.0);
+        let (norm, r) = (self.layout.final_norm.clone(), &head.r[..rows.len()]);
+        let gain = &weights[norm.clone()];
+        rmsnorm::backward(&head.x[..len], gain, r, &head.d_normed[..len], d_x, &mut gradient[norm]);
+        // a prompt's last row predicts the first token of each of its responses, so rows may repeat
+        for (d_x, &row) in d_x.chunks_exact(d).zip(rows) {
+            let to = &mut dx[row as usize * d..(row as usize + 1) * d];
+            to.iter_mut().zip(d_x).for_each(|(to, d)| *to += d);
+        }
     }
 
     /// Copies rows of `self.x` to the head's scratch memory and normalises them.

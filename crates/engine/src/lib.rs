@@ -20,7 +20,7 @@ pub use batch::PackedBatch;
 pub use chat::Message;
 pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, RopeScaling};
-pub use decoder::{Decoder, Keep};
+pub use decoder::{Decoder, Head, Keep};
 pub use error::{Error, Result};
 pub use model::{Layout, Model, ParamSpec};
 pub use tokenizer::Tokenizer;

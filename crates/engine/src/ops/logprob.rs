@@ -70,13 +70,19 @@ pub(crate) fn forward_backward(
     logps
 }
 
-fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {
+pub(super) fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {
     let width = x.len() / targets.len().max(1);
     assert!(width > 0 && x.len() == width * targets.len() && w.len().is_multiple_of(width));
     (width, w.len() / width)
 }
 
-fn compute_logits<'l>(x: &[f32], w: &[f32], width: usize, vocab: usize, logits: &'l mut Vec<f32>) -> &'l mut [f32] {
+pub(super) fn compute_logits<'l>(
+    x: &[f32],
+    w: &[f32],
+    width: usize,
+    vocab: usize,
+    logits: &'l mut Vec<f32>,
+) -> &'l mut [f32] {
     let len = x.len() / width * vocab;
     // A product of one row sums in another order than one of several, and a response's log-probability must not depend
     // on what it is packed with: a row that is alone comes twice.
@@ -97,7 +103,7 @@ fn compute_logits<'l>(x: &[f32], w: &[f32], width: usize, vocab: usize, logits: 
 
 /// Replaces the row by exp(logit − max); returns the target's log-probability and 1/Σ of the new row.
 #[inline(always)]
-fn log_softmax_at(row: &mut [f32], target: u32) -> (f32, f32) {
+pub(super) fn log_softmax_at(row: &mut [f32], target: u32) -> (f32, f32) {
     let target = row[target as usize];
     let highest = max(row);
     let sum = exp_sum(row, 1.0, highest);

@@ -5,6 +5,7 @@
 //! Backward functions *add* to gradients of weights and, where the doc says so, to gradients of inputs.
 
 pub(crate) mod attention;
+pub(crate) mod divergence;
 pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod logprob;

@@ -110,6 +110,30 @@ pub(crate) fn exp_sum(x: &mut [f32], scale: f32, shift: f32) -> f32 {
     sum
 }
 
+/// As [`exp_sum`] with scale 1, to the last bit; returns besides the sum Σᵢ exp(xᵢ − shift)·(xᵢ − yᵢ).
+#[inline(always)]
+pub(crate) fn exp_sums(x: &mut [f32], y: &[f32], shift: f32) -> (f32, f32) {
+    let (mut lanes, mut weighted) = ([0f32; LANES], [0f32; LANES]);
+    let (x_body, x_tail) = x.as_chunks_mut::<LANES>();
+    let (y_body, y_tail) = y.as_chunks::<LANES>();
+    for (x, y) in x_body.iter_mut().zip(y_body) {
+        for j in 0..LANES {
+            let difference = x[j] - y[j];
+            x[j] = exp(x[j] - shift);
+            lanes[j] += x[j];
+            weighted[j] = x[j].mul_add(difference, weighted[j]);
+        }
+    }
+    let (mut sum, mut weighted_sum) = (lanes.iter().sum::<f32>(), weighted.iter().sum::<f32>());
+    for (x, y) in x_tail.iter_mut().zip(y_tail) {
+        let difference = *x - y;
+        *x = exp(*x - shift);
+        sum += *x;
+        weighted_sum += *x * difference;
+    }
+    (sum, weighted_sum)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -142,5 +166,11 @@ mod tests {
         let sum = dispatch(|| exp_sum(&mut e, 0.5, 1.0));
         let expected: f64 = a.iter().map(|&x| (f64::from(x) * 0.5 - 1.0).exp()).sum();
         assert!((f64::from(sum) / expected - 1.0).abs() < 1e-6);
+        let (mut e, mut again) = (a.clone(), a.clone());
+        let y: Vec<f32> = a.iter().map(|x| x * 0.5).collect();
+        let (sum, weighted) = dispatch(|| exp_sums(&mut e, &y, 1.0));
+        assert_eq!((sum, &e), (dispatch(|| exp_sum(&mut again, 1.0, 1.0)), &again));
+        let expected: f64 = a.iter().map(|&x| (f64::from(x) - 1.0).exp() * f64::from(x) * 0.5).sum();
+        assert!((f64::from(weighted) / expected - 1.0).abs() < 1e-6);
     }
 }

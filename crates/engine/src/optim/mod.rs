@@ -195,7 +195,7 @@ impl Optimizer {
         for (spec, rule) in &mut self.tensors {
             for (what, values) in rule.state() {
                 let shape = match &values {
-                    StateValues::F32(absmax) if absmax.len() != spec.range.len() => vec![absmax.len()],
+                    StateValues::F32(blocks) if what.ends_with("absmax") => vec![blocks.len()],
                     _ => spec.shape.clone(),
                 };
                 all.push(StateTensor { name: format!("{}.{what}", spec.name), shape, values });

@@ -1,0 +1,199 @@
+//! Passes that give, beside the log-probability of each response, the divergence from a reference along it:
+//! Σₜ KL(π_ref(·|x, y<t) ‖ π(·|x, y<t)) over the response's tokens (the sequential KL divergence of arXiv 2404.11999).
+
+use super::{Decoder, Head, Keep, Scratch, fit};
+use crate::batch::PackedBatch;
+use crate::ops::divergence;
+
+impl Decoder {
+    /// The normalised final hidden rows that predict the scored tokens of the batch, `[scored tokens, hidden]`.
+    ///
+    /// Those of a reference, with its vocabulary head, are the [`Head`] that a policy of the same shape is compared with.
+    pub fn head_rows(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f32> {
+        self.run_blocks(weights, batch, None);
+        let mut all = Vec::with_capacity(batch.scored_rows.len() * self.hidden);
+        for rows in batch.scored_rows.chunks(self.divergence_chunk(batch)) {
+            self.gather_normed(weights, rows);
+            all.extend_from_slice(&self.scratch.head.normed[..rows.len() * self.hidden]);
+        }
+        all
+    }
+
+    /// As [`forward`](Self::forward); returns for each response its log-probability under the policy, and the divergence
+    /// from the reference along it in nats, which is exactly 0 where both are the same model.
+    ///
+    /// # Panics
+    /// If the reference's head or rows have not the shape that the policy's have on this batch.
+    pub fn forward_with_divergence(
+        &mut self,
+        weights: &[f32],
+        reference: Head<'_>,
+        batch: &PackedBatch,
+        keep: Keep,
+    ) -> (Vec<f64>, Vec<f64>) {
+        self.run_blocks(weights, batch, Some(keep));
+        let chunk = self.divergence_chunk(batch);
+        let (mut logps, mut divergences) = (Vec::new(), Vec::new());
+        for (rows, targets, reference) in chunks(chunk, self.hidden, reference, batch) {
+            self.gather_normed(weights, rows);
+            let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
+            let normed = &head.normed[..rows.len() * self.hidden];
+            let policy = Head { rows: normed, weights: &weights[self.layout.head.clone()] };
+            let (chunk_logps, chunk_divergences) =
+                divergence::forward(policy, reference, targets, [logits, reference_logits]);
+            logps.extend(chunk_logps);
+            divergences.extend(chunk_divergences);
+        }
+        (batch.sum_responses(&logps), batch.sum_responses(&divergences))
+    }
+
+    /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] + d_divergences\[i\]·divergence\[i\] with respect to
+    /// every weight of the policy.
+    ///
+    /// # Panics
+    /// If the last call was not [`forward_with_divergence`](Self::forward_with_divergence) with the same weights,
+    /// reference and batch.
+    pub fn backward_with_divergence(
+        &mut self,
+        weights: &[f32],
+        reference: Head<'_>,
+        batch: &PackedBatch,
+        [d_logps, d_divergences]: [&[f64]; 2],
+        gradient: &mut [f32],
+    ) {
+        let Some(keep) = self.kept.take() else { panic!("backward without a forward pass before it") };
+        let (d_logps, d_divergences) = (batch.spread_responses(d_logps), batch.spread_responses(d_divergences));
+        let chunk = self.divergence_chunk(batch);
+        fit(&mut self.scratch.dx, batch.rows() * self.hidden).fill(0.0);
+        let derivatives = d_logps.chunks(chunk).zip(d_divergences.chunks(chunk));
+        for ((rows, targets, reference), (d_logps, d_divergences)) in
+            chunks(chunk, self.hidden, reference, batch).zip(derivatives)
+        {
+            self.gather_normed(weights, rows);
+            let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
+            let len = rows.len() * self.hidden;
+            let policy = Head { rows: &head.normed[..len], weights: &weights[self.layout.head.clone()] };
+            let d_normed = fit(&mut head.d_normed, len);
+            let d_head = &mut gradient[self.layout.head.clone()];
+            let (derivatives, scratch) = ([d_logps, d_divergences], [logits, reference_logits]);
+            divergence::backward(policy, reference, targets, derivatives, d_normed, d_head, scratch);
+            self.norm_backward(weights, rows, gradient);
+        }
+        self.backward_blocks(weights, batch, keep, gradient);
+    }
+
+    /// How many scored rows to compare at once.
+    fn divergence_chunk(&self, batch: &PackedBatch) -> usize {
+        divergence::even_chunk(batch.targets.len(), self.layout.head.len() / self.hidden)
+    }
+}
+
+/// The scored rows of a batch, their targets, and the reference's rows, `chunk` at a time.
+fn chunks<'b>(
+    chunk: usize,
+    hidden: usize,
+    reference: Head<'b>,
+    batch: &'b PackedBatch,
+) -> impl Iterator<Item = (&'b [u32], &'b [u32], Head<'b>)> {
+    let expected = batch.scored_rows.len() * hidden;
+    assert_eq!(reference.rows.len(), expected, "the reference's rows are not those of this batch");
+    let references = reference.rows.chunks(chunk * hidden).map(move |rows| Head { rows, ..reference });
+    let scored = batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk));
+    scored.zip(references).map(|((rows, targets), reference)| (rows, targets, reference))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Model;
+    use crate::model::tests::tiny_config;
+    use crate::ops::finite_difference::check;
+
+    fn batch() -> PackedBatch {
+        let mut batch = PackedBatch::default();
+        batch.push(&[1, 5, 3], &[&[4, 2], &[9, 9, 10, 2]]);
+        batch.push(&[1, 7], &[&[8, 2]]);
+        batch
+    }
+
+    fn head<'a>(model: &'a Model, rows: &'a [f32]) -> Head<'a> {
+        Head { rows, weights: &model.weights[model.layout.head.clone()] }
+    }
+
+    #[test]
+    fn gradients_match_finite_differences() {
+        let (batch, d_logps, d_divergences) = (batch(), [0.7, -0.4, 1.1], [0.6, 1.3, -0.8]);
+        let derivatives: Vec<f32> = d_logps.iter().chain(&d_divergences).map(|&d| d as f32).collect();
+        for tie_word_embeddings in [false, true] {
+            let config = crate::ModelConfig { tie_word_embeddings, ..tiny_config() };
+            let (model, reference) = (Model::random(config.clone(), 0.4, 1), Model::random(config, 0.4, 2));
+            let mut decoder = Decoder::new(&model, 16);
+            let rows = decoder.head_rows(&reference.weights, &batch);
+            let reference = head(&reference, &rows);
+            let mut gradient = vec![0.0; model.layout.len];
+            for keep in [Keep::All, Keep::Inputs] {
+                let mut again = vec![0.0; model.layout.len];
+                decoder.forward_with_divergence(&model.weights, reference, &batch, keep);
+                let derivatives = [&d_logps[..], &d_divergences];
+                decoder.backward_with_divergence(&model.weights, reference, &batch, derivatives, &mut again);
+                assert!(keep == Keep::All || again == gradient);
+                gradient = again;
+            }
+            let decoder = std::cell::RefCell::new(decoder);
+            for spec in &model.layout.specs {
+                let range = spec.range.clone();
+                check(&model.weights[range.clone()], &gradient[range.clone()], &derivatives, |part| {
+                    let mut weights = model.weights.clone();
+                    weights[range.clone()].copy_from_slice(part);
+                    let mut decoder = decoder.borrow_mut();
+                    let (logps, divergences) =
+                        decoder.forward_with_divergence(&weights, reference, &batch, Keep::Inputs);
+                    logps.iter().chain(&divergences).map(|&value| value as f32).collect()
+                });
+            }
+        }
+    }
+
+    #[test]
+    fn without_weight_on_the_divergence_all_is_as_without_a_reference() {
+        let (batch, d_logps) = (batch(), [0.7, -0.4, 1.1]);
+        let (model, reference) = (Model::random(tiny_config(), 0.4, 1), Model::random(tiny_config(), 0.4, 2));
+        let mut decoder = Decoder::new(&model, 16);
+        let rows = decoder.head_rows(&reference.weights, &batch);
+        let mut plain = vec![0.0; model.layout.len];
+        let logps = decoder.forward(&model.weights, &batch, Keep::All);
+        decoder.backward(&model.weights, &batch, &d_logps, &mut plain);
+        let mut gradient = vec![0.0; model.layout.len];
+        let reference = head(&reference, &rows);
+        let (with, divergences) = decoder.forward_with_divergence(&model.weights, reference, &batch, Keep::All);
+        decoder.backward_with_divergence(&model.weights, reference, &batch, [&d_logps, &[0.0; 3]], &mut gradient);
+        assert_eq!(with, logps);
+        assert!(divergences.iter().all(|&d| d > 0.01), "{divergences:?}");
+        assert_eq!(gradient, plain);
+    }
+
+    #[test]
+    fn a_policy_does_not_diverge_from_itself_and_nothing_depends_on_the_packing() {
+        let (model, reference) = (Model::random(tiny_config(), 0.4, 1), Model::random(tiny_config(), 0.4, 2));
+        let mut decoder = Decoder::new(&model, 16);
+        let mut run = |batch: &PackedBatch, reference: &Model| {
+            let rows = decoder.head_rows(&reference.weights, batch);
+            decoder.forward_with_divergence(&model.weights, head(reference, &rows), batch, Keep::Inputs)
+        };
+        // more scored tokens than fit in a chunk
+        let mut large = PackedBatch::default();
+        let responses: Vec<Vec<u32>> = (0..200).map(|i| (0..7).map(|t| (i * t + i + t) % 11).collect()).collect();
+        let responses: Vec<&[u32]> = responses.iter().map(Vec::as_slice).collect();
+        responses.chunks(2).for_each(|pair| large.push(&[1, 4], pair));
+        assert!(divergence::even_chunk(large.targets.len(), 11) < large.targets.len());
+        assert_eq!(run(&large, &model).1, [0.0; 200]);
+        let (logps, divergences) = run(&large, &reference);
+        // parts of one chunk each; not of few rows, since very small matrix products sum in another order
+        for (i, part) in responses.chunks(20).enumerate() {
+            let mut small = PackedBatch::default();
+            part.chunks(2).for_each(|pair| small.push(&[1, 4], pair));
+            let range = 20 * i..20 * (i + 1);
+            assert_eq!(run(&small, &reference), (logps[range.clone()].to_vec(), divergences[range].to_vec()));
+        }
+    }
+}
