@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write losses and gradients of every objective, computed by TRL's own code, for random log-probs in float64.
 
-    pip download --no-deps trl==0.8.6 trl==1.13.0 -d WHEELS        # one at a time: two versions do not fit one call
+    pip download --no-deps trl==0.8.6 -d WHEELS && pip download --no-deps trl==1.13.0 -d WHEELS
     python scripts/make_objective_fixture.py WHEELS crates/align/tests/fixtures/objectives.json
 
 No loss that TRL has is typed again here. Its trainers are made without their constructors, given a model that returns
@@ -19,7 +19,7 @@ TRL casts to float32 in ORPO's loss and in BCO's running mean, which would hide 
 runs, Tensor.float returns the tensor as it is, and new tensors are float64. safe-dpo, modpo and tdpo are not in TRL.
 Their papers' formulas are written out below and differentiated by autograd; `source` says "formula" there.
 
-Pairs have log-probs between -0.004 and -4000 and margins between 0 and some hundreds. Every number has all its digits.
+Pairs have log-probs between -0.005 and -3200 and differences of log-ratios from 0 to some hundreds. Every number has all its digits.
 """
 
 import argparse

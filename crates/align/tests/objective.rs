@@ -34,19 +34,35 @@ fn dpo(beta: f64, label_smoothing: f64) -> Pairwise {
     Pairwise::Dpo { beta, label_smoothing }
 }
 
+/// Options with one parameter.
+fn with(parameter: &str, value: f64) -> Options {
+    let mut options = Options::default();
+    let field = match parameter {
+        "label_smoothing" => &mut options.label_smoothing,
+        "desirable_weight" => &mut options.desirable_weight,
+        "undesirable_weight" => &mut options.undesirable_weight,
+        "gamma" => &mut options.gamma,
+        "alpha" => &mut options.alpha,
+        "delta" => &mut options.delta,
+        "weight" => &mut options.weight,
+        _ => panic!("no parameter {parameter}"),
+    };
+    *field = Some(value);
+    options
+}
+
 /// An objective of this name whose parameters follow from `part`, in [0, 1).
 fn with_parameters(name: &str, beta: f64, part: f64) -> Objective {
-    let mut options = Options::default();
-    match name {
-        "dpo" | "robust-dpo" | "exo" => options.label_smoothing = Some(1e-6 + 0.49 * part),
-        "ipo" => options.sum_logps = Some(part < 0.5),
-        "kto" => (options.desirable_weight, options.undesirable_weight) = (Some(0.1 + part), Some(2.0 - part)),
-        "simpo" => options.gamma = Some(2.0 * part),
-        "cpo" | "tdpo" => options.alpha = Some(2.0 * part),
-        "safe-dpo" => options.delta = Some(10.0 * part),
-        "modpo" => options.weight = Some(0.1 + 2.0 * part),
-        _ => {}
-    }
+    let options = match name {
+        "dpo" | "robust-dpo" | "exo" => with("label_smoothing", 1e-6 + 0.49 * part),
+        "ipo" => Options { sum_logps: Some(part < 0.5), ..Options::default() },
+        "kto" => Options { undesirable_weight: Some(2.0 - part), ..with("desirable_weight", 0.1 + part) },
+        "simpo" => with("gamma", 2.0 * part),
+        "cpo" | "tdpo" => with("alpha", 2.0 * part),
+        "safe-dpo" => with("delta", 10.0 * part),
+        "modpo" => with("weight", 0.1 + 2.0 * part),
+        _ => Options::default(),
+    };
     options.build(name, beta).unwrap()
 }
 
@@ -134,12 +150,11 @@ fn the_tails_neither_overflow_nor_lose_precision() {
 
 /// The objective at β = 1 with those parameters at 0 that add something to −log σ(βh).
 fn with_zero(name: &str) -> Objective {
-    let mut options = Options::default();
-    match name {
-        "simpo" => options.gamma = Some(0.0),
-        "cpo" | "tdpo" => options.alpha = Some(0.0),
-        _ => {}
-    }
+    let options = match name {
+        "simpo" => with("gamma", 0.0),
+        "cpo" | "tdpo" => with("alpha", 0.0),
+        _ => Options::default(),
+    };
     options.build(name, 1.0).unwrap()
 }
 
@@ -415,137 +430,6 @@ proptest! {
     }
 }
 
-// --- Theorem 1
-
-/// Four responses to one prompt, and a policy that is the reference tilted by their value: what a covered step ends at.
-struct Problem {
-    responses: [Response; 4],
-    value: [f64; 4],
-    /// The probability that the data show each response.
-    data: [f64; 4],
-    beta: f64,
-}
-
-impl Problem {
-    /// `tilt` is what the reference is tilted by, times β.
-    fn new(beta: f64, value: [f64; 4], tilt: [f64; 4]) -> Self {
-        let reference = [0.1f64, 0.2, 0.3, 0.4];
-        let weights: [f64; 4] = std::array::from_fn(|y| reference[y] * (tilt[y] / beta).exp());
-        let total: f64 = weights.iter().sum();
-        let responses = std::array::from_fn(|y| Response {
-            policy: (weights[y] / total).ln(),
-            reference: reference[y].ln(),
-            len: y + 1,
-            kl: 0.3 * (y + 1) as f64,
-        });
-        Self { responses, value, data: [0.4, 0.3, 0.1, 0.2], beta }
-    }
-
-    /// How far the policy is from a stationary point of the population loss among all policies: the derivative with
-    /// respect to log π(y) must be proportional to π(y). `derivatives` adds those of the expected loss.
-    fn gradient(&self, derivatives: impl Fn(&mut [f64; 4])) -> f64 {
-        let mut slopes = [0.0; 4];
-        derivatives(&mut slopes);
-        let total: f64 = slopes.iter().sum();
-        let residuals = (0..4).map(|y| (slopes[y] - self.responses[y].policy.exp() * total).abs());
-        residuals.fold(0.0, f64::max)
-    }
-
-    /// Of pairs drawn independently from the data, whose first response wins with probability `wins`.
-    fn of_pairs(&self, objective: &Pairwise, margin: [f64; 4], wins: impl Fn(usize, usize) -> f64) -> f64 {
-        self.gradient(|slopes| {
-            for (c, r) in (0..4).flat_map(|c| (0..4).map(move |r| (c, r))).filter(|(c, r)| c != r) {
-                let pair = Pair {
-                    chosen: self.responses[c],
-                    rejected: self.responses[r],
-                    is_unsafe: [c == 1, r == 1],
-                    margin: margin[c] - margin[r],
-                };
-                let weight = self.data[c] * self.data[r] * wins(c, r);
-                let got = objective.evaluate(&pair);
-                slopes[c] += weight * got.chosen.logp;
-                slopes[r] += weight * got.rejected.logp;
-            }
-        })
-    }
-
-    /// Of responses drawn from the data and desirable with probability σ(value − threshold).
-    fn of_labels(&self, objective: &Unpaired, threshold: f64, shift: f64) -> f64 {
-        self.gradient(|slopes| {
-            for (y, response) in self.responses.iter().enumerate() {
-                let probability = sigmoid(self.value[y] - threshold);
-                for (desirable, weight) in [(true, probability), (false, 1.0 - probability)] {
-                    let got = objective.evaluate(&Labelled { response: *response, desirable }, shift);
-                    slopes[y] += self.data[y] * weight * got.derivative.logp;
-                }
-            }
-        })
-    }
-
-    fn mean(&self, of: impl Fn(usize) -> f64) -> f64 {
-        (0..4).map(|y| self.data[y] * of(y)).sum()
-    }
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1.0 / (1.0 + (-x).exp())
-}
-
-/// Among all policies, the tilt of the reference is a stationary point of the population loss for exactly the objectives
-/// that say so.
-#[test]
-fn the_tilt_is_stationary_where_theorem_1_covers() {
-    let (beta, value) = (0.5, [0.9, -0.4, 0.3, -1.2]);
-    let tilted = Problem::new(beta, value, value);
-    let wins = |c: usize, r: usize| sigmoid(value[c] - value[r]);
-    let sums = Options { sum_logps: Some(true), ..Options::default() }.build("ipo", beta).unwrap();
-    let smoothed = Options { label_smoothing: Some(0.1), ..Options::default() }.build("dpo", beta).unwrap();
-    let default = NAMES.iter().map(|name| build(name, beta));
-    for objective in default.chain([sums, smoothed]) {
-        let gradient = match objective {
-            // labels flipped as often as the loss takes them to be
-            Objective::Pairwise(robust @ Pairwise::RobustDpo { label_smoothing: e, .. }) => {
-                tilted.of_pairs(&robust, [0.0; 4], |c, r| (1.0 - e) * wins(c, r) + e * wins(r, c))
-            }
-            // the value is the probability to win against the data
-            Objective::Pairwise(ipo @ Pairwise::Ipo { .. }) => {
-                let against_data = std::array::from_fn(|y| tilted.mean(|other| wins(y, other)));
-                Problem::new(beta, value, against_data).of_pairs(&ipo, [0.0; 4], wins)
-            }
-            // the tilt is by the metrics aligned before, too
-            Objective::Pairwise(Pairwise::Modpo { .. }) => {
-                let (weight, before) = (0.7, [0.2, 1.0, -0.5, 0.4]);
-                let both = std::array::from_fn(|y| weight * value[y] + before[y]);
-                Problem::new(beta, value, both).of_pairs(&Pairwise::Modpo { beta, weight }, before, wins)
-            }
-            Objective::Pairwise(pairwise) => tilted.of_pairs(&pairwise, [0.0; 4], wins),
-            // the threshold is the mean value, and the shift the mean reward
-            Objective::Unpaired(unpaired) => {
-                let rewards = tilted.mean(|y| beta * tilted.responses[y].log_ratio());
-                tilted.of_labels(&unpaired, tilted.mean(|y| value[y]), rewards)
-            }
-        };
-        match objective.outside_theorem() {
-            None => assert!(gradient < 1e-15, "{objective:?}: {gradient}"),
-            Some(_) => assert!(gradient > 1e-3, "{objective:?}: {gradient}"),
-        }
-    }
-}
-
-/// The condition in the documentation of `bco`: with a threshold that is not the data's mean value, the running mean is
-/// no longer what normalises the tilt; the δ that does so is.
-#[test]
-fn bco_needs_the_shift_that_normalises_the_tilt() {
-    let value = [0.9, -0.4, 0.3, -1.2];
-    let problem = Problem::new(0.5, value, value);
-    let bco = Unpaired::Bco { beta: problem.beta };
-    let running = problem.mean(|y| problem.beta * problem.responses[y].log_ratio());
-    let threshold = problem.mean(|y| value[y]) + 1.0;
-    assert!(problem.of_labels(&bco, threshold, running) > 1e-3);
-    let normaliser: f64 = (0..4).map(|y| problem.responses[y].reference.exp() * (value[y] / problem.beta).exp()).sum();
-    assert!(problem.of_labels(&bco, threshold, threshold - problem.beta * normaliser.ln()) < 1e-15);
-}
-
 // --- names and parameters
 
 #[test]
@@ -598,34 +482,28 @@ fn parameters_out_of_range_are_input_errors() {
         }
     }
     refused(&none, "ppo", 0.1, &["no objective `ppo`", "`dpo`", "`sft`"]);
-    let all: [(&str, &[&str], &[f64], fn(f64) -> Options); 7] = [
-        ("label_smoothing", &["dpo", "robust-dpo", "exo"], &[-0.01, 0.5, 1.0], |v| Options {
-            label_smoothing: Some(v),
-            ..Options::default()
-        }),
-        ("desirable_weight", &["kto"], &[0.0, -1.0], |v| Options { desirable_weight: Some(v), ..Options::default() }),
-        ("undesirable_weight", &["kto"], &[0.0, -1.0], |v| Options {
-            undesirable_weight: Some(v),
-            ..Options::default()
-        }),
-        ("gamma", &["simpo"], &[-0.1], |v| Options { gamma: Some(v), ..Options::default() }),
-        ("alpha", &["cpo", "tdpo"], &[-0.1], |v| Options { alpha: Some(v), ..Options::default() }),
-        ("delta", &["safe-dpo"], &[-0.1], |v| Options { delta: Some(v), ..Options::default() }),
-        ("weight", &["modpo"], &[0.0, -1.0], |v| Options { weight: Some(v), ..Options::default() }),
+    let all: [(&str, &[&str], &[f64]); 7] = [
+        ("label_smoothing", &["dpo", "robust-dpo", "exo"], &[-0.01, 0.5, 1.0]),
+        ("desirable_weight", &["kto"], &[0.0, -1.0]),
+        ("undesirable_weight", &["kto"], &[0.0, -1.0]),
+        ("gamma", &["simpo"], &[-0.1]),
+        ("alpha", &["cpo", "tdpo"], &[-0.1]),
+        ("delta", &["safe-dpo"], &[-0.1]),
+        ("weight", &["modpo"], &[0.0, -1.0]),
     ];
-    for (parameter, owners, bad, with) in all {
+    for (parameter, owners, bad) in all {
         for name in NAMES {
             if !owners.contains(name) {
-                refused(&with(0.3), name, 0.1, &[parameter, name, "no such parameter", owners[0]]);
+                refused(&with(parameter, 0.3), name, 0.1, &[parameter, name, "no such parameter", owners[0]]);
                 continue;
             }
-            assert!(with(0.3).build(name, 0.1).is_ok(), "{parameter} of {name}");
+            assert!(with(parameter, 0.3).build(name, 0.1).is_ok(), "{parameter} of {name}");
             for value in bad.iter().chain(&[f64::NAN, f64::INFINITY]) {
-                refused(&with(*value), name, 0.1, &[parameter, name]);
+                refused(&with(parameter, *value), name, 0.1, &[parameter, name]);
             }
         }
     }
-    refused(&Options { label_smoothing: Some(0.0), ..none.clone() }, "exo", 0.1, &["smoothing", "`exo`", "0.001"]);
+    refused(&with("label_smoothing", 0.0), "exo", 0.1, &["smoothing", "`exo`", "0.001"]);
     for name in NAMES.iter().filter(|name| **name != "ipo") {
         refused(&Options { sum_logps: Some(true), ..none.clone() }, name, 0.1, &["sum_logps", name, "`ipo`"]);
     }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use align::objective::{Labelled, NAMES, Objective, Options, Pair, Pairwise, Response, RunningMean, Unpaired};
 use serde_json::Value;
 
-/// Losses of squares (`sppo`, `ipo` on sums) are as large as 1e6 here, and differ by rounding alone.
+/// Losses of squares (`sppo`, `ipo` on sums) are as large as 3e5 here, and differ by rounding alone.
 const ABSOLUTE: f64 = 1e-9;
 
 fn fixture() -> Value {

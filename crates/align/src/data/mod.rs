@@ -14,8 +14,9 @@ mod split;
 use std::path::PathBuf;
 
 use engine::chat::Message;
+use serde_json::{Map, Value};
 
-pub use read::{read_pairs, read_prompts};
+pub use read::{read_pairs, read_prompts, read_records};
 pub use render::{LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedPair, tokenize_pairs, tokenize_prompt};
 pub use schema::Format;
 pub use split::split;
@@ -42,6 +43,17 @@ pub struct PreferencePair {
     pub rejected: String,
     /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
     pub row: usize,
+}
+
+/// A row of a file, whatever its columns mean.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    /// The values by their column.
+    pub columns: Map<String, Value>,
+    /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
+    pub row: usize,
+    /// Row and file, for messages: "Line 3 of logps.jsonl".
+    pub place: String,
 }
 
 /// The preference pairs of a file, in its order.
