@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use align::data::{Format, TemplateTail};
+use align::objective;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
@@ -39,6 +40,7 @@ pub(crate) enum Command {
     Run(Run),
     Train(Train),
     Logps(Logps),
+    Loss(Loss),
     Generate(Generate),
     /// Look at models and convert them.
     #[command(subcommand)]
@@ -158,6 +160,76 @@ pub(crate) struct Logps {
     /// Whether what the template writes after the end of a response is scored.
     #[arg(long, default_value = "drop", value_parser = template_tail_parser())]
     pub(crate) template_tail: TemplateTail,
+}
+
+/// Print losses, gradients and metrics of an objective from given log-probabilities.
+///
+/// Each row of the file holds what the objective reads. Pairs: policy_chosen, policy_rejected, ref_chosen, ref_rejected;
+/// len_chosen, len_rejected (tokens) for ipo without sums, simpo, orpo and cpo; safe_chosen, safe_rejected for safe-dpo;
+/// margin for modpo; kl_chosen, kl_rejected for tdpo. Single responses (kto, bco, sft): policy, ref, desirable; policy_kl,
+/// ref_kl of a mismatched pair for kto. Log-probabilities are sums over the tokens of a response, in nats.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo loss --objective dpo --beta 0.1 pairs.jsonl\n  \
+    sacpo loss --objective kto --beta 0.1 --undesirable-weight 0.5 singles.jsonl.gz --json\n\n\
+    The loss is the mean over the rows, and gradients are those of the mean. docs/objectives.md lists the objectives.")]
+pub(crate) struct Loss {
+    /// Rows of log-probabilities, .jsonl, .jsonl.gz or .json.
+    pub(crate) file: PathBuf,
+    /// The loss.
+    #[arg(long, value_parser = PossibleValuesParser::new(objective::NAMES))]
+    pub(crate) objective: String,
+    /// Temperature β: in a later step of a chain β/λ [not needed by sft].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) beta: Option<f64>,
+    #[command(flatten)]
+    pub(crate) parameters: Parameters,
+}
+
+/// The parameters of objectives beside β; what is not given has the objective's default.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Parameters of the objective")]
+pub(crate) struct Parameters {
+    /// Share of labels taken to be wrong, below 0.5: dpo [0], robust-dpo [0.1], exo [0.001].
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub(crate) label_smoothing: Option<f64>,
+    /// Take sums of log-probabilities over tokens instead of means: ipo.
+    #[arg(long)]
+    pub(crate) sum_logps: bool,
+    /// Weight of desirable examples: kto [1].
+    #[arg(long, value_name = "WEIGHT", allow_negative_numbers = true)]
+    pub(crate) desirable_weight: Option<f64>,
+    /// Weight of undesirable examples: kto [1].
+    #[arg(long, value_name = "WEIGHT", allow_negative_numbers = true)]
+    pub(crate) undesirable_weight: Option<f64>,
+    /// Target margin: simpo [0.5].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) gamma: Option<f64>,
+    /// Weight of the likelihood: cpo [1]; of the divergence along a response: tdpo [0.5].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) alpha: Option<f64>,
+    /// Margin of a safe response over an unsafe one: safe-dpo [0].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) delta: Option<f64>,
+    /// Weight of the pairs' own metric: modpo [1].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) weight: Option<f64>,
+}
+
+impl Parameters {
+    /// Only what is given.
+    pub(crate) fn options(&self) -> objective::Options {
+        objective::Options {
+            label_smoothing: self.label_smoothing,
+            sum_logps: self.sum_logps.then_some(true),
+            desirable_weight: self.desirable_weight,
+            undesirable_weight: self.undesirable_weight,
+            gamma: self.gamma,
+            alpha: self.alpha,
+            delta: self.delta,
+            weight: self.weight,
+        }
+    }
 }
 
 /// Answer prompts.

@@ -16,9 +16,10 @@ mod split;
 use std::path::PathBuf;
 
 use engine::chat::Message;
+use serde_json::{Map, Value};
 
 pub use dataset::Dataset;
-pub use read::{read_examples, read_pairs, read_prompts};
+pub use read::{read_examples, read_pairs, read_prompts, read_records};
 pub use render::{
     LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedExample, TokenizedPair, tokenize_examples,
     tokenize_pairs, tokenize_prompt,
@@ -52,6 +53,17 @@ pub struct PreferencePair {
     pub margin: Option<f64>,
     /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
     pub row: usize,
+}
+
+/// A row of a file, whatever its columns mean.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Record {
+    /// The values by their column.
+    pub columns: Map<String, Value>,
+    /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
+    pub row: usize,
+    /// Row and file, for messages: "Line 3 of logps.jsonl".
+    pub place: String,
 }
 
 /// One response to a prompt, desirable or not. The response is not blank.

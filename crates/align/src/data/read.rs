@@ -9,7 +9,7 @@ use flate2::read::MultiGzDecoder;
 use serde_json::Value;
 
 use super::schema::{BadRow, Columns, Format, RowResult, Schema, prompt_of};
-use super::{DataFile, LabelledExample, PreferencePair, Prompt};
+use super::{DataFile, LabelledExample, PreferencePair, Prompt, Record};
 
 const GZIP_MAGIC: [u8; 2] = [0x1f, 0x8b];
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
@@ -127,6 +127,22 @@ pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
         return Err(nothing_usable(path, "prompt", 0, None));
     }
     Ok(prompts)
+}
+
+/// Reads the rows of JSON lines or of a JSON array, plain or gzip-compressed, with all their columns.
+///
+/// A row that is not a JSON object is an error that names it, and so is a file without rows.
+pub fn read_records(path: &Path) -> Result<Vec<Record>> {
+    let mut records = Vec::new();
+    visit_rows(path, |row| {
+        let columns = row.columns.map_err(|bad| {
+            Error::input(format!("{} Correct or remove the row.", bad.describe(path, row.unit, row.number)))
+        })?;
+        let place = format!("{} {} of {}", row.unit, row.number, path.display());
+        records.push(Record { columns, row: row.number, place });
+        Ok(())
+    })?;
+    if records.is_empty() { Err(nothing_usable(path, "row", 0, None)) } else { Ok(records) }
 }
 
 fn nothing_usable(path: &Path, what: &str, skipped: usize, first_skipped: Option<String>) -> Error {

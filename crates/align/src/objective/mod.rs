@@ -13,7 +13,7 @@ mod unpaired;
 
 pub use options::{NAMES, Options};
 pub use pairwise::{Pair, PairLoss, Pairwise};
-pub use unpaired::{Labelled, LabelledLoss, Unpaired, WeightRule};
+pub use unpaired::{Labelled, LabelledLoss, RunningMean, Unpaired, WeightRule};
 
 /// The log-probabilities of one response: sums over its tokens, in nats, EOS included.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -73,6 +73,19 @@ impl Objective {
             self,
             Self::Pairwise(Pairwise::SimPo { .. } | Pairwise::Orpo { .. } | Pairwise::Cpo { .. })
                 | Self::Unpaired(Unpaired::Sft)
+        )
+    }
+
+    /// Whether the loss depends on the number of tokens of a response.
+    pub fn uses_lengths(&self) -> bool {
+        matches!(
+            self,
+            Self::Pairwise(
+                Pairwise::Ipo { sum: false, .. }
+                    | Pairwise::SimPo { .. }
+                    | Pairwise::Orpo { .. }
+                    | Pairwise::Cpo { .. }
+            )
         )
     }
 

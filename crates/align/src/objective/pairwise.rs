@@ -30,21 +30,11 @@ pub struct PairLoss {
     pub reward_rejected: f64,
 }
 
-impl PairLoss {
-    /// The loss of a pair that does not count.
-    const NONE: Self = Self {
-        loss: 0.0,
-        chosen: Derivative { logp: 0.0, kl: 0.0 },
-        rejected: Derivative { logp: 0.0, kl: 0.0 },
-        reward_chosen: 0.0,
-        reward_rejected: 0.0,
-    };
-}
-
 /// A loss of pairs with its parameters. β > 0 is the temperature of the Kullback–Leibler penalty unless said otherwise.
 ///
 /// "Covered" means that Theorem 1 of SACPO (arXiv 2404.11049) holds for a chain of such steps: when labels follow
-/// Bradley–Terry with value v, the population optimum of a step is the Gibbs tilt π_ref(y|x)·exp(v(x,y)/β).
+/// Bradley–Terry with value v (the chosen response wins with probability p = σ(v_chosen − v_rejected)), the population
+/// optimum of a step is the Gibbs tilt π_ref(y|x)·exp(v(x,y)/β), up to normalisation, whatever pairs are compared.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Pairwise {
@@ -53,19 +43,20 @@ pub enum Pairwise {
     ///
     /// −(1−ε) log σ(βh) − ε log σ(−βh)
     ///
-    /// Covered at ε = 0. With ε > 0 the optimum is a tilt by a compressed value, since βh tends to the logit of
-    /// (1−ε)p + ε(1−p), p the probability that the chosen response wins.
+    /// Covered at ε = 0. With ε > 0 every pair pulls βh to the logit of (1−ε)p + ε(1−p) instead of that of p: the
+    /// margins are compressed, and no longer the differences of a value.
     Dpo {
         /// β.
         beta: f64,
         /// The share ε of labels taken to be flipped, 0 ≤ ε < 0.5.
         label_smoothing: f64,
     },
-    /// Provably robust DPO (equation 12 of arXiv 2403.00409), unbiased when a share ε of labels is flipped:
+    /// Provably robust DPO (arXiv 2403.00409), unbiased when a share ε of labels is flipped:
     ///
     /// \[−(1−ε) log σ(βh) + ε log σ(−βh)\] / (1−2ε)
     ///
-    /// Covered: its expectation over labels flipped with probability ε is the loss of DPO on clean labels.
+    /// Covered when labels are flipped with probability ε: its expectation is then the loss of DPO on clean labels. On
+    /// labels that are cleaner than that it stretches the margins.
     RobustDpo {
         /// β.
         beta: f64,
@@ -78,28 +69,31 @@ pub enum Pairwise {
     ///
     /// h̄ is the difference of ρ/|y|, as the authors of IPO and TRL have it, or h itself with `sum`.
     ///
-    /// Covered with `sum`, for tilts by win probability instead of a Bradley–Terry value (equation 10 with Ψ the
-    /// identity); averages over tokens change the tilt by the lengths.
+    /// Covered with `sum` for the win probability as value: if both responses of a pair are drawn independently from one
+    /// policy μ, the optimum is the tilt by P(y beats μ)/β (section 5 of the paper). Averages over tokens bend that tilt
+    /// by the lengths.
     Ipo {
         /// β.
         beta: f64,
         /// Whether to take h as it is, instead of averages over tokens.
         sum: bool,
     },
-    /// The hinge loss of sequence likelihood calibration (equation 2 of arXiv 2305.10425) on βh:
+    /// The hinge loss of sequence likelihood calibration (arXiv 2305.10425) on log-ratios, as in arXiv 2309.06657
+    /// ("hinge-norm"):
     ///
     /// max(0, 1 − βh)
     ///
-    /// Not covered: its population optimum only decides which response wins.
+    /// Not covered: a pair pulls βh to 1 or −1, by which response wins more often, however often it does.
     Hinge {
         /// β.
         beta: f64,
     },
-    /// Noise contrastive alignment on pairs (arXiv 2402.05369, equation 12 with two responses and hard labels):
+    /// Noise contrastive alignment of two responses with hard labels (arXiv 2402.05369; `nca_pair` in TRL):
     ///
     /// −log σ(βρ_c) − ½ log σ(−βρ_c) − ½ log σ(−βρ_r)
     ///
-    /// Not covered: with the labels 1 and 0 the optimum is a tilt by win probabilities that is not Gibbs.
+    /// Not covered: every response is pulled to βρ = log 2w, w its probability to win against the responses that it is
+    /// paired with. That is the logarithm of a probability instead of v, and it does not leave the normalisation free.
     Nca {
         /// β.
         beta: f64,
@@ -109,7 +103,7 @@ pub enum Pairwise {
     ///
     /// σ(βh)·\[log σ(βh) − log(1−ε)\] + σ(−βh)·\[log σ(−βh) − log ε\]
     ///
-    /// Not covered: the reverse divergence of one label at a time seeks modes.
+    /// Not covered: a pair pulls βh to (2p − 1)·log((1−ε)/ε), which ε scales and which is not v's difference.
     Exo {
         /// β.
         beta: f64,
@@ -120,7 +114,8 @@ pub enum Pairwise {
     ///
     /// (ρ_c − 1/(2β))² + (ρ_r + 1/(2β))²
     ///
-    /// Not covered: it tilts by win probability against the data's own policy, and not up to a constant per prompt.
+    /// Not covered: every response is pulled to ρ = (w − ½)/β, w its probability to win against the responses that it is
+    /// paired with. That is ρ itself, not ρ up to a constant of the prompt, and normalisation bends it.
     Sppo {
         /// β, the inverse of the paper's step size η.
         beta: f64,
@@ -129,7 +124,7 @@ pub enum Pairwise {
     ///
     /// \[1 − σ(βρ_c)\] + σ(βρ_r)
     ///
-    /// Not covered: bounded losses have an optimum at infinity, not a tilt.
+    /// Not covered: the loss is bounded, so its optimum sends log-ratios to infinity by which response wins more often.
     ApoZero {
         /// β.
         beta: f64,
@@ -138,7 +133,7 @@ pub enum Pairwise {
     ///
     /// σ(βρ_c) + \[1 − σ(βh)\]
     ///
-    /// Not covered: bounded losses have an optimum at infinity, not a tilt.
+    /// Not covered: the loss is bounded, so its optimum sends log-ratios to infinity by which response wins more often.
     ApoDown {
         /// β.
         beta: f64,
@@ -147,7 +142,7 @@ pub enum Pairwise {
     ///
     /// −log σ(β·log π_θ(y_c|x)/|y_c| − β·log π_θ(y_r|x)/|y_r| − γ)
     ///
-    /// Not covered: there is no reference to tilt.
+    /// Not covered: there is no reference to tilt. The rewards are β·log π_θ(y|x)/|y|.
     SimPo {
         /// β > 0, the scale of the length-normalised reward.
         beta: f64,
@@ -158,16 +153,20 @@ pub enum Pairwise {
     ///
     /// −log π̄_c − β·log σ(log odds_c − log odds_r),   log odds = log π̄ − log(1 − π̄),   log π̄ = log π_θ(y|x)/|y|
     ///
-    /// Not covered: there is no reference to tilt.
+    /// Log-probabilities must be below 0, or the odds are infinite. TRL's likelihood term is over prompt and response;
+    /// here, as in the paper, over the response. Not covered: there is no reference to tilt. The rewards are β·log π̄.
     Orpo {
         /// The weight of the odds ratio (λ in the paper, β in TRL), > 0.
         beta: f64,
     },
-    /// Contrastive preference optimisation (equations 4 and 5 of arXiv 2401.08417), without reference:
+    /// Contrastive preference optimisation (equation 3 of arXiv 2401.08417, with the likelihood of the chosen response),
+    /// without reference:
     ///
     /// −log σ(β·\[log π_θ(y_c|x) − log π_θ(y_r|x)\]) − α·log π_θ(y_c|x)/|y_c|
     ///
-    /// Not covered: there is no reference to tilt.
+    /// The likelihood is averaged over the tokens of the response; the paper has its sum, and TRL the average over all
+    /// tokens of a batch, which is the same for a batch of one pair. Not covered: there is no reference to tilt. The
+    /// rewards are β·log π_θ(y|x).
     Cpo {
         /// β > 0.
         beta: f64,
@@ -175,19 +174,21 @@ pub enum Pairwise {
         alpha: f64,
     },
     /// Direct preference optimisation under a hard safety constraint (SafeDPO, arXiv 2505.20065): an unsafe chosen
-    /// response changes places with a safe rejected one, pairs of two unsafe responses do not count, and
+    /// response changes places with a safe rejected one, pairs of two unsafe responses have loss 0, and
     ///
     /// −log σ(βh − (u_r − u_c)·Δ),   u = 1 for an unsafe response, else 0
     ///
-    /// Not covered: its optimum forbids unsafe responses, whatever λ.
+    /// Derivatives belong to the responses as the pair has them; the rewards are in the new order, so that a positive
+    /// margin is what the loss asks for. Not covered: safe responses always win against unsafe ones, so the optimum
+    /// forbids these.
     SafeDpo {
         /// β.
         beta: f64,
         /// The additional margin Δ ≥ 0 of a safe response over an unsafe one.
         delta: f64,
     },
-    /// Multi-objective DPO (equation 10 of arXiv 2310.03708): with w the weight of the pairs' own metric and the margins
-    /// of the metrics aligned before,
+    /// Multi-objective DPO (arXiv 2310.03708): with w the weight of the pairs' own metric and the margins of the metrics
+    /// aligned before,
     ///
     /// −log σ((1/w)·\[βh − Σ_j w_j (m_j(y_c) − m_j(y_r))\])
     ///
@@ -199,11 +200,11 @@ pub enum Pairwise {
         /// The weight w > 0 of the pairs' own metric.
         weight: f64,
     },
-    /// Token-level DPO (TDPO₂, equation 17 of arXiv 2404.11999), with D = Σₜ KL(π_ref ‖ π_θ) along each response:
+    /// Token-level DPO (TDPO₂ of arXiv 2404.11999), with D = Σₜ KL(π_ref ‖ π_θ) along each response:
     ///
     /// −log σ(βh − αβ·\[D_r − sg(D_c)\]),   sg: the derivative stops
     ///
-    /// Not covered: the sequential divergence shifts the tilt of every response.
+    /// Not covered: the divergence along a response shifts the margin at the tilt away from v's.
     Tdpo {
         /// β.
         beta: f64,
@@ -238,21 +239,23 @@ impl Pairwise {
     pub(super) fn outside_theorem(&self) -> Option<&'static str> {
         match self {
             Self::Dpo { label_smoothing: 0.0, .. } | Self::RobustDpo { .. } | Self::Modpo { .. } => None,
-            Self::Dpo { .. } => Some("Label smoothing compresses the value by which the reference is tilted."),
+            Self::Dpo { .. } => Some("Label smoothing compresses the margins, by more the clearer a preference is."),
             Self::Ipo { sum: true, .. } => None,
             Self::Ipo { .. } => {
                 Some("Averages over tokens bend the tilt by the lengths of the responses; sums would not.")
             }
             Self::Hinge { .. } => Some("The hinge only decides which response wins, not by how much."),
-            Self::Nca { .. } | Self::Sppo { .. } => {
-                Some("It tilts by win probabilities against the data's own responses, not by the metric's value.")
+            Self::Nca { .. } | Self::Sppo { .. } => Some(
+                "It sets each log-ratio by a win probability against the data's own responses, not by the metric's value.",
+            ),
+            Self::Exo { .. } => {
+                Some("Its margins are win probabilities scaled by the label smoothing, not the metric's.")
             }
-            Self::Exo { .. } => Some("The reverse divergence from single labels seeks modes instead of a tilt."),
             Self::ApoZero { .. } | Self::ApoDown { .. } => {
                 Some("A bounded loss drives probabilities to 0 or 1 instead of to a tilt.")
             }
             Self::SimPo { .. } | Self::Orpo { .. } | Self::Cpo { .. } => {
-                Some("It has no reference, so it forgets what the steps before it have learned.")
+                Some("It has no reference, so its optimum does not depend on the steps before it.")
             }
             Self::SafeDpo { .. } => Some("It forbids unsafe responses altogether, so there is no λ to speak of."),
             Self::Tdpo { .. } => Some("The divergence along each response shifts the tilt."),
@@ -261,9 +264,23 @@ impl Pairwise {
 
     /// The loss of one pair, its derivatives, and the implicit rewards.
     ///
-    /// A finite margin gives finite results, however large. A NaN or infinite log-probability is not smoothed over: it
-    /// makes the loss NaN or infinite.
+    /// Finite inputs give finite results, however large the margin, as long as its square does not overflow. A NaN or
+    /// infinite input that the objective reads is not smoothed over: it makes the loss NaN or infinite.
     pub fn evaluate(&self, pair: &Pair) -> PairLoss {
+        let (c, r) = (&pair.chosen, &pair.rejected);
+        let mut result = self.finite(pair);
+        // the limit at an infinite margin may be finite, such as 0
+        let read = match self {
+            Self::Modpo { .. } => pair.margin,
+            Self::Tdpo { .. } => c.kl - r.kl,
+            _ => 0.0,
+        };
+        result.loss += 0.0 * (result.reward_chosen + result.reward_rejected + read);
+        result
+    }
+
+    /// The loss of a pair of finite numbers; infinite ones may give a finite limit.
+    fn finite(&self, pair: &Pair) -> PairLoss {
         let (c, r) = (&pair.chosen, &pair.rejected);
         match *self {
             Self::Dpo { beta, label_smoothing: e } => of_margin(pair, beta, |m| {
@@ -281,9 +298,7 @@ impl Pairwise {
                 let error = c.log_ratio() * scale_c - r.log_ratio() * scale_r - 0.5 / beta;
                 of_log_ratios(pair, beta, error * error, [2.0 * error * scale_c, -2.0 * error * scale_r])
             }
-            Self::Hinge { beta } => {
-                of_margin(pair, beta, |m| ((1.0 - m).max(0.0) + 0.0 * m, if m < 1.0 { -1.0 } else { 0.0 }))
-            }
+            Self::Hinge { beta } => of_margin(pair, beta, |m| ((1.0 - m).max(0.0), if m < 1.0 { -1.0 } else { 0.0 })),
             Self::Nca { beta } => {
                 let (x, y) = (beta * c.log_ratio(), beta * r.log_ratio());
                 let loss = -log_sigmoid(x) - 0.5 * log_sigmoid(-x) - 0.5 * log_sigmoid(-y);
@@ -347,10 +362,10 @@ impl Pairwise {
                 }
             }
             Self::SafeDpo { beta, delta } => match pair.is_unsafe {
-                [true, true] => PairLoss::NONE,
+                [true, true] => of_log_ratios(pair, beta, 0.0, [0.0; 2]),
                 [true, false] => {
                     let ordered = Pair { chosen: *r, rejected: *c, is_unsafe: [false, true], ..*pair };
-                    let loss = self.evaluate(&ordered);
+                    let loss = self.finite(&ordered);
                     PairLoss { chosen: loss.rejected, rejected: loss.chosen, ..loss }
                 }
                 [false, rejected_unsafe] => {

@@ -29,13 +29,13 @@ pub struct LabelledLoss {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub enum Unpaired {
-    /// Kahneman–Tversky optimisation (equation 8 of arXiv 2402.01306):
+    /// Kahneman–Tversky optimisation (equation 7 of arXiv 2402.01306, version 1):
     ///
     /// w_D·\[1 − σ(β(ρ − z₀))\] for desirable, w_U·\[1 − σ(β(z₀ − ρ))\] for undesirable responses
     ///
     /// The shift is z₀ = max(0, mean ρ of mismatched prompts and responses over the batch), an estimate of
-    /// KL(π_θ ‖ π_ref). Theorem 1 of SACPO does not cover it: the loss is bounded, so its population optimum puts every
-    /// response to one side, whatever its value (bang-bang), instead of tilting by it.
+    /// KL(π_θ ‖ π_ref). Theorem 1 of SACPO does not cover it: the loss is bounded, so its population optimum sends every
+    /// log-ratio to one infinity or the other (bang-bang) instead of tilting by the value.
     Kto {
         /// β.
         beta: f64,
@@ -44,12 +44,15 @@ pub enum Unpaired {
         /// The weight w_U > 0 of undesirable examples.
         undesirable_weight: f64,
     },
-    /// Binary classifier optimisation (equation 7 of arXiv 2404.04656):
+    /// Binary classifier optimisation (arXiv 2404.04656), without its matching of prompt distributions:
     ///
     /// −log σ(βρ − δ) for desirable, −log σ(δ − βρ) for undesirable responses
     ///
-    /// The shift δ is the running mean of βρ over batches. Covered by Theorem 1 of SACPO when responses are labelled
-    /// desirable with probability σ(v − c): the optimum of βρ − δ is the logit v − c, a tilt by v/β.
+    /// The shift δ is the running mean of βρ over all examples of the batches so far, the present one included, as in
+    /// TRL; the paper averages the means of both classes. Covered by Theorem 1 of SACPO when responses are labelled
+    /// desirable with probability σ(v − c): the optimum of βρ − δ is the logit v − c, a tilt by v/β. Exactly so where
+    /// δ = c − β·log E_{π_ref}\[exp(v/β)\] for every prompt, which normalises the tilt. For the running mean that is: c
+    /// is the mean of v in the data, and the normalising constant the same for all prompts; otherwise nearly.
     Bco {
         /// β.
         beta: f64,
@@ -100,19 +103,22 @@ impl Unpaired {
 
     /// The loss of one example under the batch's shift (z₀ of `kto` in nats, δ of `bco`).
     ///
-    /// Finite log-probabilities give finite results, however large; NaN and infinity are not smoothed over.
+    /// Finite log-probabilities give finite results, however large. A NaN or infinite number that counts is not smoothed
+    /// over: it makes the loss NaN or infinite.
     pub fn evaluate(&self, example: &Labelled, shift: f64) -> LabelledLoss {
         let rho = example.response.log_ratio();
         let sign = if example.desirable { 1.0 } else { -1.0 };
+        // 0·gain: the limit at an infinite gain may be finite, such as 0
         let (loss, logp, reward) = match *self {
             Self::Kto { beta, desirable_weight, undesirable_weight } => {
                 let weight = if example.desirable { desirable_weight } else { undesirable_weight };
                 let gain = sign * beta * (rho - shift);
-                (weight * sigmoid(-gain), -weight * sign * beta * sigmoid(gain) * sigmoid(-gain), beta * rho)
+                let slope = -weight * sign * beta * sigmoid(gain) * sigmoid(-gain);
+                (weight * sigmoid(-gain) + 0.0 * gain, slope, beta * rho)
             }
             Self::Bco { beta } => {
                 let gain = sign * (beta * rho - shift);
-                (-log_sigmoid(gain), -sign * beta * sigmoid(-gain), beta * rho)
+                (-log_sigmoid(gain) + 0.0 * gain, -sign * beta * sigmoid(-gain), beta * rho)
             }
             Self::Sft if example.desirable => (-example.response.policy, -1.0, 0.0),
             Self::Sft => (0.0, 0.0, 0.0),
@@ -121,8 +127,29 @@ impl Unpaired {
     }
 }
 
-/// The rule of the KTO paper for its two weights (equation 9 of arXiv 2402.01306, version 2):
-/// w_D·n_D / (w_U·n_U) should lie in [1, 4/3].
+/// The mean of all numbers so far: δ of `bco` over the implicit rewards βρ of one batch after another, as TRL has it.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct RunningMean {
+    /// The mean; 0 before the first batch.
+    pub mean: f64,
+    /// How many numbers it is the mean of.
+    pub count: u64,
+}
+
+impl RunningMean {
+    /// Takes in a batch and returns the new mean, the δ under which that batch is evaluated.
+    pub fn update(&mut self, batch: &[f64]) -> f64 {
+        if !batch.is_empty() {
+            let n = batch.len() as f64;
+            self.count += batch.len() as u64;
+            self.mean += (batch.iter().sum::<f64>() / n - self.mean) * (n / self.count as f64);
+        }
+        self.mean
+    }
+}
+
+/// The rule of the KTO paper for its two weights (equation 8 of arXiv 2402.01306, version 1), which TRL applies to the
+/// whole training set too: w_D·n_D / (w_U·n_U) should lie in [1, 4/3].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WeightRule {
     /// w_D·n_D / (w_U·n_U); infinite or 0 where one class is missing.

@@ -2,6 +2,7 @@
 
 mod generate;
 mod logps;
+mod loss;
 mod model;
 mod quickstart;
 mod run;
@@ -21,6 +22,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Run(options) => run::run(&options, global),
         Command::Train(options) => run::train(&options, global),
         Command::Logps(options) => logps::run(&options, global),
+        Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => generate::run(&options, global),
         Command::Model(command) => model::run(&command, global),
     }
