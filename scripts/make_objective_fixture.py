@@ -19,7 +19,8 @@ TRL casts to float32 in ORPO's loss and in BCO's running mean, which would hide 
 runs, Tensor.float returns the tensor as it is, and new tensors are float64. safe-dpo, modpo and tdpo are not in TRL.
 Their papers' formulas are written out below and differentiated by autograd; `source` says "formula" there.
 
-Pairs have log-probs between -0.005 and -3200 and differences of log-ratios from 0 to some hundreds. Every number has all its digits.
+Pairs have log-probs between -0.005 and -3200 and differences of log-ratios from 0 to some hundreds. Every number has
+all its digits.
 """
 
 import argparse
@@ -113,7 +114,8 @@ def random_batches() -> list[dict]:
         policy, policy_kl = -normal(count, scale).abs(), -normal(count, 2 * scale).abs()
         batches.append({"desirable": [bool(label) for label in labels],
                         "policy": policy, "ref": -(policy + normal(count, distance) + 0.3 * distance).abs(),
-                        "policy_kl": policy_kl, "ref_kl": -(policy_kl + normal(count, distance) - 0.2 * distance).abs()})
+                        "policy_kl": policy_kl,
+                        "ref_kl": -(policy_kl + normal(count, distance) - 0.2 * distance).abs()})
     return batches
 
 
@@ -186,7 +188,8 @@ def of_logits_trainer(trainer: type, **attributes):
             ids = torch.full((1, PROMPT + len(row)), WORD)
             labels = ids.clone()
             labels[:, :PROMPT] = -100
-            batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": torch.ones_like(ids), f"{side}_labels": labels}
+            tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            batch |= {f"{side}_{name}": tensor for name, tensor in tensors.items()}
         model = lambda *_, **__: SimpleNamespace(logits=two_word_logits(log_probs))
         return made.get_batch_loss_metrics(model, batch)[0], tokens
 
@@ -194,14 +197,14 @@ def of_logits_trainer(trainer: type, **attributes):
 
 
 def kto(batch: dict, examples: list[int], beta: float, desirable_weight: float, undesirable_weight: float):
-    """TRL's mean loss of some examples of a batch, under the mismatched pairs of all of it; and the log-probs' tensor."""
+    """TRL's mean loss of some examples of a batch, under the mismatched pairs of all of it, with their log-probs and z0."""
     trainer = bare(trl.KTOTrainer, loss_type="kto", calculate_KL=True, precompute_ref_logps=True, beta=beta,
                    desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     policy = batch["policy"][examples].clone().requires_grad_()
     matched, mismatched = torch.ones(len(examples), 2).long(), torch.full((len(batch["policy"]), 2), 2)
     mask = torch.tensor([0, 1])
-    inputs = {"input_ids": matched, "attention_mask": torch.ones_like(matched), "completion_mask": mask.expand_as(matched),
-              "KL_input_ids": mismatched, "KL_attention_mask": torch.ones_like(mismatched),
+    inputs = {"input_ids": matched, "attention_mask": torch.ones_like(matched),
+              "completion_mask": mask.expand_as(matched), "KL_input_ids": mismatched, "KL_attention_mask": torch.ones_like(mismatched),
               "KL_completion_mask": mask.expand_as(mismatched), "label": torch.tensor(batch["desirable"])[examples],
               "ref_logps": batch["ref"][examples], "ref_KL_logps": batch["ref_kl"]}
 
@@ -272,7 +275,8 @@ def tdpo(pair: dict, beta: float, alpha: float = 0.5):
 # --- the fixture
 
 
-def pair_case(objective: str, source: str, evaluate, pairs: list[dict], beta: float, options: dict, renamed=None) -> dict:
+def pair_case(objective: str, source: str, evaluate, pairs: list[dict], beta: float, options: dict,
+              renamed: dict | None = None) -> dict:
     """One objective on all pairs. `renamed` are the options under TRL's names, where these differ."""
     case = {"objective": objective, "source": source, "beta": beta, "options": options,
             "losses": [], "grad_chosen": [], "grad_rejected": []}
@@ -303,8 +307,8 @@ def pair_cases(pairs: list[dict], wheels: Path) -> list[dict]:
     old_dpo_loss = definition(wheels, OLD_RELEASE, "trainer/dpo_trainer.py", "DPOTrainer", "dpo_loss")
     current, old = f"TRL {trl.__version__}", f"TRL {OLD_RELEASE}"
     cases = []
-    for objective, loss_type in {"dpo": "sigmoid", "hinge": "hinge", "nca": "nca_pair", "sppo": "sppo_hard", "ipo": "ipo",
-                                 "apo-zero": "apo_zero", "apo-down": "apo_down"}.items():
+    for objective, loss_type in {"dpo": "sigmoid", "hinge": "hinge", "nca": "nca_pair", "sppo": "sppo_hard",
+                                 "ipo": "ipo", "apo-zero": "apo_zero", "apo-down": "apo_down"}.items():
         for beta in (0.01, 0.1, 2.0):
             cases.append(pair_case(objective, current, of_dpo_trainer(loss_type), pairs, beta, {}))
     for objective, loss_type in {"robust-dpo": "robust", "exo": "exo_pair"}.items():
@@ -332,7 +336,8 @@ def kto_cases(batches: list[dict], wheels: Path) -> list[dict]:
     cases = []
     for beta, *weights in ((0.001, 1.0, 1.0), (0.1, 1.0, 1.0), (0.1, 4 / 3, 0.5), (10.0, 1.0, 2.5)):
         options = dict(zip(("desirable_weight", "undesirable_weight"), weights))
-        current = {"objective": "kto", "source": f"TRL {trl.__version__}", "beta": beta, "options": options, "batches": []}
+        current = {"objective": "kto", "source": f"TRL {trl.__version__}", "beta": beta, "options": options,
+                   "batches": []}
         old = current | {"source": f"TRL {OLD_RELEASE}", "batches": []}
         for batch in batches:
             count = len(batch["policy"])
