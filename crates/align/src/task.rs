@@ -2,10 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-
 use crate::data::{TokenizedExample, TokenizedPair};
-use crate::objective::{Derivative, Labelled, Pair, Pairwise, Response, Unpaired};
+use crate::objective::{Derivative, Labelled, Pair, Pairwise, Response, RunningMean, Unpaired};
 use crate::sequences::Sequences;
 use crate::trainer::batches::derangement;
 
@@ -38,22 +36,6 @@ pub enum ShiftFrom<'a> {
     OwnResponses,
     /// What the policy says of these, one response each.
     Others(Vec<Sequences<'a>>),
-}
-
-/// The mean of all numbers seen so far.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct RunningMean {
-    /// How many.
-    pub count: u64,
-    /// Their mean; 0 before the first.
-    pub mean: f64,
-}
-
-impl RunningMean {
-    fn update(&mut self, value: f64) {
-        self.count += 1;
-        self.mean += (value - self.mean) / self.count as f64;
-    }
 }
 
 /// A set of examples with a loss. The trainer minimises Σ loss / Σ weight over a batch.
@@ -252,8 +234,7 @@ impl Task for LabelledResponses<'_> {
                     .iter()
                     .zip(scored)
                     .map(|(&example, scored)| self.objective.evaluate(&self.labelled(example, scored), 0.0).reward);
-                running.update(rewards.sum::<f64>() / batch.len() as f64);
-                running.mean
+                running.update(&rewards.collect::<Vec<_>>())
             }
             _ => 0.0,
         }

@@ -112,7 +112,7 @@ pub(crate) struct Train {
     /// Folder in Hugging Face's layout, or .gguf file: where training starts, and the reference.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PathBuf,
-    /// Preference pairs, .jsonl, .jsonl.gz or .json.
+    /// Preference pairs or labelled responses, .jsonl, .jsonl.gz or .json.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     /// What the preferences are about, such as helpfulness or harmlessness.
@@ -124,6 +124,8 @@ pub(crate) struct Train {
     /// Temperature: β in the first step of a chain, β/λ in a later one.
     #[arg(long, value_parser = temperature, allow_negative_numbers = true)]
     pub(crate) beta: f64,
+    #[command(flatten)]
+    pub(crate) parameters: Parameters,
     /// Folder for everything that is made.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) out: PathBuf,

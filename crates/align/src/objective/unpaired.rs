@@ -1,5 +1,7 @@
 //! Objectives of single responses that are desirable or not.
 
+use serde::{Deserialize, Serialize};
+
 use super::{Derivative, Response, log_sigmoid, sigmoid};
 
 /// A response with its label.
@@ -128,7 +130,7 @@ impl Unpaired {
 }
 
 /// The mean of all numbers so far: δ of `bco` over the implicit rewards βρ of one batch after another, as TRL has it.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct RunningMean {
     /// The mean; 0 before the first batch.
     pub mean: f64,

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use engine::{Decoder, Keep, Model};
 
 use super::TrainOptions;
+use crate::objective::RunningMean;
 use crate::sequences::{Sequences, micro_batches, pack};
-use crate::task::{RunningMean, Scored, ShiftFrom, Task};
+use crate::task::{Scored, ShiftFrom, Task};
 
 /// Mean loss and metrics of some examples.
 #[derive(Debug, Clone, Default, PartialEq)]

@@ -4,7 +4,7 @@ use engine::optim::{Ema, StateTensor, StateValues};
 use serde::{Deserialize, Serialize};
 
 use super::TrainOptions;
-use crate::task::RunningMean;
+use crate::objective::RunningMean;
 
 /// The moving average, the best weights, and what was counted on the way.
 #[derive(Debug, Clone)]

@@ -35,15 +35,19 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
         let text = path.to_str().map(str::to_owned);
         text.ok_or_else(|| Error::input(format!("The path {} is not UTF-8. Rename it.", path.display())))
     };
+    let mut step = json!({
+        "metric": options.metric,
+        "objective": options.objective,
+        "beta": options.beta,
+        "data": text(&options.data)?,
+    });
+    if let (Value::Object(step), Value::Object(parameters)) = (&mut step, json!(options.parameters.options())) {
+        step.extend(parameters.into_iter().filter(|(_, value)| !value.is_null()));
+    }
     let document = json!({
         "model": {"base": text(&options.model)?},
         "run": {"out": text(&options.out)?, "seed": options.seed},
-        "step": [{
-            "metric": options.metric,
-            "objective": options.objective,
-            "beta": options.beta,
-            "data": text(&options.data)?,
-        }],
+        "step": [step],
     });
     let toml = toml::to_string(&document)
         .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}.")))?;
