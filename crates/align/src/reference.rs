@@ -99,3 +99,80 @@ fn write(path: &Path, logps: &[f64]) -> Result<()> {
         out.write_all(&safetensors::serialize([("logps", view)], metadata).map_err(std::io::Error::other)?)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use engine::checkpoint::load_model;
+
+    use super::*;
+
+    fn model() -> Model {
+        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/tiny/tied");
+        load_model(Path::new(tiny)).unwrap()
+    }
+
+    /// Prompts of three tokens with a response of two, all different.
+    fn tokens(count: u32) -> Vec<[u32; 5]> {
+        (0..count).map(|i| [1, 3 + i % 40, 3 + i / 40, 5, 2]).collect()
+    }
+
+    fn sequences(tokens: &[[u32; 5]]) -> Vec<Sequences<'_>> {
+        let rows = tokens.iter().enumerate();
+        rows.map(|(row, t)| Sequences { prompt: &t[..3], responses: vec![&t[3..]], row }).collect()
+    }
+
+    fn entries(folder: &Path) -> usize {
+        std::fs::read_dir(folder).map_or(0, Iterator::count)
+    }
+
+    #[test]
+    fn a_stopped_scoring_keeps_its_finished_blocks() {
+        let (model, tokens, folder) = (model(), tokens(600), tempfile::tempdir().unwrap());
+        let items = sequences(&tokens);
+        let whole = logps(&model, &items, 100, None, &mut |_| Ok(())).unwrap();
+        let stop = |most: usize| {
+            move |done: usize| if done < most { Ok(()) } else { Err(Error::Interrupted("stopped".into())) }
+        };
+        logps(&model, &items, 100, Some(folder.path()), &mut stop(300)).unwrap_err();
+        assert_eq!(entries(folder.path()), 1);
+        let mut calls = Vec::new();
+        let again = logps(&model, &items, 100, Some(folder.path()), &mut |done| {
+            calls.push(done);
+            Ok(())
+        });
+        assert_eq!(again.unwrap(), whole);
+        assert_eq!((calls[0], entries(folder.path())), (256, 3), "the first block is read, not computed");
+        let cached = logps(&model, &items, 1, Some(folder.path()), &mut |_| Ok(())).unwrap();
+        assert_eq!(cached, whole, "the cut does not matter");
+    }
+
+    #[test]
+    fn the_key_sees_weights_and_tokens_and_damage_is_computed_again() {
+        let (model, mut tokens, folder) = (model(), tokens(20), tempfile::tempdir().unwrap());
+        let score = |model: &Model, tokens: &[[u32; 5]]| {
+            logps(model, &sequences(tokens), 100, Some(folder.path()), &mut |_| Ok(())).unwrap()
+        };
+        let first = score(&model, &tokens);
+        assert_eq!((score(&model, &tokens), entries(folder.path())), (first.clone(), 1));
+        let path = std::fs::read_dir(folder.path()).unwrap().next().unwrap().unwrap().path();
+        for damage in [&b""[..], b"nonsense"] {
+            std::fs::write(&path, damage).unwrap();
+            assert_eq!((score(&model, &tokens), entries(folder.path())), (first.clone(), 1));
+        }
+        let mut other = model.clone();
+        other.weights[0] += 0.01;
+        assert_ne!(score(&other, &tokens), first);
+        tokens[19][3] += 1;
+        assert_ne!(score(&model, &tokens), first);
+        assert_eq!(entries(folder.path()), 3);
+    }
+
+    #[test]
+    fn broken_weights_are_named_by_the_row() {
+        let (mut model, tokens, folder) = (model(), tokens(3), tempfile::tempdir().unwrap());
+        model.weights.fill(f32::NAN);
+        let error = logps(&model, &sequences(&tokens), 100, Some(folder.path()), &mut |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("row 0") && error.exit_code() == 1, "{error}");
+        assert_eq!(entries(folder.path()), 0, "what is no number is not kept");
+    }
+}
