@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::ops::attention::{Prefix, Span};
+use crate::ops::dropout::mix;
 
 /// Prompts with their responses, ready for the decoder.
 ///
@@ -21,6 +22,8 @@ pub struct PackedBatch {
     pub targets: Vec<u32>,
     /// For each response, in the order of insertion, its range in `targets`.
     pub responses: Vec<Range<usize>>,
+    /// For dropout, what tells each row from all others of a training, `[rows]`; see [`push_keyed`](Self::push_keyed).
+    pub(crate) row_keys: Vec<u64>,
 }
 
 #[derive(Debug, Clone)]
@@ -49,6 +52,21 @@ impl PackedBatch {
             let computed = &response[..response.len() - 1];
             let rows = self.add_segment(computed, prompt.len(), Some(prompt_rows.clone()));
             self.score(prompt_rows.end - 1, rows.start, response);
+        }
+    }
+
+    /// As [`push`](Self::push), for training with dropout: `key` names the example, so that what is dropped of it does
+    /// not depend on what it is packed with.
+    ///
+    /// # Panics
+    /// As [`push`](Self::push), or if an example before it has no key.
+    pub fn push_keyed(&mut self, key: u64, prompt: &[u32], responses: &[&[u32]]) {
+        assert_eq!(self.row_keys.len(), self.rows(), "either every example of a batch has a key or none");
+        self.push(prompt, responses);
+        let lengths = std::iter::once(prompt.len()).chain(responses.iter().map(|r| r.len() - 1));
+        for (part, rows) in lengths.enumerate() {
+            let part = mix(key ^ mix(part as u64));
+            self.row_keys.extend((0..rows).map(|row| mix(part ^ row as u64)));
         }
     }
 
@@ -124,5 +142,21 @@ mod tests {
         assert_eq!(packed_rows(2, &[3, 1]) + packed_rows(1, &[2]), batch.rows());
         assert_eq!(batch.sum_responses(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), [6.0, 4.0, 11.0]);
         assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]);
+    }
+
+    #[test]
+    fn every_row_has_a_key_that_does_not_depend_on_the_batch() {
+        let keyed = |examples: &[u64]| {
+            let mut batch = PackedBatch::default();
+            for &key in examples {
+                batch.push_keyed(key, &[5, 6], &[&[7, 8, 2], &[7, 8, 2]]);
+            }
+            assert_eq!(batch.row_keys.len(), batch.rows());
+            batch.row_keys
+        };
+        let both = keyed(&[0, 1]);
+        assert_eq!(both, [keyed(&[0]), keyed(&[1])].concat());
+        let distinct: std::collections::BTreeSet<_> = both.iter().collect();
+        assert_eq!(distinct.len(), both.len());
     }
 }

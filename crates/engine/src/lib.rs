@@ -10,6 +10,7 @@ pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod generate;
+pub mod lora;
 pub mod memory;
 pub mod model;
 mod ops;
@@ -20,8 +21,9 @@ pub use batch::PackedBatch;
 pub use chat::Message;
 pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, RopeScaling};
-pub use decoder::{Decoder, Head, Keep};
+pub use decoder::{Decoder, Head, Keep, Parameters};
 pub use error::{Error, Result};
+pub use lora::{Adapter, LoraOptions, Projection};
 pub use model::{Layout, Model, ParamSpec};
 pub use tokenizer::Tokenizer;
 

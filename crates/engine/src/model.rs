@@ -47,6 +47,41 @@ pub struct BlockLayout {
     pub down: Range<usize>,
 }
 
+impl BlockLayout {
+    /// Where the matrices of a product lie.
+    pub(crate) fn product(&self, product: Product) -> &Range<usize> {
+        match product {
+            Product::Qkv => &self.qkv,
+            Product::Output => &self.output,
+            Product::GateUp => &self.gate_up,
+            Product::Down => &self.down,
+        }
+    }
+}
+
+/// The matrix products of a block, each of one input with the matrices that are applied to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Product {
+    Qkv,
+    Output,
+    GateUp,
+    Down,
+}
+
+impl Product {
+    /// All of them, in the order of a block.
+    pub(crate) const ALL: [Self; 4] = [Self::Qkv, Self::Output, Self::GateUp, Self::Down];
+
+    /// Width of the input.
+    pub(crate) fn inputs(self, config: &ModelConfig) -> usize {
+        match self {
+            Self::Qkv | Self::GateUp => config.hidden_size,
+            Self::Output => config.query_width(),
+            Self::Down => config.intermediate_size,
+        }
+    }
+}
+
 /// Where every tensor of a model lies in the flat vector.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {

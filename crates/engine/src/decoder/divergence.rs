@@ -1,19 +1,20 @@
 //! Passes that give, beside the log-probability of each response, the divergence from a reference along it:
 //! Σₜ KL(π_ref(·|x, y<t) ‖ π(·|x, y<t)) over the response's tokens (the sequential KL divergence of arXiv 2404.11999).
 
-use super::{Decoder, Head, Keep, Scratch, fit};
+use super::{Decoder, Head, Keep, Parameters, Pass, Scratch};
 use crate::batch::PackedBatch;
-use crate::ops::divergence;
+use crate::ops::{divergence, fit};
 
 impl Decoder {
     /// The normalised final hidden rows that predict the scored tokens of the batch, `[scored tokens, hidden]`.
     ///
     /// Those of a reference, with its vocabulary head, are the [`Head`] that a policy of the same shape is compared with.
     pub fn head_rows(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f32> {
-        self.run_blocks(weights, batch, None);
+        let pass = Pass::of_base(weights);
+        self.run_blocks(&pass, batch, None);
         let mut all = Vec::with_capacity(batch.scored_rows.len() * self.hidden);
         for rows in batch.scored_rows.chunks(self.divergence_chunk(batch)) {
-            self.gather_normed(weights, rows);
+            self.gather_normed(&pass, rows);
             all.extend_from_slice(&self.scratch.head.normed[..rows.len() * self.hidden]);
         }
         all
@@ -24,21 +25,22 @@ impl Decoder {
     ///
     /// # Panics
     /// If the reference's head or rows have not the shape that the policy's have on this batch.
-    pub fn forward_with_divergence(
+    pub fn forward_with_divergence<'a>(
         &mut self,
-        weights: &[f32],
+        parameters: impl Into<Parameters<'a>>,
         reference: Head<'_>,
-        batch: &PackedBatch,
+        batch: &'a PackedBatch,
         keep: Keep,
     ) -> (Vec<f64>, Vec<f64>) {
-        self.run_blocks(weights, batch, Some(keep));
+        let pass = Pass::new(parameters.into(), batch);
+        self.run_blocks(&pass, batch, Some(keep));
         let chunk = self.divergence_chunk(batch);
         let (mut logps, mut divergences) = (Vec::new(), Vec::new());
         for (rows, targets, reference) in chunks(chunk, self.hidden, reference, batch) {
-            self.gather_normed(weights, rows);
+            self.gather_normed(&pass, rows);
             let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
             let normed = &head.normed[..rows.len() * self.hidden];
-            let policy = Head { rows: normed, weights: &weights[self.layout.head.clone()] };
+            let policy = Head { rows: normed, weights: pass.base(&self.layout.head) };
             let (chunk_logps, chunk_divergences) =
                 divergence::forward(policy, reference, targets, [logits, reference_logits]);
             logps.extend(chunk_logps);
@@ -48,20 +50,22 @@ impl Decoder {
     }
 
     /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] + d_divergences\[i\]·divergence\[i\] with respect to
-    /// every weight of the policy.
+    /// every weight of what is trained.
     ///
     /// # Panics
-    /// If the last call was not [`forward_with_divergence`](Self::forward_with_divergence) with the same weights,
+    /// If the last call was not [`forward_with_divergence`](Self::forward_with_divergence) with the same parameters,
     /// reference and batch.
-    pub fn backward_with_divergence(
+    pub fn backward_with_divergence<'a>(
         &mut self,
-        weights: &[f32],
+        parameters: impl Into<Parameters<'a>>,
         reference: Head<'_>,
-        batch: &PackedBatch,
+        batch: &'a PackedBatch,
         [d_logps, d_divergences]: [&[f64]; 2],
         gradient: &mut [f32],
     ) {
         let Some(keep) = self.kept.take() else { panic!("backward without a forward pass before it") };
+        let pass = Pass::new(parameters.into(), batch);
+        let mut gradient = pass.gradient(gradient);
         let (d_logps, d_divergences) = (batch.spread_responses(d_logps), batch.spread_responses(d_divergences));
         let chunk = self.divergence_chunk(batch);
         fit(&mut self.scratch.dx, batch.rows() * self.hidden).fill(0.0);
@@ -69,17 +73,17 @@ impl Decoder {
         for ((rows, targets, reference), (d_logps, d_divergences)) in
             chunks(chunk, self.hidden, reference, batch).zip(derivatives)
         {
-            self.gather_normed(weights, rows);
+            self.gather_normed(&pass, rows);
             let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
             let len = rows.len() * self.hidden;
-            let policy = Head { rows: &head.normed[..len], weights: &weights[self.layout.head.clone()] };
+            let policy = Head { rows: &head.normed[..len], weights: pass.base(&self.layout.head) };
             let d_normed = fit(&mut head.d_normed, len);
-            let d_head = &mut gradient[self.layout.head.clone()];
+            let d_head = gradient.base(&self.layout.head);
             let (derivatives, scratch) = ([d_logps, d_divergences], [logits, reference_logits]);
             divergence::backward(policy, reference, targets, derivatives, d_normed, d_head, scratch);
-            self.norm_backward(weights, rows, gradient);
+            self.norm_backward(&pass, rows, &mut gradient);
         }
-        self.backward_blocks(weights, batch, keep, gradient);
+        self.backward_blocks(&pass, batch, keep, &mut gradient);
     }
 
     /// How many scored rows to compare at once.

@@ -45,7 +45,7 @@ pub(crate) fn forward(
     .unzip()
 }
 
-/// Gradients of the policy: d_x is overwritten and d_w added to, for the derivatives of the loss with respect to each
+/// Gradients of the policy: d_x is overwritten and d_w added to (nothing where the head is frozen), for the derivatives of the loss with respect to each
 /// log-probability and to each divergence.
 pub(crate) fn backward(
     policy: Head,
@@ -53,11 +53,11 @@ pub(crate) fn backward(
     targets: &[u32],
     [d_logps, d_divergences]: [&[f32]; 2],
     d_x: &mut [f32],
-    d_w: &mut [f32],
+    d_w: Option<&mut [f32]>,
     scratch: [&mut Vec<f32>; 2],
 ) {
     assert!(d_logps.len() == targets.len() && d_divergences.len() == targets.len());
-    assert!(d_x.len() == policy.rows.len() && d_w.len() == policy.weights.len());
+    assert_eq!(d_x.len(), policy.rows.len());
     let (vocab, logits, reference_logits) = both_logits(policy, reference, targets, scratch);
     let rows = logits.par_chunks_mut(vocab).zip(reference_logits.par_chunks_mut(vocab)).zip(targets);
     rows.zip(d_logps.par_iter().zip(d_divergences)).for_each(
@@ -79,7 +79,9 @@ pub(crate) fn backward(
     );
     let width = policy.rows.len() / targets.len().max(1);
     linear::backward_input(logits, policy.weights, d_x, width);
-    linear::backward_weight(logits, policy.rows, d_w, width);
+    if let Some(d_w) = d_w {
+        linear::backward_weight(logits, policy.rows, d_w, width);
+    }
 }
 
 /// The size of the vocabulary, and both models' logits `[rows, vocab]`.
@@ -179,7 +181,7 @@ mod tests {
         };
         let (mut d_x, mut d_w) = (vec![0.0; x.len()], vec![0.0; w.len()]);
         let (policy, scratch) = (Head { rows: &x, weights: &w }, [&mut Vec::new(), &mut Vec::new()]);
-        backward(policy, reference, &TARGETS, [d_logps, d_divergences], &mut d_x, &mut d_w, scratch);
+        backward(policy, reference, &TARGETS, [d_logps, d_divergences], &mut d_x, Some(&mut d_w), scratch);
         check(&x, &d_x, &derivatives, |x| outputs(x, &w));
         check(&w, &d_w, &derivatives, |w| outputs(&x, w));
     }

@@ -11,12 +11,12 @@ pub(crate) fn random(n: usize, seed: u64) -> Vec<f32> {
 }
 
 /// Asserts that `gradient` is the derivative of Σ weightsᵢ·f(x)ᵢ at `x`, within 1e-3 of the largest component.
-pub(crate) fn check(x: &[f32], gradient: &[f32], weights: &[f32], f: impl Fn(&[f32]) -> Vec<f32>) {
+pub(crate) fn check<Y: Into<f64>>(x: &[f32], gradient: &[f32], weights: &[f32], f: impl Fn(&[f32]) -> Vec<Y>) {
     assert_eq!(x.len(), gradient.len());
     let objective = |x: &[f32]| -> f64 {
         let y = f(x);
         assert_eq!(y.len(), weights.len());
-        y.iter().zip(weights).map(|(&y, &w)| f64::from(y) * f64::from(w)).sum()
+        y.into_iter().zip(weights).map(|(y, &w)| y.into() * f64::from(w)).sum()
     };
     let scale = gradient.iter().fold(0f32, |m, g| m.max(g.abs()));
     assert!(scale > 0.0, "a gradient of zeros proves nothing");

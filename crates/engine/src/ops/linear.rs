@@ -1,6 +1,8 @@
 //! Matrix products: y = x·Wᵀ and its gradients.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use gemm::{Parallelism, gemm};
 
 /// Up to this many results `gemm` takes each as one dot product, which sums in another order than its larger kernels.
@@ -71,14 +73,74 @@ pub(crate) unsafe fn multiply(
     }
 }
 
-/// A product of whole matrices, on all threads where that pays.
-fn multiply_slices(shape: [usize; 3], a: Matrix, b: Matrix, out: &mut [f32], add: bool) {
-    let [m, n, k] = shape;
-    assert_eq!(out.len(), m * n, "the output does not have the shape of the product");
+/// A matrix in row-major memory: whole rows, some of their columns, or the transpose of either.
+///
+/// Every element of the shape lies within `data`.
+#[derive(Clone, Copy)]
+pub(crate) struct View<'a> {
+    data: &'a [f32],
+    shape: [usize; 2],
+    strides: [usize; 2],
+}
+
+impl<'a> View<'a> {
+    /// All of `data`, in rows of `width`.
+    pub(crate) fn rows(data: &'a [f32], width: usize) -> Self {
+        Self { data, shape: [rows(data, width), width], strides: [width, 1] }
+    }
+
+    /// Some of the columns.
+    pub(crate) fn columns(self, range: Range<usize>) -> Self {
+        let [rows, columns] = self.shape;
+        assert!(range.start <= range.end && range.end <= columns, "columns {range:?} of {columns}");
+        let data = self.data.get(range.start * self.strides[1]..).unwrap_or_default();
+        Self { data, shape: [rows, range.len()], strides: self.strides }
+    }
+
+    /// The transposed matrix, in the same memory.
+    pub(crate) fn transposed(self) -> Self {
+        let ([rows, columns], [row, column]) = (self.shape, self.strides);
+        Self { data: self.data, shape: [columns, rows], strides: [column, row] }
+    }
+
+    fn matrix(self) -> Matrix {
+        Matrix { start: self.data.as_ptr(), row_stride: self.strides[0], column_stride: self.strides[1] }
+    }
+}
+
+/// A matrix to write to, in row-major memory: whole rows or some of their columns.
+///
+/// Every element of the shape lies within `data`.
+pub(crate) struct ViewMut<'a> {
+    data: &'a mut [f32],
+    shape: [usize; 2],
+    row_stride: usize,
+}
+
+impl<'a> ViewMut<'a> {
+    /// All of `data`, in rows of `width`.
+    pub(crate) fn rows(data: &'a mut [f32], width: usize) -> Self {
+        let shape = [rows(data, width), width];
+        Self { data, shape, row_stride: width }
+    }
+
+    /// Some of the columns.
+    pub(crate) fn columns(self, range: Range<usize>) -> Self {
+        let [rows, columns] = self.shape;
+        assert!(range.start <= range.end && range.end <= columns, "columns {range:?} of {columns}");
+        let data = self.data.get_mut(range.start..).unwrap_or_default();
+        Self { data, shape: [rows, range.len()], row_stride: self.row_stride }
+    }
+}
+
+/// out = a·b·scale, or out += a·b·scale with `add`; on all threads where that pays.
+pub(crate) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+    let ([m, k], [inner, n]) = (a.shape, b.shape);
+    assert_eq!(k, inner, "the matrices do not fit each other");
+    assert_eq!(out.shape, [m, n], "the output does not have the shape of the product");
     let threads = if m * n * k < PARALLEL_FROM { Parallelism::None } else { Parallelism::Rayon(0) };
-    // SAFETY: the callers below check that `a` and `b` are whole slices of m·k and k·n elements; `out`
-    // is borrowed mutably, so nothing else touches it.
-    unsafe { multiply(shape, a, b, out.as_mut_ptr(), n, 1.0, add, threads) }
+    // SAFETY: a view's elements lie within its slice; `out` is borrowed mutably, so nothing else touches its slice.
+    unsafe { multiply([m, n, k], a.matrix(), b.matrix(), out.data.as_mut_ptr(), out.row_stride, scale, add, threads) }
 }
 
 /// The number of rows of `x`, which has `width` columns.
@@ -98,25 +160,21 @@ pub(crate) fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: b
         forward(&x.repeat(copies), w, &mut all, inputs, add);
         return y.copy_from_slice(&all[..n * outputs]);
     }
-    let (x, w) = (Matrix::rows(x.as_ptr(), inputs), Matrix::rows(w.as_ptr(), inputs));
-    multiply_slices([n, outputs, inputs], x, w.transposed(), y, add);
+    let (x, w) = (View::rows(x, inputs), View::rows(w, inputs));
+    product(x, w.transposed(), ViewMut::rows(y, w.shape[0]), 1.0, add);
 }
 
 /// dx = dy·W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
 pub(crate) fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
-    let outputs = rows(w, inputs);
-    let n = rows(dy, outputs);
-    let (dy, w) = (Matrix::rows(dy.as_ptr(), outputs), Matrix::rows(w.as_ptr(), inputs));
-    multiply_slices([n, inputs, outputs], dy, w, dx, false);
+    let w = View::rows(w, inputs);
+    product(View::rows(dy, w.shape[0]), w, ViewMut::rows(dx, inputs), 1.0, false);
 }
 
 /// dW += dyᵀ·x. dy `[n, outputs]`, x `[n, inputs]`, dw `[outputs, inputs]`.
 pub(crate) fn backward_weight(dy: &[f32], x: &[f32], dw: &mut [f32], inputs: usize) {
-    let n = rows(x, inputs);
     let outputs = rows(dw, inputs);
-    assert_eq!(dy.len(), n * outputs, "the output gradient does not have the shape of the output");
-    let (dy, x) = (Matrix::rows(dy.as_ptr(), outputs), Matrix::rows(x.as_ptr(), inputs));
-    multiply_slices([outputs, inputs, n], dy.transposed(), x, dw, true);
+    let (dy, x) = (View::rows(dy, outputs), View::rows(x, inputs));
+    product(dy.transposed(), x, ViewMut::rows(dw, inputs), 1.0, true);
 }
 
 #[cfg(test)]
@@ -164,5 +222,23 @@ mod tests {
         let mut dw = [100.0, 100.0];
         backward_weight(&[2.0], &x, &mut dw, 2);
         assert_eq!(dw, [102.0, 104.0]);
+    }
+
+    #[test]
+    fn products_reach_some_columns_and_leave_the_others() {
+        let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [10.0, 100.0]);
+        let mut out = [0.5; 8];
+        let columns = View::rows(&a, 3).columns(1..3);
+        product(columns, View::rows(&b, 1), ViewMut::rows(&mut out, 4).columns(2..3), 2.0, true);
+        assert_eq!(out, [0.5, 0.5, 640.5, 0.5, 0.5, 0.5, 1300.5, 0.5]);
+        let mut across = [0.0; 2];
+        product(columns.transposed(), View::rows(&b, 1), ViewMut::rows(&mut across, 1), 1.0, false);
+        assert_eq!(across, [520.0, 630.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "columns 2..4 of 3")]
+    fn columns_beyond_the_rows_are_refused() {
+        View::rows(&[0.0; 6], 3).columns(2..4);
     }
 }

@@ -4,8 +4,8 @@
 
 use rayon::prelude::*;
 
-use super::linear;
 use super::simd::{dispatch, exp_sum, max};
+use super::{fit, linear};
 
 /// Logits held at once: 64 MiB of f32.
 const LOGITS: usize = 1 << 24;
@@ -35,19 +35,19 @@ pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f3
     .collect()
 }
 
-/// As [`forward`], with gradients: d_x is overwritten and d_w added to, for the derivative `d_logps[i]` of
-/// the loss with respect to each log-probability.
+/// As [`forward`], with gradients: d_x is overwritten and d_w, unless w is frozen, added to, for the derivative
+/// `d_logps[i]` of the loss with respect to each log-probability.
 pub(crate) fn forward_backward(
     x: &[f32],
     w: &[f32],
     targets: &[u32],
     d_logps: &[f32],
     d_x: &mut [f32],
-    d_w: &mut [f32],
+    d_w: Option<&mut [f32]>,
     logits: &mut Vec<f32>,
 ) -> Vec<f32> {
     let (width, vocab) = shape(x, w, targets);
-    assert!(d_logps.len() == targets.len() && d_x.len() == x.len() && d_w.len() == w.len());
+    assert!(d_logps.len() == targets.len() && d_x.len() == x.len());
     let logits = compute_logits(x, w, width, vocab, logits);
     let rows = logits.par_chunks_mut(vocab).zip(targets).zip(d_logps);
     let logps = rows
@@ -66,7 +66,9 @@ pub(crate) fn forward_backward(
         })
         .collect();
     linear::backward_input(logits, w, d_x, width);
-    linear::backward_weight(logits, x, d_w, width);
+    if let Some(d_w) = d_w {
+        linear::backward_weight(logits, x, d_w, width);
+    }
     logps
 }
 
@@ -94,10 +96,8 @@ pub(super) fn compute_logits<'l>(
         x
     };
     let computed = x.len() / width * vocab;
-    if logits.len() < computed {
-        logits.resize(computed, 0.0);
-    }
-    linear::forward(x, w, &mut logits[..computed], width, false);
+    let logits = fit(logits, computed);
+    linear::forward(x, w, logits, width, false);
     &mut logits[..len]
 }
 
@@ -125,7 +125,7 @@ mod tests {
             (0..vocab as u32).map(|t| f64::from(forward(&x[..width], &w, &[t], &mut Vec::new())[0]).exp()).sum();
         assert!((total - 1.0).abs() < 1e-5);
         let (mut d_x, mut d_w) = (vec![0.0; x.len()], vec![0.0; w.len()]);
-        let logps = forward_backward(&x, &w, &targets, &d, &mut d_x, &mut d_w, &mut Vec::new());
+        let logps = forward_backward(&x, &w, &targets, &d, &mut d_x, Some(&mut d_w), &mut Vec::new());
         assert_eq!(logps, run(&x, &w));
         check(&x, &d_x, &d, |x| run(x, &w));
         check(&w, &d_w, &d, |w| run(&x, w));

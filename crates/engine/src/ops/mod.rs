@@ -6,9 +6,12 @@
 
 pub(crate) mod attention;
 pub(crate) mod divergence;
+pub(crate) mod dora;
+pub(crate) mod dropout;
 pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod logprob;
+pub(crate) mod lora;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
 pub(crate) mod simd;
@@ -16,3 +19,11 @@ pub(crate) mod swiglu;
 
 #[cfg(test)]
 pub(crate) mod finite_difference;
+
+/// The first `len` elements of a buffer that grows as needed; their values are arbitrary.
+pub(crate) fn fit(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
+}

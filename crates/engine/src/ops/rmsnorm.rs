@@ -49,10 +49,10 @@ fn scale_row(x: &[f32], w: &[f32], r: f32, y: &mut [f32]) {
     }
 }
 
-/// dx += r·(dy·w − x·r²·mean(dy·w·x)) and dw += Σ dy·x·r.
-pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+/// dx += r·(dy·w − x·r²·mean(dy·w·x)) and, unless the gain is frozen, dw += Σ dy·x·r.
+pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f32], dw: Option<&mut [f32]>) {
     let width = w.len();
-    assert!(x.len() == dy.len() && x.len() == dx.len() && x.len() == r.len() * width && dw.len() == width);
+    assert!(x.len() == dy.len() && x.len() == dx.len() && x.len() == r.len() * width);
     let partial: Vec<Vec<f32>> = dx
         .par_chunks_mut(ROWS * width)
         .zip(x.par_chunks(ROWS * width))
@@ -72,6 +72,8 @@ pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f3
             dw
         })
         .collect();
+    let Some(dw) = dw else { return };
+    assert_eq!(dw.len(), width);
     for part in partial {
         for (d, p) in dw.iter_mut().zip(part) {
             *d += p;
@@ -107,12 +109,12 @@ mod tests {
         recompute(&x, &w, &r, &mut again);
         assert_eq!(y, again);
         let (mut dx, mut dw) = (vec![0.0; n * width], vec![0.0; width]);
-        backward(&x, &w, &r, &dy, &mut dx, &mut dw);
+        backward(&x, &w, &r, &dy, &mut dx, Some(&mut dw));
         check(&x, &dx, &dy, |x| run(x, &w).0);
         check(&w, &dw, &dy, |w| run(&x, w).0);
         // input gradients add to what is there: the residual path
         let mut twice = dx.clone();
-        backward(&x, &w, &r, &dy, &mut twice, &mut dw);
+        backward(&x, &w, &r, &dy, &mut twice, None);
         assert!(twice.iter().zip(&dx).all(|(t, d)| (t - 2.0 * d).abs() < 1e-5));
     }
 }

@@ -1,0 +1,144 @@
+//! The weights that a pass computes with, and where their gradient goes.
+
+use std::ops::Range;
+
+use crate::batch::PackedBatch;
+use crate::lora::Adapter;
+use crate::model::{BlockLayout, Product};
+use crate::ops::linear;
+use crate::ops::lora::{LowRank, Scratch};
+
+/// What a pass computes with. A model's weights alone convert into it.
+#[derive(Debug, Clone, Copy)]
+pub struct Parameters<'a> {
+    /// The weights of the model.
+    pub base: &'a [f32],
+    /// What adapts them. The model is then frozen: gradients are the adapter's, in its layout.
+    pub adapter: Option<&'a Adapter>,
+    /// The seed of the adapter's dropout, another one for each optimizer step; `None` drops nothing.
+    pub dropout_seed: Option<u64>,
+}
+
+impl<'a> From<&'a [f32]> for Parameters<'a> {
+    fn from(base: &'a [f32]) -> Self {
+        Self { base, adapter: None, dropout_seed: None }
+    }
+}
+
+impl<'a> From<&'a Vec<f32>> for Parameters<'a> {
+    fn from(base: &'a Vec<f32>) -> Self {
+        base.as_slice().into()
+    }
+}
+
+/// The parameters of one pass over the rows of one batch.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub(super) base: &'a [f32],
+    adapter: Option<&'a Adapter>,
+    /// The seed and the rows' keys.
+    dropout: Option<(u64, &'a [u64])>,
+}
+
+impl<'a> Pass<'a> {
+    /// # Panics
+    /// If the adapter has dropout and the batch's examples no keys, or if it has DoRA besides.
+    pub(super) fn new(parameters: Parameters<'a>, batch: &'a PackedBatch) -> Self {
+        let Parameters { base, adapter, dropout_seed } = parameters;
+        let drops = adapter.is_some_and(|adapter| adapter.options.dropout > 0.0);
+        let dropout = dropout_seed.filter(|_| drops).map(|seed| (seed, batch.row_keys.as_slice()));
+        if let Some((_, keys)) = dropout {
+            assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
+            assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");
+        }
+        Self { base, adapter, dropout }
+    }
+
+    /// A pass without an adapter.
+    pub(super) fn of_base(base: &'a [f32]) -> Self {
+        Self { base, adapter: None, dropout: None }
+    }
+
+    /// The weights of the model at a place.
+    pub(super) fn base(&self, range: &Range<usize>) -> &'a [f32] {
+        &self.base[range.clone()]
+    }
+
+    /// A product of block `index`.
+    pub(super) fn linear(&self, block: &BlockLayout, index: usize, product: Product) -> Linear<'a> {
+        let range = block.product(product).clone();
+        let low_rank = self.adapter.and_then(|adapter| adapter.at(index, product, self.dropout));
+        Linear { w: &self.base[range.clone()], range, low_rank }
+    }
+
+    /// The gradient that this pass adds to.
+    ///
+    /// # Panics
+    /// If it does not have the layout of what is trained.
+    pub(super) fn gradient<'g>(&self, gradient: &'g mut [f32]) -> Gradient<'g> {
+        let len = self.adapter.map_or(self.base.len(), |adapter| adapter.layout.len);
+        assert_eq!(gradient.len(), len, "the gradient does not fit what is trained");
+        if self.adapter.is_some() { Gradient::Adapter(gradient) } else { Gradient::Base(gradient) }
+    }
+}
+
+/// Where a backward pass adds the gradient, in the layout of what is trained.
+pub(super) enum Gradient<'g> {
+    Base(&'g mut [f32]),
+    Adapter(&'g mut [f32]),
+}
+
+impl Gradient<'_> {
+    /// The gradient of the model's weights at a place, unless they are frozen.
+    pub(super) fn base(&mut self, range: &Range<usize>) -> Option<&mut [f32]> {
+        match self {
+            Self::Base(gradient) => Some(&mut gradient[range.clone()]),
+            Self::Adapter(_) => None,
+        }
+    }
+}
+
+/// A matrix product of a block, adapted or not. x `[n, inputs]`, y `[n, outputs]`.
+pub(super) struct Linear<'a> {
+    w: &'a [f32],
+    range: Range<usize>,
+    low_rank: Option<LowRank<'a>>,
+}
+
+impl Linear<'_> {
+    /// y = x·Wᵀ, or y += x·Wᵀ with `add`.
+    pub(super) fn forward(&self, x: &[f32], y: &mut [f32], inputs: usize, add: bool, scratch: &mut Scratch) {
+        match &self.low_rank {
+            None => linear::forward(x, self.w, y, inputs, add),
+            Some(low_rank) => low_rank.forward(x, self.w, y, add, scratch),
+        }
+    }
+
+    /// dx = dy·W.
+    pub(super) fn backward_input(&self, dy: &[f32], dx: &mut [f32], inputs: usize, scratch: &mut Scratch) {
+        match &self.low_rank {
+            None => linear::backward_input(dy, self.w, dx, inputs),
+            Some(low_rank) => low_rank.backward_input(dy, self.w, dx, scratch),
+        }
+    }
+
+    /// Adds the derivative for what is trained: W, or what adapts it, or nothing.
+    pub(super) fn backward_weight(
+        &self,
+        dy: &[f32],
+        x: &[f32],
+        inputs: usize,
+        gradient: &mut Gradient<'_>,
+        scratch: &mut Scratch,
+    ) {
+        match (gradient, &self.low_rank) {
+            (Gradient::Base(gradient), _) => {
+                linear::backward_weight(dy, x, &mut gradient[self.range.clone()], inputs);
+            }
+            (Gradient::Adapter(gradient), Some(low_rank)) => {
+                low_rank.backward_weight(dy, x, self.w, gradient, scratch);
+            }
+            (Gradient::Adapter(_), None) => {}
+        }
+    }
+}

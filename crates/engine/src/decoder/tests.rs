@@ -1,0 +1,102 @@
+mod adapter;
+
+use super::*;
+use crate::config::ModelConfig;
+use crate::model::tests::tiny_config;
+use crate::ops::finite_difference::check;
+
+fn batch() -> PackedBatch {
+    let mut batch = PackedBatch::default();
+    batch.push(&[1, 5, 3], &[&[4, 2], &[9, 9, 10, 2]]);
+    batch.push(&[1, 7], &[&[8, 2]]);
+    batch.push(&[1], &[&[2], &[6, 0]]);
+    batch
+}
+
+fn models() -> Vec<Model> {
+    let base = tiny_config();
+    [
+        base.clone(),
+        ModelConfig { tie_word_embeddings: true, ..base.clone() },
+        ModelConfig { num_key_value_heads: 4, ..base.clone() },
+        ModelConfig { num_key_value_heads: 1, num_attention_heads: 3, head_dim: 6, ..base },
+    ]
+    .into_iter()
+    .enumerate()
+    .map(|(seed, config)| Model::random(config, 0.4, seed as u64))
+    .collect()
+}
+
+#[test]
+fn gradients_match_finite_differences() {
+    let (batch, d_logps) = (batch(), [0.7, -0.4, 1.1, 0.3, -0.9]);
+    let weights_of_logps: Vec<f32> = d_logps.iter().map(|&d| d as f32).collect();
+    for model in models() {
+        let mut decoder = Decoder::new(&model, 16);
+        let mut gradient = vec![0.0; model.layout.len];
+        decoder.forward(&model.weights, &batch, Keep::All);
+        decoder.backward(&model.weights, &batch, &d_logps, &mut gradient);
+        let decoder = std::cell::RefCell::new(decoder);
+        for spec in &model.layout.specs {
+            let range = spec.range.clone();
+            check(&model.weights[range.clone()], &gradient[range.clone()], &weights_of_logps, |part| {
+                let mut weights = model.weights.clone();
+                weights[range.clone()].copy_from_slice(part);
+                decoder.borrow_mut().logps(&weights, &batch)
+            });
+        }
+    }
+}
+
+#[test]
+fn every_way_to_the_gradient_gives_the_same_bits() {
+    let (batch, d_logps) = (batch(), [0.7, -0.4, 1.1, 0.3, -0.9]);
+    for model in models() {
+        let mut decoder = Decoder::new(&model, 16);
+        let mut kept = vec![0.0; model.layout.len];
+        let logps = decoder.forward(&model.weights, &batch, Keep::All);
+        decoder.backward(&model.weights, &batch, &d_logps, &mut kept);
+        assert_eq!(logps, decoder.logps(&model.weights, &batch));
+        let mut recomputed = vec![0.0; model.layout.len];
+        decoder.forward(&model.weights, &batch, Keep::Inputs);
+        decoder.backward(&model.weights, &batch, &d_logps, &mut recomputed);
+        assert_eq!(kept, recomputed);
+        let mut fused = vec![0.0; model.layout.len];
+        assert_eq!(logps, decoder.forward_backward(&model.weights, &batch, &d_logps, Keep::All, &mut fused));
+        assert_eq!(kept, fused);
+    }
+}
+
+#[test]
+fn packed_equals_one_sequence_at_a_time() {
+    for model in models() {
+        let mut decoder = Decoder::new(&model, 16);
+        let packed = decoder.logps(&model.weights, &batch());
+        let sequences: [(&[u32], &[u32]); 5] =
+            [(&[1, 5, 3], &[4, 2]), (&[1, 5, 3], &[9, 9, 10, 2]), (&[1, 7], &[8, 2]), (&[1], &[2]), (&[1], &[6, 0])];
+        for (packed, (prompt, response)) in packed.iter().zip(sequences) {
+            let mut alone = PackedBatch::default();
+            alone.push(prompt, &[response]);
+            let alone = decoder.logps(&model.weights, &alone)[0];
+            assert!((packed / alone - 1.0).abs() < 1e-5, "{packed} packed, {alone} alone");
+        }
+    }
+}
+
+#[test]
+fn a_small_batch_after_a_large_one_reads_nothing_stale() {
+    let model = Model::random(tiny_config(), 0.4, 9);
+    let mut small = PackedBatch::default();
+    small.push(&[1, 2], &[&[3, 4]]);
+    let fresh = Decoder::new(&model, 16).forward(&model.weights, &small, Keep::All);
+    let mut decoder = Decoder::new(&model, 16);
+    decoder.forward(&model.weights, &batch(), Keep::All);
+    assert_eq!(fresh, decoder.forward(&model.weights, &small, Keep::All));
+    let mut after = vec![0.0; model.layout.len];
+    decoder.backward(&model.weights, &small, &[1.0], &mut after);
+    let mut decoder = Decoder::new(&model, 16);
+    let mut expected = vec![0.0; model.layout.len];
+    decoder.forward(&model.weights, &small, Keep::All);
+    decoder.backward(&model.weights, &small, &[1.0], &mut expected);
+    assert_eq!(after, expected);
+}
