@@ -54,6 +54,15 @@ pub(crate) fn micro_batches(items: &[Sequences<'_>], tokens: usize) -> Vec<Range
     parts
 }
 
+/// The items as one packed batch, with the number of each as its key for dropout.
+pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
+    let mut packed = PackedBatch::default();
+    for (item, &key) in items.iter().zip(keys) {
+        packed.push_keyed(key as u64, item.prompt, &item.responses);
+    }
+    packed
+}
+
 /// The items as one packed batch.
 pub(crate) fn pack(items: &[Sequences<'_>]) -> PackedBatch {
     let mut packed = PackedBatch::default();

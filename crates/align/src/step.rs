@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use engine::{Error, Model, Result};
+use engine::{Adapter, Error, Model, Result};
 use serde::Serialize;
 
 use crate::data::{Dataset, TokenizedExample, TokenizedPair};
@@ -14,7 +14,7 @@ use crate::objective::{Objective, Pairwise, Unpaired};
 use crate::reference;
 use crate::sequences::Sequences;
 use crate::task::{LabelledResponses, Preferences, Task, longest, mismatched};
-use crate::trainer::{Monitor, StepRecord, TrainOptions, train};
+use crate::trainer::{Monitor, Policy, StepRecord, TrainOptions, train};
 
 /// Aligns a policy on preference data, with its start as the reference, so that the first margin is exactly 0.
 #[derive(Debug, Clone, Copy)]
@@ -35,12 +35,23 @@ pub struct Alignment<'a> {
     pub cache: &'a Path,
 }
 
+/// What a step has made.
+#[derive(Debug, Clone)]
+pub struct Aligned {
+    /// The policy; an adapter is folded into it.
+    pub policy: Model,
+    /// The adapter that was trained, if one was: it makes the policy of the start.
+    pub adapter: Option<Adapter>,
+    /// The optimizer steps that this call took.
+    pub records: Vec<StepRecord>,
+}
+
 impl Alignment<'_> {
-    /// Trains, and returns the policy with the records of the steps that this call took.
+    /// Trains the policy.
     ///
     /// # Errors
     /// Data of another kind than the objective takes ([`Error::Input`]); those of [`reference::logps`] and [`train`].
-    pub fn run(&self, monitor: &mut dyn Monitor) -> Result<(Model, Vec<StepRecord>)> {
+    pub fn run(&self, monitor: &mut dyn Monitor) -> Result<Aligned> {
         match (self.objective, self.data, self.validation) {
             (Objective::Pairwise(objective), Dataset::Pairs(pairs), Dataset::Pairs(held_out)) => {
                 self.on_pairs(objective, pairs, held_out, monitor)
@@ -60,14 +71,14 @@ impl Alignment<'_> {
         pairs: &[TokenizedPair],
         held_out: &[TokenizedPair],
         monitor: &mut dyn Monitor,
-    ) -> Result<(Model, Vec<StepRecord>)> {
+    ) -> Result<Aligned> {
         let mut reference = |pairs: &[TokenizedPair]| {
             let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
             Ok(self.reference(&sequences, monitor)?.as_chunks::<2>().0.to_vec())
         };
         let (train, held_out_reference) = (reference(pairs)?, reference(held_out)?);
-        let held_out = Preferences::new(held_out, &held_out_reference, objective);
-        self.train(&Preferences::new(pairs, &train, objective), &held_out, monitor)
+        let held_out = Preferences::new(held_out, &held_out_reference, self.start, objective);
+        self.train(&Preferences::new(pairs, &train, self.start, objective), &held_out, monitor)
     }
 
     fn on_examples(
@@ -76,7 +87,7 @@ impl Alignment<'_> {
         examples: &[TokenizedExample],
         held_out: &[TokenizedExample],
         monitor: &mut dyn Monitor,
-    ) -> Result<(Model, Vec<StepRecord>)> {
+    ) -> Result<Aligned> {
         let mut reference = |examples: &[TokenizedExample]| {
             let sequences: Vec<_> = examples.iter().map(TokenizedExample::sequences).collect();
             self.reference(&sequences, monitor)
@@ -130,15 +141,20 @@ impl Alignment<'_> {
         reference::logps(self.start, sequences, self.options.micro_batch_tokens, Some(self.cache), &mut scored)
     }
 
-    fn train(
-        &self,
-        task: &dyn Task,
-        held_out: &dyn Task,
-        monitor: &mut dyn Monitor,
-    ) -> Result<(Model, Vec<StepRecord>)> {
-        let mut policy = self.start.clone();
+    fn train(&self, task: &dyn Task, held_out: &dyn Task, monitor: &mut dyn Monitor) -> Result<Aligned> {
+        let mut policy = match &self.options.lora {
+            Some(lora) => Policy::Adapted(self.start, Adapter::new(self.start, lora.clone(), self.options.seed)?),
+            None => Policy::Whole(self.start.clone()),
+        };
         let records = train(&mut policy, task, Some(held_out), self.options, self.folder, monitor)?;
-        Ok((policy, records))
+        Ok(match policy {
+            Policy::Whole(policy) => Aligned { policy, adapter: None, records },
+            Policy::Adapted(start, adapter) => {
+                let mut policy = start.clone();
+                adapter.fold_into(&mut policy);
+                Aligned { policy, adapter: Some(adapter), records }
+            }
+        })
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use engine::Model;
+
 use crate::data::{TokenizedExample, TokenizedPair};
 use crate::objective::{Derivative, Labelled, Pair, Pairwise, Response, RunningMean, Unpaired};
 use crate::sequences::Sequences;
@@ -54,6 +56,10 @@ pub trait Task: Sync {
     }
     /// The loss of an example of whose responses the policy says this, in a batch of this shift.
     fn evaluate(&self, example: usize, responses: &[Scored], shift: f64) -> ExampleLoss;
+    /// The model of which the task must know the divergence along each response, if it must.
+    fn divergence_from(&self) -> Option<&Model> {
+        None
+    }
     /// The fewest examples that a batch may have.
     fn smallest_batch(&self) -> usize {
         1
@@ -75,17 +81,24 @@ pub trait Task: Sync {
 pub struct Preferences<'a> {
     pairs: &'a [TokenizedPair],
     reference: &'a [[f64; 2]],
+    /// The model that the log-probabilities are of.
+    model: &'a Model,
     objective: &'a Pairwise,
 }
 
 impl<'a> Preferences<'a> {
-    /// `reference[i]` holds the log-probabilities of pair i's chosen and rejected response.
+    /// `reference[i]` holds the log-probabilities of pair i's chosen and rejected response under `model`.
     ///
     /// # Panics
     /// If there is not exactly one entry of `reference` per pair.
-    pub fn new(pairs: &'a [TokenizedPair], reference: &'a [[f64; 2]], objective: &'a Pairwise) -> Self {
+    pub fn new(
+        pairs: &'a [TokenizedPair],
+        reference: &'a [[f64; 2]],
+        model: &'a Model,
+        objective: &'a Pairwise,
+    ) -> Self {
         assert_eq!(pairs.len(), reference.len(), "every pair needs its reference log-probabilities");
-        Self { pairs, reference, objective }
+        Self { pairs, reference, model, objective }
     }
 }
 
@@ -96,6 +109,10 @@ impl Task for Preferences<'_> {
 
     fn sequences(&self, example: usize) -> Sequences<'_> {
         self.pairs[example].sequences()
+    }
+
+    fn divergence_from(&self) -> Option<&Model> {
+        self.objective.uses_divergence().then_some(self.model)
     }
 
     fn evaluate(&self, example: usize, responses: &[Scored], _: f64) -> ExampleLoss {
@@ -113,18 +130,18 @@ impl Task for Preferences<'_> {
             margin: pair.margin.unwrap_or_default(),
         });
         let margin = result.reward_chosen - result.reward_rejected;
-        ExampleLoss {
-            loss: result.loss,
-            derivatives: vec![result.chosen, result.rejected],
-            metrics: vec![
-                ("rewards/chosen", result.reward_chosen),
-                ("rewards/rejected", result.reward_rejected),
-                ("rewards/margins", margin),
-                ("rewards/accuracies", f64::from(u8::from(margin > 0.0))),
-                ("logps/chosen", responses[0].logp),
-                ("logps/rejected", responses[1].logp),
-            ],
+        let mut metrics = vec![
+            ("rewards/chosen", result.reward_chosen),
+            ("rewards/rejected", result.reward_rejected),
+            ("rewards/margins", margin),
+            ("rewards/accuracies", f64::from(u8::from(margin > 0.0))),
+            ("logps/chosen", responses[0].logp),
+            ("logps/rejected", responses[1].logp),
+        ];
+        if self.objective.uses_divergence() {
+            metrics.extend([("kl/chosen", responses[0].kl), ("kl/rejected", responses[1].kl)]);
         }
+        ExampleLoss { loss: result.loss, derivatives: vec![result.chosen, result.rejected], metrics }
     }
 }
 

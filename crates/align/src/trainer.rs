@@ -6,6 +6,7 @@
 
 pub(crate) mod batches;
 mod passes;
+mod policy;
 pub(crate) mod progress;
 
 use std::collections::BTreeMap;
@@ -13,12 +14,13 @@ use std::path::Path;
 use std::time::Instant;
 
 use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions, Schedule, global_norm};
-use engine::{Error, Model, Result};
-use passes::{Means, Passes};
+use engine::{Error, LoraOptions, Result};
+use passes::{Batch, Means, Passes};
 use progress::Progress;
 use serde::Serialize;
 
 pub use batches::BatchPlan;
+pub use policy::Policy;
 
 use crate::log::MetricsLog;
 use crate::state::TrainingState;
@@ -27,6 +29,8 @@ use crate::task::{Scored, Task};
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrainOptions {
+    /// What to train instead of all weights, if anything.
+    pub lora: Option<LoraOptions>,
     /// The optimizer, with its customary constants.
     pub optimizer: OptimizerKind,
     /// Peak learning rate.
@@ -118,7 +122,7 @@ pub trait Monitor {
 /// ([`Error::Failed`], which names the rows); a file that cannot be written; [`Error::Interrupted`] after the state
 /// was saved because the monitor asked to stop.
 pub fn train(
-    policy: &mut Model,
+    policy: &mut Policy<'_>,
     task: &dyn Task,
     validation: Option<&dyn Task>,
     options: &TrainOptions,
@@ -130,11 +134,11 @@ pub fn train(
     let tasks: Vec<&dyn Task> = std::iter::once(task).chain(validation).collect();
     let identity = identity(policy, &tasks, options);
     let constants = OptimizerOptions { weight_decay: options.weight_decay, ..options.optimizer.defaults() };
-    let mut optimizer = Optimizer::new(options.optimizer, constants, &policy.layout.specs);
-    let mut progress = Progress::new(options, &policy.weights);
+    let mut optimizer = Optimizer::new(options.optimizer, constants, policy.specs());
+    let mut progress = Progress::new(options, policy.weights());
     state(policy, &mut optimizer, &mut progress).load(folder, &identity)?;
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
-    let mut gradient = vec![0.0; policy.layout.len];
+    let mut gradient = vec![0.0; policy.weights().len()];
     let mut passes = Passes::new(policy, &tasks, options);
 
     let plan = options.plan(task.len(), task.smallest_batch());
@@ -144,19 +148,19 @@ pub fn train(
     let mut records = Vec::new();
     while optimizer.steps < total && !progress.is_out_of_patience() {
         let start = Instant::now();
-        let batch = &plan.batches[optimizer.steps as usize];
-        let here = (optimizer.steps, batch.as_slice());
-        let (means, tokens, broken) =
-            passes.gradient(&policy.weights, task, here, &mut progress.counts.running, &mut gradient);
+        let examples = &plan.batches[optimizer.steps as usize];
+        let batch = Batch { task, step: optimizer.steps, examples };
+        let parameters = policy.parameters(Some(dropout_seed(options.seed, optimizer.steps)));
+        let (means, tokens, broken) = passes.gradient(parameters, &batch, &mut progress.counts.running, &mut gradient);
         let grad_norm = global_norm(&gradient);
         if !(means.loss.is_finite() && grad_norm.is_finite()) {
             let what = format!("the loss is {} and the norm of the gradient is {grad_norm}", means.loss);
-            return Err(diverged(task, batch, &broken, optimizer.steps + 1, &what));
+            return Err(diverged(task, examples, &broken, optimizer.steps + 1, &what));
         }
         let learning_rate = options.learning_rate * options.schedule.factor(optimizer.steps, warmup, total);
         let scale = (options.max_grad_norm / grad_norm).min(1.0);
-        optimizer.step(&mut policy.weights, &mut gradient, learning_rate, scale);
-        progress.average(&policy.weights);
+        optimizer.step(policy.weights_mut(), &mut gradient, learning_rate, scale);
+        progress.average(policy.weights());
         let last = optimizer.steps == total;
         let validated = validation.filter(|_| last || optimizer.steps.is_multiple_of(options.validate_every));
         let validated = validated.map(|task| validate(&mut passes, policy, task, &mut progress));
@@ -178,8 +182,8 @@ pub fn train(
         let stop = monitor.stop_requested() && !last;
         let due = options.save_every > 0 && optimizer.steps.is_multiple_of(options.save_every) && !last;
         // what is saved here must not hold an overflow that only the next loss would show
-        if (stop || due || last) && !policy.weights.iter().all(|w| w.is_finite()) {
-            return Err(diverged(task, batch, &[], optimizer.steps, "weights became infinite"));
+        if (stop || due || last) && !policy.weights().iter().all(|w| w.is_finite()) {
+            return Err(diverged(task, examples, &[], optimizer.steps, "weights became infinite"));
         }
         if stop || due {
             state(policy, &mut optimizer, &mut progress).save(folder, &identity)?;
@@ -194,34 +198,39 @@ pub fn train(
         }
     }
     if let Some(weights) = progress.into_weights() {
-        policy.weights = weights;
+        *policy.weights_mut() = weights;
     }
     Ok(records)
 }
 
 /// What is saved of a training, and restored.
-fn state<'a>(policy: &'a mut Model, optimizer: &'a mut Optimizer, progress: &'a mut Progress) -> TrainingState<'a> {
-    TrainingState { weights: &mut policy.weights, optimizer, progress }
+fn state<'a>(
+    policy: &'a mut Policy<'_>,
+    optimizer: &'a mut Optimizer,
+    progress: &'a mut Progress,
+) -> TrainingState<'a> {
+    TrainingState { weights: policy.weights_mut(), optimizer, progress }
 }
 
 /// Loss and metrics of held-out examples; notes in `progress` whether the loss is the lowest so far.
 fn validate(
     passes: &mut Passes,
-    policy: &mut Model,
+    policy: &mut Policy<'_>,
     task: &dyn Task,
     progress: &mut Progress,
 ) -> BTreeMap<String, f64> {
     let all: Vec<usize> = (0..task.len()).collect();
     let running = progress.counts.running;
     // the average takes the place of the weights for as long as it is looked at
-    let exchange = |progress: &mut Progress, policy: &mut Model| {
+    let exchange = |progress: &mut Progress, policy: &mut Policy<'_>| {
         if let Some(averaged) = progress.averaged() {
-            std::mem::swap(averaged, &mut policy.weights);
+            std::mem::swap(averaged, policy.weights_mut());
         }
     };
     exchange(progress, policy);
-    let Means { loss, metrics } = passes.means(&policy.weights, task, (0, &all), running);
-    progress.validated(loss, &policy.weights);
+    let Means { loss, metrics } =
+        passes.means(policy.parameters(None), &Batch { task, step: 0, examples: &all }, running);
+    progress.validated(loss, policy.weights());
     exchange(progress, policy);
     let metrics = metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value));
     metrics.chain([("eval_loss".to_owned(), loss)]).collect()
@@ -253,7 +262,7 @@ pub fn discard_state(folder: &Path) -> Result<()> {
 }
 
 /// A hash of all that decides the course of a training.
-fn identity(policy: &Model, tasks: &[&dyn Task], options: &TrainOptions) -> String {
+fn identity(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
     for task in tasks {
@@ -267,6 +276,13 @@ fn identity(policy: &Model, tasks: &[&dyn Task], options: &TrainOptions) -> Stri
         }
     }
     hasher.finalize().to_hex().to_string()
+}
+
+/// Seeds the dropout of a step.
+fn dropout_seed(seed: u64, step: u64) -> u64 {
+    let mut word = [0; 8];
+    blake3::Hasher::new().update(&seed.to_le_bytes()).update(&step.to_le_bytes()).finalize_xof().fill(&mut word);
+    u64::from_le_bytes(word)
 }
 
 /// Names the rows that broke, or all of the batch if none broke by itself.

@@ -235,6 +235,11 @@ impl Pairwise {
         }
     }
 
+    /// Whether the loss depends on the divergence from the reference along each response.
+    pub fn uses_divergence(&self) -> bool {
+        matches!(self, Self::Tdpo { .. })
+    }
+
     /// See [`Objective::outside_theorem`](super::Objective::outside_theorem).
     pub(super) fn outside_theorem(&self) -> Option<&'static str> {
         match self {

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use engine::{Decoder, Keep, Model};
+use engine::{Decoder, Head, Keep, Model, Parameters};
 
-use super::TrainOptions;
-use crate::objective::RunningMean;
-use crate::sequences::{Sequences, micro_batches, pack};
+use super::{Policy, TrainOptions};
+use crate::objective::{Derivative, RunningMean};
+use crate::sequences::{Sequences, micro_batches, pack_keyed};
 use crate::task::{Scored, ShiftFrom, Task};
 
 /// Mean loss and metrics of some examples.
@@ -23,9 +23,27 @@ pub(super) struct Passes {
     micro_batch_tokens: usize,
 }
 
+/// A batch of a task, with what its losses depend on beside the policy.
+pub(super) struct Batch<'a> {
+    pub(super) task: &'a dyn Task,
+    /// The optimizer step, from 0.
+    pub(super) step: u64,
+    pub(super) examples: &'a [usize],
+}
+
+impl Batch<'_> {
+    fn weight(&self) -> f64 {
+        self.examples.iter().map(|&example| self.task.weight(example)).sum()
+    }
+
+    fn sequences(&self) -> Vec<Sequences<'_>> {
+        self.examples.iter().map(|&example| self.task.sequences(example)).collect()
+    }
+}
+
 impl Passes {
     /// For batches of any of the tasks, which train `policy`.
-    pub(super) fn new(policy: &Model, tasks: &[&dyn Task], options: &TrainOptions) -> Self {
+    pub(super) fn new(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions) -> Self {
         let (mut longest, mut largest) = (0, 0);
         for task in tasks {
             for example in 0..task.len() {
@@ -34,9 +52,9 @@ impl Passes {
                 largest = largest.max(sequences.computed());
             }
         }
-        let decoder = Decoder::new(policy, longest);
-        // weights, gradient and two moments stay whatever the batch
-        let fixed = 4 * size_of::<f32>() * policy.layout.len;
+        let decoder = Decoder::new(policy.base(), longest);
+        // gradient and two moments of what is trained, and the model, stay whatever the batch
+        let fixed = size_of::<f32>() * (3 * policy.weights().len() + policy.base().layout.len);
         let memory = options.memory_bytes.or_else(|| engine::memory::available().map(|bytes| bytes / 5 * 4));
         let for_activations = memory.map_or(usize::MAX, |bytes| bytes.saturating_sub(fixed));
         let rows = options.micro_batch_tokens.max(largest);
@@ -49,87 +67,124 @@ impl Passes {
     /// Returns the means, the number of tokens computed, and the rows whose own loss is not finite.
     pub(super) fn gradient(
         &mut self,
-        weights: &[f32],
-        task: &dyn Task,
-        (step, batch): (u64, &[usize]),
+        parameters: Parameters<'_>,
+        batch: &Batch<'_>,
         running: &mut RunningMean,
         gradient: &mut [f32],
     ) -> (Means, usize, Vec<usize>) {
-        let items: Vec<Sequences<'_>> = batch.iter().map(|&example| task.sequences(example)).collect();
+        let items = batch.sequences();
         let parts = micro_batches(&items, self.micro_batch_tokens);
-        let total_weight: f64 = batch.iter().map(|&example| task.weight(example)).sum();
-        let mut sums = Sums::default();
         let mut tokens = items.iter().map(Sequences::computed).sum();
+        // what is kept of a forward pass ends with the next one, so other passes come before it
+        let alone = parts.len() == 1 && batch.task.shift_from(batch.examples) == ShiftFrom::OwnResponses;
         let mut shift = None;
-        for part in &parts {
-            let packed = pack(&items[part.clone()]);
-            // what is kept of a forward pass ends with the next one, so other passes come before it
-            if shift.is_none() && (parts.len() > 1 || !matches!(task.shift_from(batch), ShiftFrom::OwnResponses)) {
-                let (value, computed) = self.shift(weights, task, (step, batch), &items, running);
-                tokens += computed;
-                shift = Some(value);
+        if !alone {
+            let (value, computed) = self.shift(parameters, batch, &items, running);
+            tokens += computed;
+            shift = Some(value);
+        }
+        let total_weight = batch.weight();
+        let reference = batch.task.divergence_from();
+        let mut sums = Sums::default();
+        for part in parts {
+            let examples = &batch.examples[part.clone()];
+            let packed = pack_keyed(&items[part], examples);
+            let rows = reference.map(|model| self.decoder.head_rows(&model.weights, &packed));
+            let head = reference.zip(rows.as_deref()).map(|(model, rows)| head(model, rows));
+            let scored = match head {
+                None => logps(self.decoder.forward(parameters, &packed, self.keep)),
+                Some(head) => divergences(self.decoder.forward_with_divergence(parameters, head, &packed, self.keep)),
+            };
+            let shift = *shift.get_or_insert_with(|| batch.task.shift(batch.step, batch.examples, &scored, running));
+            let (mut d_logps, mut d_kls) = (Vec::new(), Vec::new());
+            sums.add(batch.task, examples, &scored, shift, |derivative| {
+                d_logps.push(derivative.logp / total_weight);
+                d_kls.push(derivative.kl / total_weight);
+            });
+            match head {
+                None => self.decoder.backward(parameters, &packed, &d_logps, gradient),
+                Some(head) => {
+                    let derivatives = [d_logps.as_slice(), &d_kls];
+                    self.decoder.backward_with_divergence(parameters, head, &packed, derivatives, gradient);
+                }
             }
-            let scored = scored(self.decoder.forward(weights, &packed, self.keep));
-            let shift = *shift.get_or_insert_with(|| task.shift(step, batch, &scored, running));
-            let mut d_logps = Vec::with_capacity(scored.len());
-            sums.add(task, &batch[part.clone()], &scored, shift, |d| d_logps.push(d / total_weight));
-            self.decoder.backward(weights, &packed, &d_logps, gradient);
         }
         let broken = std::mem::take(&mut sums.broken);
-        (sums.means(task, total_weight), tokens, broken)
+        (sums.means(batch.task, total_weight), tokens, broken)
     }
 
-    /// Mean loss and metrics of examples, as one batch of `step`; they leave no trace in `running`.
-    pub(super) fn means(
-        &mut self,
-        weights: &[f32],
-        task: &dyn Task,
-        (step, batch): (u64, &[usize]),
-        running: RunningMean,
-    ) -> Means {
-        let items: Vec<Sequences<'_>> = batch.iter().map(|&example| task.sequences(example)).collect();
-        let shift = match task.shift_from(batch) {
+    /// Mean loss and metrics of a batch; it leaves no trace in the running mean.
+    pub(super) fn means(&mut self, parameters: Parameters<'_>, batch: &Batch<'_>, running: RunningMean) -> Means {
+        let items = batch.sequences();
+        let shift = match batch.task.shift_from(batch.examples) {
             // a running mean is what training has seen
             ShiftFrom::OwnResponses => running.mean,
-            _ => self.shift(weights, task, (step, batch), &items, &mut running.clone()).0,
+            _ => self.shift(parameters, batch, &items, &mut running.clone()).0,
         };
-        let scored = self.score(weights, &items);
+        let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from());
         let mut sums = Sums::default();
-        sums.add(task, batch, &scored, shift, |_| ());
-        sums.means(task, batch.iter().map(|&example| task.weight(example)).sum())
+        sums.add(batch.task, batch.examples, &scored, shift, |_| ());
+        sums.means(batch.task, batch.weight())
     }
 
     /// The shift of a batch, and the number of tokens computed for it.
     fn shift(
         &mut self,
-        weights: &[f32],
-        task: &dyn Task,
-        (step, batch): (u64, &[usize]),
+        parameters: Parameters<'_>,
+        batch: &Batch<'_>,
         own: &[Sequences<'_>],
         running: &mut RunningMean,
     ) -> (f64, usize) {
         let others;
-        let items = match task.shift_from(batch) {
+        let (items, parameters) = match batch.task.shift_from(batch.examples) {
             ShiftFrom::Nothing => return (0.0, 0),
-            ShiftFrom::OwnResponses => own,
+            ShiftFrom::OwnResponses => (own, parameters),
             ShiftFrom::Others(items) => {
                 others = items;
-                &others
+                (others.as_slice(), Parameters { dropout_seed: None, ..parameters })
             }
         };
-        let scored = self.score(weights, items);
-        (task.shift(step, batch, &scored, running), items.iter().map(Sequences::computed).sum())
+        let scored = self.score(parameters, items, batch.examples, None);
+        let shift = batch.task.shift(batch.step, batch.examples, &scored, running);
+        (shift, items.iter().map(Sequences::computed).sum())
     }
 
-    fn score(&mut self, weights: &[f32], items: &[Sequences<'_>]) -> Vec<Scored> {
-        let parts = micro_batches(items, self.micro_batch_tokens);
-        let parts = parts.into_iter().flat_map(|part| scored(self.decoder.logps(weights, &pack(&items[part]))));
-        parts.collect()
+    /// What the policy says of every response, with the divergence from `reference` if there is one. `keys` tell the
+    /// items apart for dropout.
+    fn score(
+        &mut self,
+        parameters: Parameters<'_>,
+        items: &[Sequences<'_>],
+        keys: &[usize],
+        reference: Option<&Model>,
+    ) -> Vec<Scored> {
+        let mut all = Vec::new();
+        for part in micro_batches(items, self.micro_batch_tokens) {
+            let packed = pack_keyed(&items[part.clone()], &keys[part]);
+            all.extend(match reference {
+                None => logps(self.decoder.logps(parameters, &packed)),
+                Some(model) => {
+                    let rows = self.decoder.head_rows(&model.weights, &packed);
+                    let head = head(model, &rows);
+                    divergences(self.decoder.forward_with_divergence(parameters, head, &packed, Keep::Inputs))
+                }
+            });
+        }
+        all
     }
 }
 
-fn scored(logps: Vec<f64>) -> Vec<Scored> {
+/// What a policy is compared with: a model's vocabulary head, and its last hidden rows.
+fn head<'a>(model: &'a Model, rows: &'a [f32]) -> Head<'a> {
+    Head { rows, weights: &model.weights[model.layout.head.clone()] }
+}
+
+fn logps(logps: Vec<f64>) -> Vec<Scored> {
     logps.into_iter().map(|logp| Scored { logp, kl: 0.0 }).collect()
+}
+
+fn divergences((logps, kls): (Vec<f64>, Vec<f64>)) -> Vec<Scored> {
+    logps.into_iter().zip(kls).map(|(logp, kl)| Scored { logp, kl }).collect()
 }
 
 /// Running sums over the examples of a batch.
@@ -150,7 +205,7 @@ impl Sums {
         examples: &[usize],
         scored: &[Scored],
         shift: f64,
-        mut derivative: impl FnMut(f64),
+        mut derivative: impl FnMut(&Derivative),
     ) {
         let mut rest = scored;
         for &example in examples {
@@ -162,7 +217,7 @@ impl Sums {
                 self.broken.push(sequences.row);
             }
             self.loss += result.loss;
-            result.derivatives.iter().for_each(|d| derivative(d.logp));
+            result.derivatives.iter().for_each(&mut derivative);
             for (name, value) in result.metrics {
                 let (sum, examples) = self.metrics.entry(name).or_default();
                 *sum += value;

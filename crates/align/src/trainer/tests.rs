@@ -1,7 +1,7 @@
 use std::path::PathBuf;
 
 use engine::checkpoint::load_model;
-use engine::{Decoder, Keep};
+use engine::{Adapter, Decoder, Keep, Model, Parameters};
 use serde_json::Value;
 
 use super::batches::epoch_order;
@@ -26,12 +26,48 @@ impl Monitor for StopAfter {
     }
 }
 
+/// Trains all weights of a model, in place.
+fn train_whole(
+    model: &mut Model,
+    task: &dyn Task,
+    validation: Option<&dyn Task>,
+    options: &TrainOptions,
+    folder: &Path,
+    monitor: &mut dyn Monitor,
+) -> Result<Vec<StepRecord>> {
+    let mut policy = Policy::Whole(model.clone());
+    let records = train(&mut policy, task, validation, options, folder, monitor)?;
+    let Policy::Whole(trained) = policy else { unreachable!() };
+    *model = trained;
+    Ok(records)
+}
+
+/// What one gradient pass gives.
+struct Pass {
+    keep: Keep,
+    means: Means,
+    broken: Vec<usize>,
+    running: RunningMean,
+    gradient: Vec<f32>,
+}
+
+/// The gradient of a task's loss on some of its examples.
+fn gradient(policy: &Policy<'_>, task: &dyn Task, examples: &[usize], options: &TrainOptions) -> Pass {
+    let mut gradient = vec![0.0; policy.weights().len()];
+    let mut running = RunningMean::default();
+    let mut passes = Passes::new(policy, &[task], options);
+    let batch = Batch { task, step: 0, examples };
+    let (means, _, broken) = passes.gradient(policy.parameters(Some(7)), &batch, &mut running, &mut gradient);
+    Pass { keep: passes.keep, means, broken, running, gradient }
+}
+
 fn never() -> StopAfter {
     StopAfter(u64::MAX, 0)
 }
 
 fn options() -> TrainOptions {
     TrainOptions {
+        lora: None,
         optimizer: OptimizerKind::AdamW,
         learning_rate: 5e-3,
         schedule: Schedule::Linear,
@@ -113,10 +149,19 @@ fn close(value: f64, expected: &Value, what: &str) {
     assert!((value - expected).abs() <= 1e-4 * expected.abs(), "{what}: {value} instead of {expected}");
 }
 
+/// Gradients that may differ in the order of their sums alone.
+fn assert_close(gradient: &[f32], expected: &[f32]) {
+    let difference: Vec<f32> = gradient.iter().zip(expected).map(|(a, b)| a - b).collect();
+    let (error, norm) = (global_norm(&difference), global_norm(expected));
+    assert!(norm > 0.0 && error < 1e-5 * norm, "{error} of {norm}");
+}
+
 /// Mean loss and metrics of all examples.
 fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
     let all: Vec<usize> = (0..task.len()).collect();
-    Passes::new(policy, &[task], options).means(&policy.weights, task, (0, &all), RunningMean::default())
+    let whole = Policy::Whole(policy.clone());
+    let batch = Batch { task, step: 0, examples: &all };
+    Passes::new(&whole, &[task], options).means((&policy.weights).into(), &batch, RunningMean::default())
 }
 
 #[test]
@@ -125,7 +170,7 @@ fn a_training_of_one_step_moves_the_weights() {
     let start = policy.clone();
     let demonstrations = [Demonstration { prompt: vec![5, 6], response: vec![7, 8, 2] }];
     let folder = tempfile::tempdir().unwrap();
-    train(&mut policy, &Demonstrations(&demonstrations), None, &options(), folder.path(), &mut never()).unwrap();
+    train_whole(&mut policy, &Demonstrations(&demonstrations), None, &options(), folder.path(), &mut never()).unwrap();
     assert_ne!(policy.weights, start.weights);
 }
 
@@ -134,12 +179,13 @@ fn ten_dpo_steps_equal_pytorchs() {
     let fixture = fixture();
     let pairs = pairs(&fixture);
     for name in ["tied", "untied_gqa"] {
-        let mut policy = tiny(name);
+        let start = tiny(name);
+        let mut policy = start.clone();
         let expected = &fixture["models"][name];
         let reference = reference(&policy, &pairs);
         let folder = tempfile::tempdir().unwrap();
-        let task = Preferences::new(&pairs, &reference, &DPO);
-        let records = train(&mut policy, &task, None, &options(), folder.path(), &mut never()).unwrap();
+        let task = Preferences::new(&pairs, &reference, &start, &DPO);
+        let records = train_whole(&mut policy, &task, None, &options(), folder.path(), &mut never()).unwrap();
         assert_eq!(records.len(), 10);
         for (record, expected) in records.iter().zip(expected["steps"].as_array().unwrap()) {
             close(record.loss, &expected["loss"], &format!("{name} loss of step {}", record.step));
@@ -163,12 +209,11 @@ fn the_first_gradient_equals_pytorchs() {
     for name in ["tied", "untied_gqa"] {
         let policy = tiny(name);
         let reference = reference(&policy, &pairs);
-        let task = Preferences::new(&pairs, &reference, &DPO);
+        let task = Preferences::new(&pairs, &reference, &policy, &DPO);
         let order = epoch_order(pairs.len(), options().seed, 0);
-        let mut gradient = vec![0.0; policy.layout.len];
-        let mut passes = Passes::new(&policy, &[&task], &options());
-        passes.gradient(&policy.weights, &task, (0, &order[..4]), &mut RunningMean::default(), &mut gradient);
-        for spec in &policy.layout.specs {
+        let policy = Policy::Whole(policy.clone());
+        let gradient = gradient(&policy, &task, &order[..4], &options()).gradient;
+        for spec in policy.specs() {
             let expected = &fixture["models"][name]["first_gradient"][&spec.name];
             let part = &gradient[spec.range.clone()];
             let norm = part.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
@@ -185,7 +230,7 @@ fn the_first_margin_is_exactly_zero_whatever_the_cut() {
     let pairs = pairs(&fixture());
     let policy = tiny("untied_gqa");
     let reference = reference(&policy, &pairs);
-    let task = Preferences::new(&pairs, &reference, &DPO);
+    let task = Preferences::new(&pairs, &reference, &policy, &DPO);
     for micro_batch_tokens in [1, 30, 10_000] {
         let means = evaluate(&policy, &task, &TrainOptions { micro_batch_tokens, ..options() });
         assert_eq!(means.metrics["rewards/margins"], 0.0);
@@ -198,24 +243,17 @@ fn loss_and_gradient_do_not_depend_on_the_cut_or_on_recomputing() {
     let pairs = pairs(&fixture());
     let policy = tiny("untied_gqa");
     let reference: Vec<[f64; 2]> = reference(&policy, &pairs).iter().map(|[c, r]| [c + 0.3, r - 0.2]).collect();
-    let task = Preferences::new(&pairs, &reference, &DPO);
+    let task = Preferences::new(&pairs, &reference, &policy, &DPO);
     let all: Vec<usize> = (0..pairs.len()).collect();
-    let run = |options: TrainOptions| {
-        let mut gradient = vec![0.0; policy.layout.len];
-        let mut passes = Passes::new(&policy, &[&task], &options);
-        let running = &mut RunningMean::default();
-        let (means, _, _) = passes.gradient(&policy.weights, &task, (0, &all), running, &mut gradient);
-        (passes.keep, means, gradient)
-    };
-    let (keep, whole, gradient) = run(TrainOptions { micro_batch_tokens: 10_000, ..options() });
-    assert_eq!(keep, Keep::All);
+    let whole_policy = Policy::Whole(policy.clone());
+    let run = |options: TrainOptions| gradient(&whole_policy, &task, &all, &options);
+    let whole = run(TrainOptions { micro_batch_tokens: 10_000, ..options() });
+    assert_eq!(whole.keep, Keep::All);
     for (micro_batch_tokens, memory_bytes) in [(1, None), (40, None), (10_000, Some(1))] {
-        let (keep, means, other) = run(TrainOptions { micro_batch_tokens, memory_bytes, ..options() });
-        assert_eq!(keep == Keep::Inputs, memory_bytes.is_some());
-        assert!((means.loss - whole.loss).abs() < 1e-12);
-        let norm = global_norm(&gradient);
-        let difference: Vec<f32> = gradient.iter().zip(&other).map(|(a, b)| a - b).collect();
-        assert!(global_norm(&difference) < 1e-5 * norm);
+        let other = run(TrainOptions { micro_batch_tokens, memory_bytes, ..options() });
+        assert_eq!(other.keep == Keep::Inputs, memory_bytes.is_some());
+        assert_eq!(other.means, whole.means);
+        assert_close(&other.gradient, &whole.gradient);
     }
 }
 
@@ -224,20 +262,21 @@ fn a_stopped_training_continues_bit_exactly() {
     let pairs = pairs(&fixture());
     let start = tiny("tied");
     let reference = reference(&start, &pairs);
-    let task = Preferences::new(&pairs, &reference, &DPO);
+    let task = Preferences::new(&pairs, &reference, &start, &DPO);
     let options = TrainOptions { epochs: 2, ..options() };
     let whole_folder = tempfile::tempdir().unwrap();
     let mut whole = start.clone();
-    train(&mut whole, &task, None, &options, whole_folder.path(), &mut never()).unwrap();
+    train_whole(&mut whole, &task, None, &options, whole_folder.path(), &mut never()).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     for stop in [3, 13, 17] {
         let mut policy = start.clone();
-        let error = train(&mut policy, &task, None, &options, folder.path(), &mut StopAfter(stop, 0)).unwrap_err();
+        let error =
+            train_whole(&mut policy, &task, None, &options, folder.path(), &mut StopAfter(stop, 0)).unwrap_err();
         assert!(matches!(error, Error::Interrupted(_)), "{error}");
     }
     let mut policy = start.clone();
-    let rest = train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
+    let rest = train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
     assert_eq!(rest.len(), 3);
     assert_eq!(policy.weights, whole.weights);
     let losses = |folder: &Path| -> Vec<String> {
@@ -248,20 +287,21 @@ fn a_stopped_training_continues_bit_exactly() {
 
     // a state of another training is refused
     let other = TrainOptions { learning_rate: 1e-3, ..options };
-    train(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap_err();
+    train_whole(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap_err();
     discard_state(folder.path()).unwrap();
-    train(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap();
+    train_whole(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap();
 }
 
 #[test]
 fn a_diverged_loss_names_the_rows() {
     let pairs = pairs(&fixture());
-    let mut policy = tiny("tied");
+    let start = tiny("tied");
+    let mut policy = start.clone();
     let mut reference = reference(&policy, &pairs);
     reference[6][0] = f64::NAN;
-    let task = Preferences::new(&pairs, &reference, &DPO);
+    let task = Preferences::new(&pairs, &reference, &start, &DPO);
     let folder = tempfile::tempdir().unwrap();
-    let error = train(&mut policy, &task, None, &options(), folder.path(), &mut never()).unwrap_err().to_string();
+    let error = train_whole(&mut policy, &task, None, &options(), folder.path(), &mut never()).unwrap_err().to_string();
     assert!(error.contains("NaN") && error.contains("It broke in the rows 7."), "{error}");
 }
 
@@ -279,15 +319,15 @@ fn demonstrations_are_learned_and_weighted_by_tokens() {
     let logps = decoder.logps(&policy.weights, &pack(&[task.sequences(0), task.sequences(1)]));
     assert!((before + (logps[0] + logps[1]) / 5.0).abs() < 1e-9);
     let folder = tempfile::tempdir().unwrap();
-    train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
+    train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
     assert!(evaluate(&policy, &task, &options).loss < 0.05);
 }
 
 #[test]
 fn nothing_to_train_on_is_bad_input() {
     let folder = tempfile::tempdir().unwrap();
-    let error =
-        train(&mut tiny("tied"), &Demonstrations(&[]), None, &options(), folder.path(), &mut never()).unwrap_err();
+    let error = train_whole(&mut tiny("tied"), &Demonstrations(&[]), None, &options(), folder.path(), &mut never())
+        .unwrap_err();
     assert_eq!(error.exit_code(), 2);
 }
 
@@ -305,6 +345,12 @@ fn examples(fixture: &Value) -> Vec<TokenizedExample> {
 
 fn example_scores(model: &Model, examples: &[TokenizedExample]) -> Vec<f64> {
     scores(model, &examples.iter().map(TokenizedExample::sequences).collect::<Vec<_>>())
+}
+
+const TDPO: Objective = Objective::Pairwise(Pairwise::Tdpo { beta: 0.5, alpha: 0.5 });
+
+fn lora(dropout: f64) -> LoraOptions {
+    LoraOptions { rank: 4, alpha: 8.0, dropout, ..LoraOptions::default() }
 }
 
 const KTO: Unpaired = Unpaired::Kto { beta: 0.5, desirable_weight: 1.0, undesirable_weight: 1.5 };
@@ -334,24 +380,17 @@ fn shifts_are_those_of_the_whole_batch_however_it_is_cut() {
         / examples.len() as f64;
     for (objective, name, expected) in [(KTO, "kl", kl), (BCO, "delta", delta)] {
         let task = LabelledResponses::new(&examples, &reference, &objective, &mismatched_reference);
-        let mut first: Option<(Means, Vec<f32>)> = None;
-        for micro_batch_tokens in [10_000, 60, 1] {
-            let options = TrainOptions { micro_batch_tokens, ..options() };
-            let mut gradient = vec![0.0; policy.layout.len];
-            let mut running = RunningMean::default();
-            let mut passes = Passes::new(&policy, &[&task], &options);
-            let (means, _, broken) = passes.gradient(&policy.weights, &task, (0, &batch), &mut running, &mut gradient);
-            assert!(broken.is_empty());
-            assert!((means.metrics[name] - expected).abs() < 1e-5, "{name}: {} {expected}", means.metrics[name]);
-            assert_eq!(running.count, if objective == BCO { batch.len() as u64 } else { 0 }, "the batch counts once");
-            match &first {
-                None => first = Some((means, gradient)),
-                Some((whole, whole_gradient)) => {
-                    assert_eq!((means.loss, &means.metrics), (whole.loss, &whole.metrics));
-                    let difference: Vec<f32> = gradient.iter().zip(whole_gradient).map(|(a, b)| a - b).collect();
-                    assert!(global_norm(&difference) < 1e-5 * global_norm(whole_gradient));
-                }
-            }
+        let policy = Policy::Whole(policy.clone());
+        let run =
+            |micro_batch_tokens| gradient(&policy, &task, &batch, &TrainOptions { micro_batch_tokens, ..options() });
+        let whole = run(10_000);
+        assert!((whole.means.metrics[name] - expected).abs() < 1e-5, "{name}: {:?} {expected}", whole.means);
+        assert_eq!(whole.running.count, if objective == BCO { batch.len() as u64 } else { 0 }, "the batch counts once");
+        for micro_batch_tokens in [60, 1] {
+            let cut = run(micro_batch_tokens);
+            assert!(cut.broken.is_empty());
+            assert_eq!((cut.means, cut.running), (whole.means.clone(), whole.running));
+            assert_close(&cut.gradient, &whole.gradient);
         }
     }
 }
@@ -367,10 +406,7 @@ fn no_derivative_flows_through_a_shift() {
     let mismatched_reference = [scores(&start, &others)];
     for objective in [KTO, BCO] {
         let task = LabelledResponses::new(&examples, &reference, &objective, &mismatched_reference);
-        let mut gradient = vec![0.0; policy.layout.len];
-        let mut passes = Passes::new(&policy, &[&task], &options());
-        let here = (0, batch.as_slice());
-        let (means, _, _) = passes.gradient(&policy.weights, &task, here, &mut RunningMean::default(), &mut gradient);
+        let Pass { means, gradient, .. } = gradient(&Policy::Whole(policy.clone()), &task, &batch, &options());
         let shift = means.metrics[if objective == KTO { "kl" } else { "delta" }];
         // along the gradient of the loss the loss must change by the squared norm
         let loss = |by: f32| {
@@ -404,7 +440,9 @@ fn every_training_continues_bit_exactly() {
         (dpo, &pairs, TrainOptions { optimizer: OptimizerKind::AdamW8bit, ema_decay: Some(0.8), ..base.clone() }),
         (dpo, &pairs, TrainOptions { optimizer: OptimizerKind::Lion, learning_rate: 1e-3, ..base.clone() }),
         (dpo, &pairs, TrainOptions { optimizer: OptimizerKind::Muon, ..base.clone() }),
-        (dpo, &pairs, TrainOptions { validate_every: 2, patience: Some(50), ema_decay: Some(0.5), ..base }),
+        (dpo, &pairs, TrainOptions { validate_every: 2, patience: Some(50), ema_decay: Some(0.5), ..base.clone() }),
+        (dpo, &pairs, TrainOptions { lora: Some(lora(0.3)), optimizer: OptimizerKind::Muon, ..base.clone() }),
+        (TDPO, &pairs, TrainOptions { lora: Some(lora(0.0)), validate_every: 5, ..base }),
     ];
     for (objective, data, options) in &cases {
         let cache = tempfile::tempdir().unwrap();
@@ -414,13 +452,13 @@ fn every_training_continues_bit_exactly() {
             alignment.run(&mut StopAfter(stop, 0))
         };
         let whole_folder = tempfile::tempdir().unwrap();
-        let (whole, _) = run(whole_folder.path(), u64::MAX).unwrap();
+        let whole = run(whole_folder.path(), u64::MAX).unwrap().policy;
         assert_ne!(whole.weights, start.weights);
         let folder = tempfile::tempdir().unwrap();
         for stop in [3, 13] {
             assert!(matches!(run(folder.path(), stop), Err(Error::Interrupted(_))));
         }
-        let (policy, _) = run(folder.path(), u64::MAX).unwrap();
+        let policy = run(folder.path(), u64::MAX).unwrap().policy;
         assert!(policy.weights == whole.weights, "{objective:?} {options:?}");
         let read = |folder: &Path| crate::log::read_metric(&folder.join("metrics.jsonl"), "loss").unwrap();
         assert_eq!(read(folder.path()), read(whole_folder.path()));
@@ -433,7 +471,7 @@ fn a_training_without_progress_ends_early_with_the_best_weights() {
     let pairs = pairs(&fixture());
     let start = tiny("tied");
     let reference = reference(&start, &pairs);
-    let task = Preferences::new(&pairs[..20], &reference[..20], &DPO);
+    let task = Preferences::new(&pairs[..20], &reference[..20], &start, &DPO);
     // held-out pairs that prefer the opposite: every step in the right direction makes them worse
     let swap = |pair: &TokenizedPair| TokenizedPair {
         chosen: pair.rejected.clone(),
@@ -442,11 +480,11 @@ fn a_training_without_progress_ends_early_with_the_best_weights() {
     };
     let swapped: Vec<TokenizedPair> = pairs[..20].iter().map(swap).collect();
     let swapped_reference: Vec<[f64; 2]> = reference[..20].iter().map(|[c, r]| [*r, *c]).collect();
-    let held_out = Preferences::new(&swapped, &swapped_reference, &DPO);
+    let held_out = Preferences::new(&swapped, &swapped_reference, &start, &DPO);
     let options = TrainOptions { epochs: 8, validate_every: 2, patience: Some(3), ..options() };
     let folder = tempfile::tempdir().unwrap();
     let mut policy = start.clone();
-    let records = train(&mut policy, &task, Some(&held_out), &options, folder.path(), &mut never()).unwrap();
+    let records = train_whole(&mut policy, &task, Some(&held_out), &options, folder.path(), &mut never()).unwrap();
     let losses: Vec<f64> = records.iter().filter_map(|r| r.validation.get("eval_loss").copied()).collect();
     let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
     let place = losses.iter().position(|&loss| loss == best).unwrap();
@@ -461,13 +499,13 @@ fn an_average_of_weights_follows_the_steps() {
     let pairs = pairs(&fixture());
     let start = tiny("tied");
     let reference = reference(&start, &pairs);
-    let task = Preferences::new(&pairs, &reference, &DPO);
+    let task = Preferences::new(&pairs, &reference, &start, &DPO);
     let run = |epochs: usize, ema_decay| {
         let folder = tempfile::tempdir().unwrap();
         let mut policy = start.clone();
         let options = TrainOptions { ema_decay, epochs, schedule: Schedule::Constant, warmup_ratio: 0.0, ..options() };
         let options = TrainOptions { batch_size: 40, ..options };
-        train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
+        train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
         policy.weights
     };
     let average = run(2, Some(0.75));
@@ -486,8 +524,107 @@ fn a_batch_of_one_has_no_mismatched_response() {
     for (examples, batch_size) in [(&examples[..1], 4), (&examples[..], 1)] {
         let task = LabelledResponses::new(examples, &reference[..examples.len()], &KTO, &[]);
         let options = TrainOptions { batch_size, ..options() };
-        let error = train(&mut tiny("tied"), &task, None, &options, folder.path(), &mut never()).unwrap_err();
+        let error = train_whole(&mut tiny("tied"), &task, None, &options, folder.path(), &mut never()).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         assert!(error.to_string().contains("at least 2"), "{error}");
     }
+}
+
+/// An adapter that is no longer 0, on a model that is the reference.
+fn adapted(start: &Model, dropout: f64) -> Policy<'_> {
+    let mut adapter = Adapter::new(start, lora(dropout), 1).unwrap();
+    adapter.weights.iter_mut().enumerate().for_each(|(i, weight)| *weight += 0.02 * ((i % 7) as f32 - 3.0));
+    Policy::Adapted(start, adapter)
+}
+
+#[test]
+fn an_adapter_starts_at_margin_zero_and_leaves_the_model_as_it_is() {
+    let pairs = pairs(&fixture());
+    let start = tiny("untied_gqa");
+    let reference = reference(&start, &pairs);
+    let task = Preferences::new(&pairs, &reference, &start, &DPO);
+    for options in [
+        TrainOptions { lora: Some(lora(0.2)), ..options() },
+        TrainOptions { lora: Some(LoraOptions { dora: true, ..lora(0.0) }), ..options() },
+    ] {
+        let adapter = Adapter::new(&start, options.lora.clone().unwrap(), 1).unwrap();
+        let mut policy = Policy::Adapted(&start, adapter.clone());
+        let folder = tempfile::tempdir().unwrap();
+        let records = train(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
+        assert_eq!(records[0].metrics["rewards/margins"], 0.0);
+        assert!(records[9].loss < records[0].loss);
+        assert_ne!(policy.weights(), &adapter.weights);
+        // the adapter in the decoder is the adapter in the weights
+        let Policy::Adapted(_, adapter) = policy else { unreachable!() };
+        let mut folded = start.clone();
+        adapter.fold_into(&mut folded);
+        let mut decoder = Decoder::new(&start, 32);
+        let packed = pack(&[pairs[0].sequences(), pairs[1].sequences()]);
+        let parameters = Parameters { base: &start.weights, adapter: Some(&adapter), dropout_seed: None };
+        let (apart, together) = (decoder.logps(parameters, &packed), decoder.logps(&folded.weights, &packed));
+        assert!(apart.iter().zip(&together).all(|(a, b)| (a / b - 1.0).abs() < 1e-5), "{apart:?} {together:?}");
+    }
+}
+
+/// What is dropped of an example depends on seed, step and example alone; the divergence on policy and reference alone.
+#[test]
+fn dropout_and_divergence_do_not_depend_on_the_cut() {
+    let pairs = pairs(&fixture());
+    let start = tiny("untied_gqa");
+    let reference = reference(&start, &pairs);
+    let all: Vec<usize> = (0..pairs.len()).collect();
+    let tdpo = Pairwise::Tdpo { beta: 0.5, alpha: 0.5 };
+    for (objective, dropout) in [(&DPO, 0.4), (&tdpo, 0.0), (&tdpo, 0.4)] {
+        let task = Preferences::new(&pairs, &reference, &start, objective);
+        let policy = adapted(&start, dropout);
+        let run = |micro_batch_tokens, memory_bytes| {
+            gradient(&policy, &task, &all, &TrainOptions { micro_batch_tokens, memory_bytes, ..options() })
+        };
+        let whole = run(10_000, None);
+        for (micro_batch_tokens, memory_bytes) in [(1, None), (40, Some(1))] {
+            let cut = run(micro_batch_tokens, memory_bytes);
+            assert_eq!(cut.means, whole.means);
+            assert_close(&cut.gradient, &whole.gradient);
+        }
+        let plain = Passes::new(&policy, &[&task], &options()).means(
+            policy.parameters(None),
+            &Batch { task: &task, step: 0, examples: &all },
+            RunningMean::default(),
+        );
+        assert_eq!(plain.loss == whole.means.loss, dropout == 0.0, "only training drops");
+        assert_eq!(plain.metrics.get("kl/chosen").is_some_and(|kl| *kl > 1e-4), objective == &tdpo);
+    }
+}
+
+/// The derivative through the divergences of rejected responses counts; that through chosen ones is held fixed.
+#[test]
+fn the_gradient_of_tdpo_equals_finite_differences() {
+    let pairs = &pairs(&fixture())[..5];
+    let (start, policy) = (tiny("untied_gqa"), moved("untied_gqa"));
+    let reference = reference(&start, pairs);
+    let objective = Pairwise::Tdpo { beta: 0.5, alpha: 0.9 };
+    let task = Preferences::new(pairs, &reference, &start, &objective);
+    let all: Vec<usize> = (0..pairs.len()).collect();
+    let gradient = gradient(&Policy::Whole(policy.clone()), &task, &all, &options()).gradient;
+    let mut decoder = Decoder::new(&start, 32);
+    let sequences: Vec<Sequences<'_>> = pairs.iter().map(TokenizedPair::sequences).collect();
+    let packed = pack(&sequences);
+    let rows = decoder.head_rows(&start.weights, &packed);
+    let head = engine::Head { rows: &rows, weights: &start.weights[start.layout.head.clone()] };
+    let (_, kls) = decoder.forward_with_divergence(&policy.weights, head, &packed, Keep::Inputs);
+    let mut loss = |by: f32| {
+        let moved: Vec<f32> = policy.weights.iter().zip(&gradient).map(|(w, g)| w + by * g).collect();
+        let (logps, moved_kls) = decoder.forward_with_divergence(&moved, head, &packed, Keep::Inputs);
+        let losses = all.iter().map(|&example| {
+            let at = 2 * example;
+            let chosen = Scored { logp: logps[at], kl: kls[at] };
+            let rejected = Scored { logp: logps[at + 1], kl: moved_kls[at + 1] };
+            task.evaluate(example, &[chosen, rejected], 0.0).loss
+        });
+        losses.sum::<f64>() / 5.0
+    };
+    let squared = global_norm(&gradient).powi(2);
+    let step = (2e-3 / squared.sqrt()) as f32;
+    let slope = (loss(step) - loss(-step)) / (2.0 * f64::from(step));
+    assert!((slope / squared - 1.0).abs() < 1e-2, "{slope} {squared}");
 }

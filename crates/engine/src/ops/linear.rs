@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use gemm::{Parallelism, gemm};
 
-/// Up to this many results `gemm` takes each as one dot product, which sums in another order than its larger kernels.
+/// Up to this many results `gemm` takes each as one dot product, if both factors have the summed elements next to each
+/// other; its larger kernels sum in another order.
 const DOT_PRODUCTS: usize = 256;
 
 /// Products below this many multiplications run on the calling thread: waking others costs more.
@@ -103,6 +104,12 @@ impl<'a> View<'a> {
         Self { data: self.data, shape: [columns, rows], strides: [column, row] }
     }
 
+    /// The elements row by row.
+    fn to_rows(self) -> Vec<f32> {
+        let ([rows, columns], [row, column]) = (self.shape, self.strides);
+        (0..rows).flat_map(|i| (0..columns).map(move |j| self.data[i * row + j * column])).collect()
+    }
+
     fn matrix(self) -> Matrix {
         Matrix { start: self.data.as_ptr(), row_stride: self.strides[0], column_stride: self.strides[1] }
     }
@@ -134,10 +141,19 @@ impl<'a> ViewMut<'a> {
 }
 
 /// out = a·b·scale, or out += a·b·scale with `add`; on all threads where that pays.
+///
+/// From two rows on, a row's result does not depend on how many others there are.
 pub(crate) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
     let ([m, k], [inner, n]) = (a.shape, b.shape);
     assert_eq!(k, inner, "the matrices do not fit each other");
     assert_eq!(out.shape, [m, n], "the output does not have the shape of the product");
+    let copy;
+    let b = if m > 1 && m * n <= DOT_PRODUCTS && a.strides[1] == 1 && b.strides[0] == 1 {
+        copy = b.to_rows();
+        View::rows(&copy, n)
+    } else {
+        b
+    };
     let threads = if m * n * k < PARALLEL_FROM { Parallelism::None } else { Parallelism::Rayon(0) };
     // SAFETY: a view's elements lie within its slice; `out` is borrowed mutably, so nothing else touches its slice.
     unsafe { multiply([m, n, k], a.matrix(), b.matrix(), out.data.as_mut_ptr(), out.row_stride, scale, add, threads) }
@@ -150,16 +166,7 @@ fn rows(x: &[f32], width: usize) -> usize {
 }
 
 /// y = x·Wᵀ, or y += x·Wᵀ with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
-///
-/// From two rows on, a row's result does not depend on how many others there are.
 pub(crate) fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
-    let (n, outputs) = (rows(x, inputs), rows(w, inputs));
-    if n > 1 && n * outputs <= DOT_PRODUCTS {
-        let copies = DOT_PRODUCTS / (n * outputs) + 1;
-        let mut all = y.repeat(copies);
-        forward(&x.repeat(copies), w, &mut all, inputs, add);
-        return y.copy_from_slice(&all[..n * outputs]);
-    }
     let (x, w) = (View::rows(x, inputs), View::rows(w, inputs));
     product(x, w.transposed(), ViewMut::rows(y, w.shape[0]), 1.0, add);
 }
