@@ -147,14 +147,8 @@ impl Alignment<'_> {
             None => Policy::Whole(self.start.clone()),
         };
         let records = train(&mut policy, task, Some(held_out), self.options, self.folder, monitor)?;
-        Ok(match policy {
-            Policy::Whole(policy) => Aligned { policy, adapter: None, records },
-            Policy::Adapted(start, adapter) => {
-                let mut policy = start.clone();
-                adapter.fold_into(&mut policy);
-                Aligned { policy, adapter: Some(adapter), records }
-            }
-        })
+        let (policy, adapter) = policy.into_model();
+        Ok(Aligned { policy, adapter, records })
     }
 }
 

@@ -104,7 +104,7 @@ impl FromStr for Projection {
     }
 }
 
-/// What an adapter is made of. The default is PEFT's rank and alpha on every matrix of the blocks.
+/// What an adapter is made of. The default has rank 16 and the scale 2 on every matrix of the blocks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraOptions {
@@ -125,8 +125,8 @@ pub struct LoraOptions {
 impl Default for LoraOptions {
     fn default() -> Self {
         Self {
-            rank: 8,
-            alpha: 8.0,
+            rank: 16,
+            alpha: 32.0,
             dropout: 0.0,
             targets: Projection::ALL.to_vec(),
             rank_stabilized: false,

@@ -4,7 +4,8 @@
 //!
 //! ```text
 //! OUT/recipe.toml            the recipe with all defaults
-//! OUT/steps/NAME/            metrics.jsonl, checkpoint/, policy.json (written last: the policy is complete)
+//! OUT/steps/NAME/            metrics.jsonl, checkpoint/, policy.json (written last: the policy is complete);
+//!                            adapter/ where an adapter was trained, which is folded into the checkpoint
 //! OUT/cache/                 log-probabilities that no later run needs to compute again
 //! ```
 
@@ -14,15 +15,18 @@ use std::path::{Path, PathBuf};
 use align::log::read_metric;
 use align::objective::Objective;
 use align::reference;
-use align::step::{self, Alignment, PreferenceReport};
+use align::step::{self, Aligned, Alignment, PreferenceReport};
 use align::trainer::TrainOptions;
 use engine::checkpoint::{Checkpoint, atomic};
-use engine::{Error, Model, Result};
+use engine::{Adapter, Error, Model, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::load::{StepData, load_data, warn_of_objectives};
 use crate::ui;
-use sacpo::recipe::{PlannedStep, Recipe, Step};
+use sacpo::recipe::{PlannedStep, PreviousAdapter, Recipe, Step};
+
+/// The folder of a policy's adapter, beside its checkpoint.
+const ADAPTER: &str = "adapter";
 
 /// A policy of a run: the base model, or what a step made.
 pub(crate) struct Policy {
@@ -37,6 +41,8 @@ pub(crate) struct Policy {
     pub(crate) path: PathBuf,
     /// The hash of its weights.
     model: String,
+    /// The model that its adapter belongs to, if one was trained.
+    adapter_base: Option<PathBuf>,
     /// Ranking of each step's held-out pairs, in the order of the steps.
     pub(crate) validation: Vec<PreferenceReport>,
     /// Seconds of training, also of the calls before this one; 0 for the base model.
@@ -74,6 +80,9 @@ struct PolicyRecord {
     data: PathBuf,
     pairs: usize,
     seed: u64,
+    /// The model that the adapter beside the checkpoint belongs to; nothing if all weights were trained.
+    #[serde(default)]
+    adapter_base: Option<PathBuf>,
     version: String,
     /// Seconds of all optimizer steps.
     seconds: f64,
@@ -154,6 +163,7 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
         origin: None,
         path: recipe.model.base.clone(),
         model: base_hash,
+        adapter_base: None,
         validation: Vec::new(),
         seconds: 0.0,
     }];
@@ -177,6 +187,7 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
             origin: Some((planned.beta, origin)),
             path: stage.checkpoint(),
             model: record.model,
+            adapter_base: record.adapter_base,
             validation: Vec::new(),
             seconds: record.seconds,
         });
@@ -223,6 +234,7 @@ impl<'a> Stage<'a> {
     fn options(&self) -> TrainOptions {
         let train = &self.step.train;
         TrainOptions {
+            lora: train.lora(),
             optimizer: train.optimizer,
             learning_rate: train.learning_rate,
             schedule: train.schedule,
@@ -248,8 +260,31 @@ impl<'a> Stage<'a> {
             Some(_) => self.data.validation.fingerprint(),
             None => String::new(),
         };
-        let parts = [reference, &objective, &course, &self.data.train.fingerprint(), &held_out];
+        let stacked = if self.stacks() { "stacked" } else { "" };
+        let parts = [reference, &objective, &course, &self.data.train.fingerprint(), &held_out, stacked];
         Ok(blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string())
+    }
+
+    /// Whether the adapter goes on top of that of the policy before.
+    fn stacks(&self) -> bool {
+        self.step.train.lora_previous == PreviousAdapter::Stack
+    }
+
+    /// The model that this policy's adapter belongs to.
+    fn adapter_base(&self, parent: &Policy) -> PathBuf {
+        let below = parent.adapter_base.as_ref().filter(|_| self.stacks());
+        below.unwrap_or(&parent.path).clone()
+    }
+
+    /// Writes the adapter beside the checkpoint, stacked on that of the policy before if the recipe says so.
+    fn save_adapter(&self, adapter: &Adapter, parent: &Policy, base: &Path) -> Result<()> {
+        let folder = self.folder.join(ADAPTER);
+        if !self.stacks() {
+            return adapter.save(base, &folder);
+        }
+        let config = load_policy(parent)?.config;
+        let below = Adapter::load(&parent.path.with_file_name(ADAPTER), &config)?;
+        Adapter::stack(&config, &[&below, adapter])?.save(base, &folder)
     }
 
     /// The record of the policy if it is complete.
@@ -280,7 +315,7 @@ impl<'a> Stage<'a> {
             folder: &self.folder,
             cache,
         };
-        let (policy, records) = alignment.run(&mut ui::TrainingBar::new("training"))?;
+        let Aligned { policy, adapter, records } = alignment.run(&mut ui::TrainingBar::new("training"))?;
         let seconds = read_metric(&self.folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
         let record = PolicyRecord {
             name: name.clone(),
@@ -293,12 +328,16 @@ impl<'a> Stage<'a> {
             data: self.step.data.clone(),
             pairs: self.data.train.len(),
             seed: self.recipe.run.seed,
+            adapter_base: adapter.as_ref().map(|_| self.adapter_base(parent)),
             version: env!("CARGO_PKG_VERSION").into(),
             seconds,
         };
         let checkpoint =
             Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
         checkpoint.save(&self.checkpoint())?;
+        if let (Some(adapter), Some(below)) = (adapter, &record.adapter_base) {
+            self.save_adapter(&adapter, parent, below)?;
+        }
         let path = self.folder.join("policy.json");
         atomic::write_file(&path, |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
         if let Some(last) = records.last() {

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use align::data::{Format, LongPrompts, TemplateTail};
 use align::objective::{self, Objective};
 use engine::optim::{OptimizerKind, Schedule};
-use engine::{Error, Result};
+use engine::{Error, LoraOptions, Projection, Result};
 use section::Section;
 use serde::Serialize;
 
@@ -49,6 +49,13 @@ const TRAIN_KEYS: &[&str] = &[
     "validate_every",
     "patience",
     "ema_decay",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "lora_rank_stabilized",
+    "lora_dora",
+    "lora_previous",
 ];
 /// The keys of a step beside those of `[data]` and `[train]`, which a step may override.
 const STEP_KEYS: &[&str] = &[
@@ -166,6 +173,30 @@ pub struct TrainOptions {
     /// The decay per step of an exponential moving average of the weights, which becomes the policy, 0 < decay < 1.
     /// Default: none.
     pub ema_decay: Option<f64>,
+    /// The rank of an adapter that is trained instead of all weights, ≥ 1. Default: none, all weights are trained.
+    pub lora_rank: Option<usize>,
+    /// The numerator of the adapter's scale, > 0. Default: the rank.
+    pub lora_alpha: Option<f64>,
+    /// The dropout of the adapter's input, 0 ≤ p < 1. Default 0.
+    pub lora_dropout: f64,
+    /// The matrices that are adapted. Default: all of the blocks.
+    pub lora_targets: Vec<Projection>,
+    /// Whether the scale is alpha/√rank instead of alpha/rank. Default: no.
+    pub lora_rank_stabilized: bool,
+    /// Whether the rows' lengths are learned by themselves (DoRA). Default: no.
+    pub lora_dora: bool,
+    /// What becomes of the adapter of the step before. Default: it is folded.
+    pub lora_previous: PreviousAdapter,
+}
+
+/// What becomes of the adapter of the step before in the adapter that a step writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PreviousAdapter {
+    /// It is folded into the policy that this step starts from; the new adapter belongs to that policy.
+    Fold,
+    /// It is stacked: the new adapter holds both, and belongs to the model below the first of them.
+    Stack,
 }
 
 /// `[[step]]`: one preference alignment, which starts from and is referenced to the policy before it.
@@ -345,6 +376,16 @@ impl Recipe {
                 )));
             }
         }
+        for (number, step) in self.steps.iter().enumerate() {
+            let stacks = step.train.lora_rank.is_some() && step.train.lora_previous == PreviousAdapter::Stack;
+            let below = number.checked_sub(1).and_then(|before| self.steps[before].train.lora());
+            if stacks && (below.is_none_or(|below| below.dora) || step.train.lora_dora) {
+                return Err(sections[number].error(
+                    "`lora_previous = \"stack\"` puts the step's adapter on top of that of the step before, but there is \
+                     none, or one of the two has DoRA, which cannot be stacked. Write `lora_previous = \"fold\"`.",
+                ));
+            }
+        }
         let plan = self.plan();
         for (i, policy) in plan.iter().enumerate() {
             let step = &sections[policy.step];
@@ -443,6 +484,13 @@ impl Default for TrainOptions {
             validate_every: None,
             patience: None,
             ema_decay: None,
+            lora_rank: None,
+            lora_alpha: None,
+            lora_dropout: 0.0,
+            lora_targets: Projection::ALL.to_vec(),
+            lora_rank_stabilized: false,
+            lora_dora: false,
+            lora_previous: PreviousAdapter::Fold,
         }
     }
 }
@@ -451,6 +499,7 @@ impl TrainOptions {
     fn read(section: &Section<'_>, defaults: &Self) -> Result<Self> {
         let schedule = &[("cosine", Schedule::Cosine), ("linear", Schedule::Linear), ("constant", Schedule::Constant)];
         let optimizers = OptimizerKind::ALL.map(|kind| (kind.name(), kind));
+        let previous = &[("fold", PreviousAdapter::Fold), ("stack", PreviousAdapter::Stack)];
         let train = Self {
             optimizer: section.choice("optimizer", &optimizers)?.unwrap_or(defaults.optimizer),
             learning_rate: section.number("learning_rate", POSITIVE)?.unwrap_or(defaults.learning_rate),
@@ -465,13 +514,35 @@ impl TrainOptions {
             validate_every: section.count("validate_every", 1)?.or(defaults.validate_every),
             patience: section.count("patience", 1)?.or(defaults.patience),
             ema_decay: section.number("ema_decay", (Excluded(0.0), Excluded(1.0)))?.or(defaults.ema_decay),
+            lora_rank: section.count("lora_rank", 1)?.or(defaults.lora_rank),
+            lora_alpha: section.number("lora_alpha", POSITIVE)?.or(defaults.lora_alpha),
+            lora_dropout: section.number("lora_dropout", 0.0..1.0)?.unwrap_or(defaults.lora_dropout),
+            lora_targets: targets(section)?.unwrap_or_else(|| defaults.lora_targets.clone()),
+            lora_rank_stabilized: section.flag("lora_rank_stabilized")?.unwrap_or(defaults.lora_rank_stabilized),
+            lora_dora: section.flag("lora_dora")?.unwrap_or(defaults.lora_dora),
+            lora_previous: section.choice("lora_previous", previous)?.unwrap_or(defaults.lora_previous),
         };
+        if let Some(options) = train.lora() {
+            options.check_trainable().map_err(|error| section.error(&error.to_string()))?;
+        }
         if train.patience.is_some() && train.validate_every.is_none() {
             return Err(section.error(
                 "`patience` counts validations, but there are none. Set `validate_every` to a number of optimizer steps.",
             ));
         }
         Ok(train)
+    }
+
+    /// The adapter to train; nothing if all weights are trained.
+    pub fn lora(&self) -> Option<LoraOptions> {
+        self.lora_rank.map(|rank| LoraOptions {
+            rank,
+            alpha: self.lora_alpha.unwrap_or(rank as f64),
+            dropout: self.lora_dropout,
+            targets: self.lora_targets.clone(),
+            rank_stabilized: self.lora_rank_stabilized,
+            dora: self.lora_dora,
+        })
     }
 }
 
@@ -521,6 +592,13 @@ impl Step {
     pub fn objective_at(&self, temperature: f64) -> Result<Objective> {
         self.parameters.build(self.objective, temperature)
     }
+}
+
+/// The matrices that an adapter is for.
+fn targets(section: &Section<'_>) -> Result<Option<Vec<Projection>>> {
+    let Some(names) = section.texts("lora_targets")? else { return Ok(None) };
+    let targets = names.iter().map(|name| name.parse()).collect::<Result<Vec<_>>>();
+    targets.map(Some).map_err(|error| section.error(&format!("In `lora_targets`: {error}")))
 }
 
 /// Whether a name is safe as a folder's name on every system.

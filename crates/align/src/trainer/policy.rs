@@ -12,6 +12,18 @@ pub enum Policy<'a> {
 }
 
 impl Policy<'_> {
+    /// The model that it has become, into which an adapter is folded; and that adapter, if there is one.
+    pub fn into_model(self) -> (Model, Option<Adapter>) {
+        match self {
+            Self::Whole(model) => (model, None),
+            Self::Adapted(model, adapter) => {
+                let mut model = model.clone();
+                adapter.fold_into(&mut model);
+                (model, Some(adapter))
+            }
+        }
+    }
+
     /// The model as it is without an adapter.
     pub(super) fn base(&self) -> &Model {
         match self {

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::hf;
 use crate::config::ModelConfig;
+use crate::lora::LoraOptions;
 use crate::tokenizer::Tokenizer;
 
 /// What a checkpoint holds, for people and for programs.
@@ -27,6 +28,23 @@ pub struct Description {
     pub tokenizer: Option<TokenizerSummary>,
     /// Size of the weight files in bytes.
     pub bytes: usize,
+    /// The adapter on top; all else is the base model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterSummary>,
+}
+
+/// What an adapter is.
+#[derive(Debug, Clone, Serialize)]
+pub struct AdapterSummary {
+    /// Path of the base model.
+    pub base: String,
+    /// Number of weights.
+    pub parameters: usize,
+    /// The factor of B·A.
+    pub scale: f64,
+    /// Rank, targets and the rest.
+    #[serde(flatten)]
+    pub options: LoraOptions,
 }
 
 /// The tensors of one type.
@@ -78,6 +96,7 @@ impl Description {
             tensors: by_type,
             tokenizer,
             bytes,
+            adapter: None,
         }
     }
 }
@@ -99,6 +118,13 @@ impl TokenizerSummary {
 
 impl fmt::Display for Description {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(AdapterSummary { base, parameters, scale, options }) = &self.adapter {
+            let kind = if options.dora { "DoRA" } else { "LoRA" };
+            let targets: Vec<_> = options.targets.iter().map(|target| target.name()).collect();
+            writeln!(f, "adapter      {kind} of rank {}, scale {scale}, on {}", options.rank, targets.join(", "))?;
+            writeln!(f, "  parameters {:.3} million ({parameters})", *parameters as f64 / 1e6)?;
+            writeln!(f, "  base       {base}")?;
+        }
         writeln!(f, "format       {}", self.format)?;
         writeln!(f, "architecture {}", self.architecture)?;
         writeln!(f, "parameters   {:.1} million ({})", self.parameters as f64 / 1e6, self.parameters)?;

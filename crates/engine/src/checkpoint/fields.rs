@@ -106,6 +106,20 @@ impl Fields {
         }
     }
 
+    /// Refuses any field that is left and not `null`, `false` or empty.
+    pub(super) fn refuse_switched_on(self) -> Result<()> {
+        let off = [Value::Null, Value::Bool(false), Value::Array(Vec::new()), Value::Object(Map::new())];
+        match self.rest.iter().find(|(_, value)| !off.contains(value)) {
+            Some((name, value)) => Err(self.unsupported(name, value)),
+            None => Ok(()),
+        }
+    }
+
+    /// The error for a field that `reason` explains.
+    pub(super) fn wrong_because(&self, name: &str, reason: &Error) -> Error {
+        Error::input(format!("In {} the field {}{name} is wrong: {reason}", self.path.display(), self.prefix))
+    }
+
     /// The error for a field whose value has the wrong type or range.
     pub(super) fn wrong(&self, name: &str, value: &Value, needs: &str) -> Error {
         let (path, prefix) = (self.path.display(), &self.prefix);

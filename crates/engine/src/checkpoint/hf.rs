@@ -16,13 +16,14 @@ use crate::model::Model;
 use crate::tokenizer::Tokenizer;
 
 pub(super) use config::{to_json, token_ids};
+pub(super) use tensors::Tensors;
 
 /// The size above which weights are cut into several files, as `transformers` does by default.
 const SHARD_BYTES: usize = 5_000_000_000;
 
 /// Reads the model of a folder, without its tokenizer.
 pub(super) fn load_model(folder: &Path) -> Result<Model> {
-    tensors::Tensors::open(folder)?.load(load_config(folder)?)
+    Tensors::open(folder)?.load(load_config(folder)?)
 }
 
 /// Reads `generation_config.json`; a folder without one has nothing to say about generation.
@@ -46,7 +47,7 @@ pub(super) fn save(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
 /// Describes the model of a folder from its headers alone.
 pub(super) fn describe(folder: &Path) -> Result<Description> {
     let config = load_config(folder)?;
-    let tensors = tensors::Tensors::open(folder)?;
+    let tensors = Tensors::open(folder)?;
     let tokenizer = match folder.join("tokenizer.json").exists() {
         true => Some(TokenizerSummary::new(&Tokenizer::from_folder(folder)?)),
         false => None,
@@ -59,6 +60,7 @@ fn load_config(folder: &Path) -> Result<ModelConfig> {
     config::parse(&fs::read(&path).map_err(Error::io("read", &path))?, &path)
 }
 
-fn write_json(path: &Path, fields: Map<String, Value>) -> Result<()> {
+/// Writes a JSON object as a file.
+pub(super) fn write_json(path: &Path, fields: Map<String, Value>) -> Result<()> {
     fs::write(path, format!("{:#}\n", Value::Object(fields))).map_err(Error::io("write", path))
 }

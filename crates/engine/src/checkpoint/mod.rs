@@ -1,5 +1,6 @@
-//! Models on disk: a Hugging Face folder in and out, a GGUF file in.
+//! Models on disk: a Hugging Face folder in and out, a GGUF file in, a PEFT adapter in and out.
 
+mod adapter;
 pub mod atomic;
 mod describe;
 mod encoding;
@@ -12,7 +13,7 @@ mod mapped;
 use std::fs;
 use std::path::Path;
 
-pub use describe::{Description, TensorSummary, TokenizerSummary};
+pub use describe::{AdapterSummary, Description, TensorSummary, TokenizerSummary};
 pub use encoding::{TensorData, write_safetensors};
 pub use generation::GenerationConfig;
 
@@ -32,7 +33,8 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a Hugging Face folder or a `.gguf` file. Weights are widened to f32.
+    /// Reads a Hugging Face folder, a `.gguf` file, or a PEFT folder, whose adapter is folded into the base model that
+    /// it names. Weights are widened to f32.
     ///
     /// Published files often disagree on the special tokens (`config.json` of a chat model may still name the EOS of
     /// its base model), so what is loaded has one answer, in `model.config` and in `generation`: BOS is the first that
@@ -45,6 +47,7 @@ impl Checkpoint {
         let (mut model, tokenizer, mut generation) = match format(path)? {
             Format::Gguf => gguf::load(path)?,
             Format::Folder => (hf::load_model(path)?, Tokenizer::from_folder(path)?, hf::load_generation(path)?),
+            Format::Adapter => adapter::load_folded(path)?,
         };
         let (needs, has) = (tokenizer.vocab_size(), model.config.vocab_size);
         if needs > has {
@@ -75,12 +78,12 @@ impl Checkpoint {
     /// [`Error::Io`] when the disk fails; [`Error::Input`] when `folder` exists and is something else than a checkpoint,
     /// which would be lost.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        refuse_to_replace(folder)?;
+        refuse_to_replace(folder, "config.json")?;
         atomic::write_folder(folder, |new| hf::save(self, new))
     }
 }
 
-/// Describes a Hugging Face folder or a `.gguf` file without reading its weights.
+/// Describes a Hugging Face folder, a `.gguf` file, or a PEFT folder with its base, without reading weights.
 ///
 /// # Errors
 /// As [`Checkpoint::load`], save for what only the weights can show.
@@ -88,6 +91,7 @@ pub fn describe(path: &Path) -> Result<Description> {
     match format(path)? {
         Format::Gguf => gguf::describe(path),
         Format::Folder => hf::describe(path),
+        Format::Adapter => adapter::describe(path),
     }
 }
 
@@ -102,12 +106,13 @@ pub fn load_model(folder: &Path) -> Result<Model> {
 enum Format {
     Folder,
     Gguf,
+    Adapter,
 }
 
 fn format(path: &Path) -> Result<Format> {
     let metadata = fs::metadata(path).map_err(Error::io("read the model", path))?;
     if metadata.is_dir() {
-        return Ok(Format::Folder);
+        return Ok(if adapter::is_adapter(path) { Format::Adapter } else { Format::Folder });
     }
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
         return Ok(Format::Gguf);
@@ -118,21 +123,22 @@ fn format(path: &Path) -> Result<Format> {
     )))
 }
 
-/// Refuses to overwrite anything but nothing, an empty folder, or a folder of files that is a checkpoint.
-fn refuse_to_replace(folder: &Path) -> Result<()> {
+/// Refuses to overwrite anything but nothing, an empty folder, or a folder of files, `mark` among them, which shows that
+/// it is of the same kind.
+fn refuse_to_replace(folder: &Path, mark: &str) -> Result<()> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
         Err(source) if source.kind() == std::io::ErrorKind::NotFound => return Ok(()),
         Err(source) => return Err(Error::io("replace", folder)(source)),
     };
     let paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
-    let is_checkpoint = folder.join("config.json").is_file() && paths.iter().all(|path| path.is_file());
-    if paths.is_empty() || is_checkpoint {
+    let is_same_kind = folder.join(mark).is_file() && paths.iter().all(|path| path.is_file());
+    if paths.is_empty() || is_same_kind {
         return Ok(());
     }
     Err(Error::input(format!(
-        "{} exists and is not a folder that holds only a checkpoint, so it is not replaced. Choose another folder, or \
-         remove it first.",
+        "{} exists and is not a folder that holds only a checkpoint ({mark}), so it is not replaced. Choose another \
+         folder, or remove it first.",
         folder.display()
     )))
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use align::data::{Prompt, tokenize_prompt};
 use align::objective::{self, Objective};
 use align::task::{Demonstration, Demonstrations};
-use align::trainer::{TrainOptions, discard_state, train};
+use align::trainer::{Policy, TrainOptions, discard_state, train};
 use align::world::{self, Evaluation, Metric, World};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::optim::{OptimizerKind, Schedule};
@@ -194,6 +194,7 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
     });
     let demonstrations = demonstrations.collect::<Result<Vec<_>>>()?;
     let options = TrainOptions {
+        lora: None,
         optimizer: OptimizerKind::AdamW,
         learning_rate: 3e-3,
         schedule: Schedule::Cosine,
@@ -210,20 +211,22 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         patience: None,
         ema_decay: None,
     };
-    let mut model = Model::random(shape(world), 0.05, seed);
+    let model = Model::random(shape(world), 0.05, seed);
     ui::say(format!(
         "Base model: {} parameters, trained from scratch on {} answers.",
         model.layout.len,
         demonstrations.len()
     ));
+    let mut policy = Policy::Whole(model);
     train(
-        &mut model,
+        &mut policy,
         &Demonstrations(&demonstrations),
         None,
         &options,
         &training,
         &mut ui::TrainingBar::new("training"),
     )?;
+    let (model, _) = policy.into_model();
     let generation = GenerationConfig {
         bos_token_id: Some(world::BOS),
         eos_token_ids: vec![world::EOS],

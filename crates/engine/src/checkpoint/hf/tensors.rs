@@ -19,7 +19,7 @@ const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The tensors of a folder, their data not yet read.
-pub(super) struct Tensors {
+pub(in crate::checkpoint) struct Tensors {
     files: Vec<Mapped>,
     by_name: BTreeMap<String, Stored>,
 }
@@ -40,6 +40,18 @@ impl Tensors {
             tensors.add(&path)?;
         }
         Ok(tensors)
+    }
+
+    /// Reads the header of one weight file.
+    pub(in crate::checkpoint) fn open_file(path: &Path) -> Result<Self> {
+        let mut tensors = Self { files: Vec::new(), by_name: BTreeMap::new() };
+        tensors.add(path)?;
+        Ok(tensors)
+    }
+
+    /// The tensors' names.
+    pub(in crate::checkpoint) fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
     }
 
     fn add(&mut self, path: &Path) -> Result<()> {
@@ -68,16 +80,41 @@ impl Tensors {
     pub(super) fn load(&self, config: ModelConfig) -> Result<Model> {
         self.check_size(&config)?;
         let layout = Layout::new(&config);
-        let mut sources = Vec::with_capacity(layout.specs.len());
-        for spec in &layout.specs {
-            sources.push(self.find(spec)?);
+        let tied = config.tie_word_embeddings;
+        let repeats = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
+        let weights = self.read(&layout.specs, "config.json", repeats)?;
+        Ok(Model { config, layout, weights })
+    }
+
+    /// Reads the tensors that `specs` lists, widened to f32, into one vector. There may be no others but those that
+    /// `repeats` finds to say what is known anyway. `source` is what says which tensors there are, for messages.
+    pub(in crate::checkpoint) fn read(
+        &self,
+        specs: &[ParamSpec],
+        source: &str,
+        repeats: impl Fn(&str) -> bool,
+    ) -> Result<Vec<f32>> {
+        let sources = specs.iter().map(|spec| self.find(spec, source)).collect::<Result<Vec<_>>>()?;
+        let known: BTreeSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
+        let extra = self.by_name.iter().find(|(name, _)| !known.contains(name.as_str()) && !repeats(name));
+        if let Some((name, stored)) = extra {
+            return Err(Error::input(format!(
+                "{} holds the tensor {name} of shape {:?}, for which {source} has no place. Ignoring it would compute \
+                 something else than what was trained.",
+                self.files[stored.file].path().display(),
+                stored.shape
+            )));
         }
-        self.refuse_extras(&layout, config.tie_word_embeddings)?;
-        let mut weights = vec![0.0; layout.len];
-        for (spec, (encoding, bytes)) in layout.specs.iter().zip(sources) {
+        let mut weights = vec![0.0; specs.last().map_or(0, |spec| spec.range.end)];
+        for (spec, (encoding, bytes)) in specs.iter().zip(sources) {
             encoding.widen(bytes, &mut weights[spec.range.clone()]);
         }
-        Ok(Model { config, layout, weights })
+        Ok(weights)
+    }
+
+    /// Number of numbers in all tensors.
+    pub(in crate::checkpoint) fn numbers(&self) -> usize {
+        self.by_name.values().map(|stored| stored.shape.iter().product::<usize>()).sum()
     }
 
     /// Number of tensors and of their bytes, by type.
@@ -105,13 +142,13 @@ impl Tensors {
         )))
     }
 
-    /// The type and bytes of a tensor, which must have the shape that the model needs.
-    fn find(&self, spec: &ParamSpec) -> Result<(Encoding, &[u8])> {
+    /// The type and bytes of a tensor, which must have the shape that `source` gives it.
+    fn find(&self, spec: &ParamSpec, source: &str) -> Result<(Encoding, &[u8])> {
         let (name, expected) = (&spec.name, &spec.shape);
         let Some(stored) = self.by_name.get(name) else {
             let files: Vec<_> = self.files.iter().map(|file| file.path().display().to_string()).collect();
             return Err(Error::input(format!(
-                "The tensor {name} of shape {expected:?} is missing from {}. The file is incomplete, or config.json \
+                "The tensor {name} of shape {expected:?} is missing from {}. The file is incomplete, or {source} \
                  belongs to another model.",
                 files.join(", ")
             )));
@@ -119,8 +156,8 @@ impl Tensors {
         let file = &self.files[stored.file];
         if stored.shape != *expected {
             return Err(Error::input(format!(
-                "In {} the tensor {name} has the shape {:?}, but config.json makes it {expected:?}. The two files \
-                 belong to different models.",
+                "In {} the tensor {name} has the shape {:?}, but {source} makes it {expected:?}. The two belong to \
+                 different models.",
                 file.path().display(),
                 stored.shape
             )));
@@ -138,24 +175,6 @@ impl Tensors {
             }
         };
         Ok((encoding, &file[stored.bytes.clone()]))
-    }
-
-    /// Refuses tensors that the model has no place for, save those that repeat what is known anyway.
-    fn refuse_extras(&self, layout: &Layout, tied: bool) -> Result<()> {
-        let known: BTreeSet<&str> = layout.specs.iter().map(|spec| spec.name.as_str()).collect();
-        let extra = self.by_name.iter().find(|(name, _)| {
-            let repeats = name.ends_with("rotary_emb.inv_freq") || (tied && *name == "lm_head.weight");
-            !repeats && !known.contains(name.as_str())
-        });
-        match extra {
-            None => Ok(()),
-            Some((name, stored)) => Err(Error::input(format!(
-                "{} holds the tensor {name} of shape {:?}, which a model of this config.json does not have. Ignoring it \
-                 would compute something else than the model was trained to.",
-                self.files[stored.file].path().display(),
-                stored.shape
-            ))),
-        }
     }
 }
 
