@@ -6,7 +6,7 @@ use std::collections::VecDeque;
 const MEMORY: usize = 20;
 
 /// A gradient this small beside the terms that it is the sum of is rounding.
-const ROUNDING: f64 = 1e-14;
+const ROUNDING: f64 = 1e-15;
 
 /// A function at a point.
 pub(super) struct Evaluated {
@@ -87,7 +87,7 @@ fn line_search(
     if slope >= 0.0 {
         return None;
     }
-    let rounding = 1e-15 * at.value.abs();
+    let rounding = 1e-13 * at.value.abs();
     let (mut low, mut high, mut length) = (0.0, f64::INFINITY, 1.0);
     for _ in 0..60 {
         let step: Vec<f64> = direction.iter().map(|d| length * d).collect();

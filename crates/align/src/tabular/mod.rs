@@ -16,7 +16,7 @@ mod stepwise;
 pub use bounds::{OptimalityBounds, Uncertainty, ViolationBounds};
 pub(crate) use policy::divergence;
 pub use policy::{Policy, Table, expectation, gibbs, kl};
-pub use population::{Labels, Pairs};
+pub use population::{ExpectedLoss, Labels, Pairs};
 pub use problem::{Description, Problem};
 pub use solve::Solution;
 pub use stepwise::{Step, largest_difference_over_orders};

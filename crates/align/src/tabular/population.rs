@@ -13,6 +13,29 @@ use crate::objective::{Labelled, Pair, Pairwise, Response, Unpaired};
 /// A gradient this small beside the terms that it is the sum of counts as 0.
 const STATIONARY: f64 = 1e-9;
 
+/// The expectation of a loss over preference data.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExpectedLoss {
+    /// The loss.
+    pub loss: f64,
+    /// Its derivative with respect to every log-probability of the policy.
+    pub gradient: Table,
+    /// The size of the terms that the derivatives are sums of.
+    scale: f64,
+}
+
+impl ExpectedLoss {
+    fn none(policy: &Policy) -> Self {
+        let gradient = policy.logps().iter().map(|row| vec![0.0; row.len()]).collect();
+        Self { loss: 0.0, gradient, scale: 0.0 }
+    }
+
+    fn add(&mut self, prompt: usize, answer: usize, derivative: f64) {
+        self.gradient[prompt][answer] += derivative;
+        self.scale += derivative.abs();
+    }
+}
+
 /// Preference pairs over a tabular policy's answers, each with its share of the data.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Pairs(Vec<WeightedPair>);
@@ -84,10 +107,9 @@ impl Pairs {
         Self(self.0.iter().map(|pair| WeightedPair { margin: margin(pair), ..*pair }).collect())
     }
 
-    /// The expected loss, and its derivative with respect to every log-probability of the policy.
-    pub fn loss(&self, objective: &Pairwise, policy: &Policy, reference: &Policy) -> (f64, Table) {
-        let mut gradient = zeros(policy);
-        let mut loss = 0.0;
+    /// The expected loss of a policy.
+    pub fn loss(&self, objective: &Pairwise, policy: &Policy, reference: &Policy) -> ExpectedLoss {
+        let mut expected = ExpectedLoss::none(policy);
         for &WeightedPair { prompt, chosen, rejected, share, margin } in &self.0 {
             let pair = Pair {
                 chosen: response(policy, reference, prompt, chosen),
@@ -96,11 +118,11 @@ impl Pairs {
                 margin,
             };
             let of_pair = objective.evaluate(&pair);
-            loss += share * of_pair.loss;
-            gradient[prompt][chosen] += share * of_pair.chosen.logp;
-            gradient[prompt][rejected] += share * of_pair.rejected.logp;
+            expected.loss += share * of_pair.loss;
+            expected.add(prompt, chosen, share * of_pair.chosen.logp);
+            expected.add(prompt, rejected, share * of_pair.rejected.logp);
         }
-        (loss, gradient)
+        expected
     }
 
     /// The policy that minimises the expected loss, from the reference on.
@@ -146,22 +168,20 @@ impl Labels {
         Self(labels)
     }
 
-    /// The expected loss under the shift that the policy itself has, and its derivative with respect to every
-    /// log-probability of the policy; no derivative flows through the shift.
-    pub fn loss(&self, objective: &Unpaired, policy: &Policy, reference: &Policy) -> (f64, Table) {
+    /// The expected loss of a policy under its own shift, through which no derivative flows.
+    pub fn loss(&self, objective: &Unpaired, policy: &Policy, reference: &Policy) -> ExpectedLoss {
         self.loss_under(objective, policy, reference, self.shift(objective, policy, reference))
     }
 
-    fn loss_under(&self, objective: &Unpaired, policy: &Policy, reference: &Policy, shift: f64) -> (f64, Table) {
-        let mut gradient = zeros(policy);
-        let mut loss = 0.0;
+    fn loss_under(&self, objective: &Unpaired, policy: &Policy, reference: &Policy, shift: f64) -> ExpectedLoss {
+        let mut expected = ExpectedLoss::none(policy);
         for &WeightedLabel { prompt, answer, desirable, share } in &self.0 {
             let example = Labelled { response: response(policy, reference, prompt, answer), desirable };
             let of_example = objective.evaluate(&example, shift);
-            loss += share * of_example.loss;
-            gradient[prompt][answer] += share * of_example.derivative.logp;
+            expected.loss += share * of_example.loss;
+            expected.add(prompt, answer, share * of_example.derivative.logp);
         }
-        (loss, gradient)
+        expected
     }
 
     /// What a batch of all data would give: δ of `bco`, the mean of βρ; z₀ of `kto`, the KL divergence from the
@@ -211,12 +231,8 @@ fn response(policy: &Policy, reference: &Policy, prompt: usize, answer: usize) -
     Response { policy, reference, len: 1, kl: 0.0 }
 }
 
-fn zeros(policy: &Policy) -> Table {
-    policy.logps().iter().map(|row| vec![0.0; row.len()]).collect()
-}
-
 /// The policy where minimisation over logits ends, and the relative size of the gradient there.
-fn descended(reference: &Policy, loss: impl Fn(&Policy) -> (f64, Table)) -> (Policy, f64) {
+fn descended(reference: &Policy, loss: impl Fn(&Policy) -> ExpectedLoss) -> (Policy, f64) {
     let shaped = |logits: &[f64]| {
         let mut rest = logits;
         let rows = reference.logps().iter().map(|row| {
@@ -228,9 +244,8 @@ fn descended(reference: &Policy, loss: impl Fn(&Policy) -> (f64, Table)) -> (Pol
     };
     let evaluate = |logits: &[f64]| {
         let policy = shaped(logits);
-        let (value, by_logp) = loss(&policy);
+        let ExpectedLoss { loss: value, gradient: by_logp, scale } = loss(&policy);
         // log π(y) = θ(y) − log Σ exp θ, so ∂/∂θ(y) = ∂/∂log π(y) − π(y)·Σ ∂/∂log π
-        let scale = by_logp.iter().flatten().map(|d| d.abs()).fold(0.0, f64::max);
         let mut gradient = Vec::with_capacity(logits.len());
         for (derivatives, logps) in by_logp.iter().zip(policy.logps()) {
             let sum: f64 = derivatives.iter().sum();
