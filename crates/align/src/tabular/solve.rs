@@ -5,7 +5,6 @@
 //! λ ≥ 0 is the value of the problem when a policy meets all thresholds with room to spare (Slater's condition).
 
 use engine::{Error, Result};
-use serde::Serialize;
 
 use super::dual::ScaledDual;
 use super::policy::{largest_possible, soft_max};
@@ -15,12 +14,11 @@ use super::{Policy, Problem, Table, expectation, kl};
 const ACCEPTED: f64 = 1e-9;
 
 /// Multipliers, their policy, and how good both are.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Solution {
     /// λ ≥ 0, one per constraint.
     pub lambda: Vec<f64>,
     /// The Gibbs policy ∝ π_ref·exp((r + Σ λ_i g_i)/β).
-    #[serde(skip)]
     pub policy: Policy,
     /// E\[r\].
     pub reward: f64,

@@ -5,6 +5,7 @@ mod logps;
 mod model;
 mod quickstart;
 mod run;
+mod tabular;
 
 use engine::{Error, Result};
 use serde::Serialize;
@@ -22,6 +23,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Train(options) => run::train(&options, global),
         Command::Logps(options) => logps::run(&options, global),
         Command::Generate(options) => generate::run(&options, global),
+        Command::Tabular(options) => tabular::run(&options, global),
         Command::Model(command) => model::run(&command, global),
     }
 }
