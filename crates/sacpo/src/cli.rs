@@ -211,7 +211,7 @@ pub(crate) struct Generate {
     ref             [[…], …]         probabilities of the answers to each prompt; 0: impossible\n  \
     reward          [[…], …]         r of the same answers\n  \
     safety          [[[…], …], …]    g of the same answers, one table per constraint\n  \
-    prompt_weights  […]              how often each prompt occurs, relative to the others [default: equally]\n  \
+    prompt_weights  […]              relative frequency of each prompt [default: all the same]\n  \
     beta            0.1              weight of the KL divergence\n  \
     thresholds      […]              the least E[g] of each constraint")]
 pub(crate) struct Tabular {

@@ -84,13 +84,14 @@ impl<'a> ScaledDual<'a> {
         start
     }
 
-    pub(super) fn at(&self, mu: &[f64]) -> Point {
+    /// The dual at `temperature`·β, divided by β, with its derivatives with respect to μ.
+    fn warmed(&self, mu: &[f64], temperature: f64) -> Point {
         let values = self.combined(self.reward.clone(), mu);
         let n = self.constraints.len();
         let mut point = Point { value: 0.0, gradient: vec![0.0; n], hessian: vec![vec![0.0; n]; n] };
         for (x, (&weight, logps)) in self.problem.weights.iter().zip(self.problem.reference.logps()).enumerate() {
-            point.value += weight * soft_max(logps, &values[x], 1.0);
-            let policy: Vec<f64> = gibbs(logps, &values[x], 1.0).iter().map(|logp| logp.exp()).collect();
+            point.value += weight * soft_max(logps, &values[x], temperature);
+            let policy: Vec<f64> = gibbs(logps, &values[x], temperature).iter().map(|logp| logp.exp()).collect();
             let mean = |i: usize| -> f64 { policy.iter().zip(&self.constraints[i][x]).map(|(p, c)| p * c).sum() };
             let means: Vec<f64> = (0..n).map(mean).collect();
             for i in 0..n {
@@ -98,7 +99,7 @@ impl<'a> ScaledDual<'a> {
                 for j in 0..n {
                     let rows = self.constraints[i][x].iter().zip(&self.constraints[j][x]);
                     let covariance = policy.iter().zip(rows).map(|(p, (a, b))| p * (a - means[i]) * (b - means[j]));
-                    point.hessian[i][j] += weight * covariance.sum::<f64>();
+                    point.hessian[i][j] += weight * covariance.sum::<f64>() / temperature;
                 }
             }
         }
@@ -126,31 +127,53 @@ impl<'a> ScaledDual<'a> {
         }
     }
 
+    /// D/β, its gradient and its Hessian at μ.
+    pub(super) fn at(&self, mu: &[f64]) -> Point {
+        self.warmed(mu, 1.0)
+    }
+
     /// The minimum for any number of constraints, by projected Newton steps (D. Bertsekas, "Projected Newton methods for
     /// optimization problems with simple constraints", 1982).
+    ///
+    /// Where β is small beside the rewards, D is all but piecewise linear, and Newton steps lead nowhere. So the minimum
+    /// is first found at a higher temperature, and followed as that falls to β.
     pub(super) fn minimised(&self) -> Result<Vec<f64>> {
         let mut mu = vec![0.0; self.constraints.len()];
-        let mut point = self.at(&mu);
+        let (low, high) = self.reward.iter().flatten().fold((0.0f64, 0.0f64), |(l, h), r| (l.min(*r), h.max(*r)));
+        let mut temperature = (high - low).max(1.0);
+        loop {
+            let at_last = temperature == 1.0;
+            mu = self.newton(mu, temperature, if at_last { 1e-15 } else { 1e-3 })?;
+            if at_last {
+                return Ok(mu);
+            }
+            temperature = (0.5 * temperature).max(1.0);
+        }
+    }
+
+    /// The minimum at one temperature, up to a residual, from `mu` on.
+    fn newton(&self, mut mu: Vec<f64>, temperature: f64, tolerance: f64) -> Result<Vec<f64>> {
+        let mut point = self.warmed(&mu, temperature);
         for _ in 0..1000 {
             self.check_feasible(&mu)?;
             let residual = point.residual(&mu);
-            if residual <= 1e-15 {
+            if residual <= tolerance {
                 break;
             }
-            let direction = newton_direction(&mu, &point, residual);
-            let Some(next) = self.line_search(&mu, &point, &direction) else { break };
+            let direction = newton_direction(&mu, &point, residual, temperature);
+            let Some(next) = self.line_search(&mu, &point, &direction, temperature) else { break };
             (mu, point) = next;
         }
         Ok(mu)
     }
 
     /// The first of ever shorter steps that lowers D enough, or, where only rounding is left of D, the residual.
-    fn line_search(&self, mu: &[f64], point: &Point, direction: &[f64]) -> Option<(Vec<f64>, Point)> {
+    fn line_search(&self, mu: &[f64], point: &Point, direction: &[f64], temperature: f64) -> Option<(Vec<f64>, Point)> {
         let mut length = 1.0;
         while length > 1e-14 {
             let next: Vec<f64> = mu.iter().zip(direction).map(|(m, d)| (m + length * d).max(0.0)).collect();
             let slope: f64 = next.iter().zip(mu).zip(&point.gradient).map(|((n, m), g)| g * (n - m)).sum();
-            let at_next = self.at(&next);
+            let at_next = self.warmed(&next, temperature);
             let change = at_next.value - point.value;
             let rounding = 1e-13 * (1.0 + point.value.abs());
             if change <= 1e-4 * slope && change < -rounding
@@ -210,7 +233,7 @@ impl<'a> ScaledDual<'a> {
 }
 
 /// The Newton step on the multipliers that are free to move, and a gradient step on those at 0 that should stay there.
-fn newton_direction(mu: &[f64], point: &Point, residual: f64) -> Vec<f64> {
+fn newton_direction(mu: &[f64], point: &Point, residual: f64, temperature: f64) -> Vec<f64> {
     let near_zero = residual.min(1e-3);
     let free: Vec<usize> = (0..mu.len()).filter(|&i| mu[i] > near_zero || point.gradient[i] <= 0.0).collect();
     let largest = free.iter().map(|&i| point.hessian[i][i]).fold(f64::MIN_POSITIVE, f64::max);
@@ -222,7 +245,7 @@ fn newton_direction(mu: &[f64], point: &Point, residual: f64) -> Vec<f64> {
     }
     let step = solved(matrix, free.iter().map(|&i| -point.gradient[i]).collect(), ridge);
     // beyond this the quadratic says nothing any more
-    let reach = 1.0 + mu.iter().copied().fold(0.0, f64::max);
+    let reach = temperature + mu.iter().copied().fold(0.0, f64::max);
     let longest = step.iter().map(|s| s.abs()).fold(0.0, f64::max);
     let shrink = if longest > reach { reach / longest } else { 1.0 };
     let mut direction: Vec<f64> = point.gradient.iter().map(|g| -g).collect();
