@@ -107,6 +107,19 @@ impl Pairs {
         Self(self.0.iter().map(|pair| WeightedPair { margin: margin(pair), ..*pair }).collect())
     }
 
+    /// Every chosen response as a desirable one, and every rejected response as an undesirable one.
+    pub fn unpaired(&self) -> Labels {
+        let labels = |pair: &WeightedPair| {
+            [(pair.chosen, true), (pair.rejected, false)].map(|(answer, desirable)| WeightedLabel {
+                prompt: pair.prompt,
+                answer,
+                desirable,
+                share: 0.5 * pair.share,
+            })
+        };
+        Labels(self.0.iter().flat_map(labels).collect())
+    }
+
     /// The expected loss of a policy.
     pub fn loss(&self, objective: &Pairwise, policy: &Policy, reference: &Policy) -> ExpectedLoss {
         let mut expected = ExpectedLoss::none(policy);

@@ -2,6 +2,7 @@
 
 use align::objective::{Objective, Options, Pairwise, Unpaired};
 use align::tabular::{Description, Labels, Pairs, Policy, Problem, Table};
+use align::world::{Answer, DEFAULT_BETA, World};
 use rand::RngExt;
 
 use crate::problems::{probabilities, problem, rng, table, uniform};
@@ -189,51 +190,110 @@ fn example() -> Problem {
     Problem::new(serde_json::from_str::<Description>(text).unwrap()).unwrap()
 }
 
-/// The table of `docs/theory.md`: the reward step by `dpo`, the safety step by one of three objectives, at three λ.
+/// The safety step from π_r at β/λ by several objectives and kinds of labels, with the largest difference of a
+/// probability from the exact policy and E\[g\]. Printed as a table, in the columns of `docs/theory.md`.
+fn safety_steps(problem: &Problem, lambda: f64) -> [(f64, f64); 7] {
+    let (weights, reference, beta) = (problem.weights(), problem.reference(), problem.beta());
+    let g = &problem.safety()[0];
+    let temperature = beta / lambda;
+    let first = problem.policy_at(&[0.0]);
+    let exact = problem.policy_at(&[lambda]);
+    let pairs = Pairs::population(weights, reference, g);
+    let unpaired_pairs = pairs.unpaired();
+    let cuts = balanced_cuts(weights, reference, &first, g, temperature);
+    let balanced = Labels::population(weights, reference, g, &cuts);
+    let at_zero = Labels::population(weights, reference, g, &vec![0.0; weights.len()]);
+    let (bco, kto) = (unpaired("bco", temperature), unpaired("kto", temperature));
+    let dpo = pairwise("dpo", temperature, Options::default());
+    [
+        ("`dpo`, pairs", pairs.minimiser(&dpo, &first)),
+        ("`bco`, balanced labels", balanced.minimiser(&bco, &first)),
+        ("`bco`, labels cut at 0", at_zero.minimiser(&bco, &first)),
+        ("`bco`, unpaired pairs", unpaired_pairs.minimiser(&bco, &first)),
+        ("`kto`, balanced labels", balanced.minimiser(&kto, &first)),
+        ("`kto`, labels cut at 0", at_zero.minimiser(&kto, &first)),
+        ("`kto`, unpaired pairs", unpaired_pairs.minimiser(&kto, &first)),
+    ]
+    .map(|(name, policy)| {
+        let policy = policy.unwrap();
+        let value = |values| align::tabular::expectation(weights, &policy, values);
+        let kl = align::tabular::kl(weights, &policy, reference);
+        let (difference, r, g) = (policy.max_difference(&exact), value(problem.reward()), value(g));
+        println!("| {lambda:.3} | {name} | {r:.3} | {g:.3} | {kl:.3} | {difference:.1e} |");
+        (difference, g)
+    })
+}
+
+/// The table of `docs/theory.md`, at three λ.
 #[test]
 fn a_safety_step_by_bco_is_the_constrained_optimum_and_by_kto_it_is_not() {
     let problem = example();
     let optimum = problem.solve().unwrap();
-    let (weights, reference, beta) = (problem.weights(), problem.reference(), problem.beta());
-    let g = &problem.safety()[0];
-    let dpo = |temperature| pairwise("dpo", temperature, Options::default());
-    let first = Pairs::population(weights, reference, problem.reward()).minimiser(&dpo(beta), reference).unwrap();
     let mut safety_by_kto = Vec::new();
     for factor in [0.5, 1.0, 2.0] {
         let lambda = factor * optimum.lambda[0];
-        let temperature = beta / lambda;
-        let exact = problem.policy_at(&[lambda]);
-        let pairs = Pairs::population(weights, reference, g);
-        let cuts = balanced_cuts(weights, reference, &first, g, temperature);
-        let [balanced, at_zero] = [cuts, vec![0.0; 2]].map(|cuts| Labels::population(weights, reference, g, &cuts));
-        let (bco, kto) = (unpaired("bco", temperature), unpaired("kto", temperature));
-        let rows = [
-            ("exact", exact.clone()),
-            ("`dpo`", pairs.minimiser(&dpo(temperature), &first).unwrap()),
-            ("`bco`, balanced", balanced.minimiser(&bco, &first).unwrap()),
-            ("`bco`, cut at 0", at_zero.minimiser(&bco, &first).unwrap()),
-            ("`kto`, balanced", balanced.minimiser(&kto, &first).unwrap()),
-            ("`kto`, cut at 0", at_zero.minimiser(&kto, &first).unwrap()),
-        ];
-        let [_, by_dpo, by_bco, by_bco_at_zero, by_kto_balanced, by_kto] = rows.clone().map(|(name, policy)| {
-            let value = |values| align::tabular::expectation(weights, &policy, values);
-            let divergence = align::tabular::kl(weights, &policy, reference);
-            let difference = policy.max_difference(&exact);
-            let (r, g) = (value(problem.reward()), value(g));
-            println!("| {lambda:.3} | {name} | {r:.3} | {g:.3} | {divergence:.3} | {difference:.1e} |");
-            (difference, g)
-        });
-        assert!(by_dpo.0 <= 1e-8 && by_bco.0 <= 1e-8, "{by_dpo:?} {by_bco:?}");
+        let exact = problem.at(vec![lambda]);
+        println!("| {lambda:.3} | exact | {:.3} | {:.3} | {:.3} | 0 |", exact.reward, exact.safety[0], exact.kl);
+        let [dpo, bco, bco_at_zero, bco_pairs, kto, kto_at_zero, kto_pairs] = safety_steps(&problem, lambda);
+        assert!(dpo.0 <= 1e-8 && bco.0 <= 1e-8, "{dpo:?} {bco:?}");
         // one shift cannot be right for both prompts
-        assert!((0.01..0.3).contains(&by_bco_at_zero.0), "{by_bco_at_zero:?}");
-        assert!(by_kto_balanced.0 > 0.4 && by_kto.0 > 0.4, "{by_kto_balanced:?} {by_kto:?}");
-        safety_by_kto.push(by_kto.1);
-
-        // the minimiser's answer is where gradient descent goes
-        let [.., (_, kto_policy)] = rows;
-        let descended = trained(&at_zero, &kto, &first, 10.0, 20_000);
-        assert!(kto_policy.max_difference(&descended) < 0.02, "{:?}", descended.probabilities());
+        assert!([bco_at_zero, bco_pairs].iter().all(|(difference, _)| (0.01..0.3).contains(difference)));
+        assert!([kto, kto_at_zero, kto_pairs].iter().all(|(difference, _)| *difference > 0.4));
+        safety_by_kto.push(kto_at_zero.1);
     }
     // λ is no dial for it: from half to twice the multiplier E[g] should go from −0.11 to 0.42
     assert!(safety_by_kto.iter().all(|g| (0.5..0.6).contains(g)), "{safety_by_kto:?}");
+}
+
+/// What the minimiser finds for `kto` is where gradient descent goes, in the example at λ*.
+#[test]
+fn gradient_descent_takes_kto_to_the_same_policy() {
+    let problem = example();
+    let temperature = problem.beta() / problem.solve().unwrap().lambda[0];
+    let first = problem.policy_at(&[0.0]);
+    let labels = Labels::population(problem.weights(), problem.reference(), &problem.safety()[0], &[0.0; 2]);
+    let kto = unpaired("kto", temperature);
+    let found = labels.minimiser(&kto, &first).unwrap();
+    let descended = trained(&labels, &kto, &first, 10.0, 20_000);
+    assert!(found.max_difference(&descended) < 1e-3, "{:?} {:?}", found, descended);
+}
+
+/// The quickstart world with exact policies instead of transformers: one harmless and one risky prompt, since all
+/// prompts of a kind have answers of the same worth.
+fn world_problem() -> Problem {
+    let world = World::new(0);
+    let values = |value: fn(&Answer) -> f64| -> Table {
+        let first = |risky| world.heldout_prompts.iter().find(|prompt| prompt.risky == risky).unwrap();
+        [false, true].map(|risky| world.answers(first(risky)).iter().map(value).collect()).to_vec()
+    };
+    let description = Description {
+        reference: values(|answer| answer.p0),
+        reward: values(|answer| answer.reward),
+        safety: vec![values(|answer| answer.safety)],
+        prompt_weights: None,
+        beta: DEFAULT_BETA,
+        thresholds: vec![0.0],
+    };
+    Problem::new(description).unwrap()
+}
+
+/// `bco` is the optimum when its labels are balanced, and makes things worse when they are not; `kto` never is.
+#[test]
+fn in_the_quickstart_world_bco_needs_balanced_labels_and_kto_is_never_the_optimum() {
+    let problem = world_problem();
+    let lambda = 1.0;
+    let (first, exact) = (problem.at(vec![0.0]), problem.at(vec![lambda]));
+    for (name, policy) in [("π_r", &first), ("exact", &exact)] {
+        println!("| {lambda:.3} | {name} | {:.3} | {:.3} | {:.3} | |", policy.reward, policy.safety[0], policy.kl);
+    }
+    let [dpo, bco, bco_at_zero, bco_pairs, kto, kto_at_zero, kto_pairs] = safety_steps(&problem, lambda);
+    assert!(dpo.0 <= 1e-8 && bco.0 <= 1e-8, "{dpo:?} {bco:?}");
+    assert!([kto, kto_at_zero, kto_pairs].iter().all(|(difference, _)| *difference > 0.1));
+    assert!([bco_at_zero, bco_pairs].iter().all(|(_, safety)| *safety < first.safety[0]), "{bco_at_zero:?}");
+
+    // that is where gradient descent goes, too
+    let labels = Labels::population(problem.weights(), problem.reference(), &problem.safety()[0], &[0.0; 2]);
+    let descended = trained(&labels, &unpaired("bco", problem.beta() / lambda), &first.policy, 10.0, 5_000);
+    let safety = align::tabular::expectation(problem.weights(), &descended, &problem.safety()[0]);
+    assert!((safety - bco_at_zero.1).abs() < 0.01, "{safety} {bco_at_zero:?}");
 }
