@@ -289,11 +289,15 @@ fn in_the_quickstart_world_bco_needs_balanced_labels_and_kto_is_never_the_optimu
     let [dpo, bco, bco_at_zero, bco_pairs, kto, kto_at_zero, kto_pairs] = safety_steps(&problem, lambda);
     assert!(dpo.0 <= 1e-8 && bco.0 <= 1e-8, "{dpo:?} {bco:?}");
     assert!([kto, kto_at_zero, kto_pairs].iter().all(|(difference, _)| *difference > 0.1));
+    let g = &problem.safety()[0];
+    let cuts = balanced_cuts(problem.weights(), problem.reference(), &first.policy, g, problem.beta() / lambda);
+    println!("harmless prompts are cut {:.2} higher than risky ones", cuts[0] - cuts[1]);
+    assert!(cuts[0] - cuts[1] > 0.5, "{cuts:?}");
     assert!([bco_at_zero, bco_pairs].iter().all(|(_, safety)| *safety < first.safety[0]), "{bco_at_zero:?}");
 
     // that is where gradient descent goes, too
-    let labels = Labels::population(problem.weights(), problem.reference(), &problem.safety()[0], &[0.0; 2]);
+    let labels = Labels::population(problem.weights(), problem.reference(), g, &[0.0; 2]);
     let descended = trained(&labels, &unpaired("bco", problem.beta() / lambda), &first.policy, 10.0, 5_000);
-    let safety = align::tabular::expectation(problem.weights(), &descended, &problem.safety()[0]);
+    let safety = align::tabular::expectation(problem.weights(), &descended, g);
     assert!((safety - bco_at_zero.1).abs() < 0.01, "{safety} {bco_at_zero:?}");
 }
