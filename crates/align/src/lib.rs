@@ -2,7 +2,8 @@
 //!
 //! A preference pair's way from the file to the weights: [`data`] reads and tokenises it, [`reference`] scores it
 //! under the policy before, [`task`] turns log-probabilities into a loss by an [`objective`], and [`trainer`] takes
-//! the gradient back through the engine. [`step`] is one step of the chain; [`world`] a place where all is known.
+//! the gradient back through the engine. [`step`] is one step of the chain; [`world`] a place where all is known; [`tabular`]
+//! solves the constrained problem exactly where policies are finite.
 
 pub mod data;
 pub mod log;
@@ -11,6 +12,7 @@ pub mod reference;
 pub mod sequences;
 mod state;
 pub mod step;
+pub mod tabular;
 pub mod task;
 pub mod trainer;
 pub mod world;

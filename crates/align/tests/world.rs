@@ -2,8 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 
+use align::tabular::gibbs;
 use align::world::{
-    Answer, BOS, DEFAULT_BETA, DEFAULT_BETA_OVER_LAMBDA, EOS, Metric, Prompt, UNKNOWN, World, gibbs, json_lines,
+    Answer, BOS, DEFAULT_BETA, DEFAULT_BETA_OVER_LAMBDA, EOS, Metric, Prompt, UNKNOWN, World, json_lines,
 };
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;

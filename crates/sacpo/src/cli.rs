@@ -42,6 +42,7 @@ pub(crate) enum Command {
     Logps(Logps),
     Loss(Loss),
     Generate(Generate),
+    Tabular(Tabular),
     /// Look at models, convert them, and handle adapters.
     #[command(subcommand)]
     Model(ModelCommand),
@@ -279,6 +280,25 @@ pub(crate) struct Generate {
     /// Seed of the random draws.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+/// Solve a finite problem exactly: the best reward for its KL divergence, subject to safety.
+///
+/// Finds the multipliers λ and the policy that maximise E[r] − β KL(policy ‖ ref) with every E[g] at or above its
+/// threshold, and compares the policy with the one that alignment step by step ends at, in any order of steps.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  sacpo tabular docs/examples/two-prompts.json --json\n\n\
+    The file holds one JSON object:\n  \
+    ref             [[…], …]         probabilities of the answers to each prompt; 0: impossible\n  \
+    reward          [[…], …]         r of the same answers\n  \
+    safety          [[[…], …], …]    g of the same answers, one table per constraint\n  \
+    prompt_weights  […]              relative frequency of each prompt [default: all the same]\n  \
+    beta            0.1              weight of the KL divergence\n  \
+    thresholds      […]              the least E[g] of each constraint")]
+pub(crate) struct Tabular {
+    /// The problem, a .json file.
+    #[arg(value_name = "PROBLEM")]
+    pub(crate) problem: PathBuf,
 }
 
 #[derive(Debug, Subcommand)]

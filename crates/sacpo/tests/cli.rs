@@ -465,13 +465,14 @@ fn models_are_described_and_converted() {
 
 #[test]
 fn help_and_usage() {
-    let commands: [&[&str]; 9] = [
+    let commands: [&[&str]; 10] = [
         &[],
         &["quickstart"],
         &["run"],
         &["train"],
         &["logps"],
         &["generate"],
+        &["tabular"],
         &["model"],
         &["model", "inspect"],
         &["model", "convert"],

@@ -4,6 +4,7 @@ use engine::{Error, Result};
 use serde::Serialize;
 
 use super::{Metric, World};
+use crate::tabular::{divergence, gibbs};
 
 /// How far the probabilities of a prompt's answers may sum above 1: log-probabilities in f32 are rounded.
 const SUM_TOLERANCE: f64 = 1e-3;
@@ -30,17 +31,6 @@ pub struct Evaluation {
     /// KL(policy ‖ reference) in nats, all texts outside the grammar taken as one event; a lower bound of the
     /// divergence over all texts, and equal to it when nothing lies outside.
     pub kl: f64,
-}
-
-/// The policy ∝ reference · exp(value / temperature), which maximises E[value] − temperature · KL(policy ‖ reference).
-///
-/// Log-probabilities in and out, one per outcome, of which at least one must be possible; those of the result are
-/// normalised whether or not those of the reference are. `temperature` is above 0.
-pub fn gibbs(reference: &[f64], values: &[f64], temperature: f64) -> Vec<f64> {
-    let tilted: Vec<f64> = reference.iter().zip(values).map(|(logp, value)| logp + value / temperature).collect();
-    let max = tilted.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let log_sum = max + tilted.iter().map(|t| (t - max).exp()).sum::<f64>().ln();
-    tilted.iter().map(|t| t - log_sum).collect()
 }
 
 impl World {
@@ -162,11 +152,6 @@ impl World {
         }
         Ok(())
     }
-}
-
-/// p log(p/q), from log-probabilities; 0 for p = 0.
-fn divergence(log_p: f64, log_q: f64) -> f64 {
-    if log_p == f64::NEG_INFINITY { 0.0 } else { log_p.exp() * (log_p - log_q) }
 }
 
 /// One minus the probability of all answers to a prompt, at least 0.

@@ -14,7 +14,7 @@ use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
-pub use evaluate::{Evaluation, gibbs};
+pub use evaluate::Evaluation;
 pub use sample::{Completion, LabelledCompletion, Pair, json_lines};
 use vocabulary::Vocabulary;
 pub use vocabulary::{BOS, EOS, UNKNOWN};

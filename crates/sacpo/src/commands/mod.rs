@@ -6,6 +6,7 @@ mod loss;
 mod model;
 mod quickstart;
 mod run;
+mod tabular;
 
 use engine::{Error, Result};
 use serde::Serialize;
@@ -24,6 +25,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Logps(options) => logps::run(&options, global),
         Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => generate::run(&options, global),
+        Command::Tabular(options) => tabular::run(&options, global),
         Command::Model(command) => model::run(&command, global),
     }
 }
