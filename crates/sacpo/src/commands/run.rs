@@ -68,7 +68,11 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     for (file, title, metric) in
         [("loss.svg", "Training loss", "loss"), ("margins.svg", "Reward margin in training", "rewards/margins")]
     {
-        folder.write(file, &curves_svg(title, metric, &curves(&outcome, &folder, metric)?)?)?;
+        let curves = curves(&outcome, &folder, metric)?;
+        // not every objective has margins
+        if !curves.is_empty() {
+            folder.write(file, &curves_svg(title, metric, &curves)?)?;
+        }
     }
     let table = validation_table(&metrics, &outcome.policies);
     let seconds = start.elapsed().as_secs_f64();
@@ -168,14 +172,15 @@ fn prompts_for(checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<Prompt> {
     texts.map(|prompt| if chat { as_chat(prompt, None) } else { prompt }).collect()
 }
 
-/// A metric of every trained policy over its optimizer steps.
+/// A metric over the optimizer steps of every policy that has it.
 fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Series>> {
     let trained = outcome.policies.iter().filter(|policy| policy.step.is_some());
     let series = trained.map(|policy| {
         let path = folder.path.join("steps").join(&policy.name).join("metrics.jsonl");
         Ok(Series { name: policy.name.clone(), points: read_metric(&path, metric)? })
     });
-    series.collect()
+    let series: Vec<Series> = series.collect::<Result<_>>()?;
+    Ok(series.into_iter().filter(|series| !series.points.is_empty()).collect())
 }
 
 /// The run as a page to read: policies, answers, and what it took.
