@@ -19,6 +19,9 @@ use crate::ops::dora;
 use crate::ops::dropout::{Dropout, mix};
 use crate::ops::lora::{LowRank, Site, Target};
 
+/// How the names of factors A end.
+const A: &str = "lora_A.weight";
+
 /// A matrix of a block that can be adapted, by its name in a Hugging Face checkpoint.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -235,7 +238,7 @@ fn site(
     }
     let (rank, inputs) = (options.rank, product.inputs(config));
     // every A before every B, so that those of one input are one matrix
-    let a: Vec<_> = adapted.iter().map(|(p, _)| add(*p, "lora_A.weight", &[rank, inputs])).collect();
+    let a: Vec<_> = adapted.iter().map(|(p, _)| add(*p, A, &[rank, inputs])).collect();
     let b: Vec<_> = adapted.iter().map(|(p, columns)| add(*p, "lora_B.weight", &[columns.len(), rank])).collect();
     let mut magnitude = |p, columns: &Range<usize>| match options.dora {
         true => add(p, "lora_magnitude_vector", &[columns.len()]),
@@ -269,27 +272,36 @@ impl Adapter {
         options.check_trainable()?;
         let mut adapter = Self::zeros(&model.config, options);
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        for spec in adapter.layout.specs.iter().filter(|spec| spec.name.ends_with("lora_A.weight")) {
+        for spec in adapter.layout.specs.iter().filter(|spec| spec.name.ends_with(A)) {
             let bound = 1.0 / (spec.shape[1] as f32).sqrt();
             let uniform = Uniform::new_inclusive(-bound, bound)
                 .map_err(|error| Error::Failed(format!("The adapter's first values cannot be drawn: {error}.")))?;
             adapter.weights[spec.range.clone()].fill_with(|| uniform.sample(&mut rng));
         }
-        for (index, block) in model.layout.blocks.iter().enumerate() {
-            for product in Product::ALL {
-                let w = &model.weights[block.product(product).clone()];
-                let Some(low_rank) = adapter.at(index, product, None) else { continue };
-                let norms: Vec<_> = (0..low_rank.site.targets.len()).map(|t| dora::norms(&low_rank, t, w)).collect();
-                for (target, norms) in adapter.layout.sites[index][product as usize].targets.iter().zip(norms) {
-                    adapter.weights[target.magnitude.clone()].copy_from_slice(&norms[..target.magnitude.len()]);
-                }
-            }
+        if adapter.options.dora {
+            adapter.set_magnitudes(model);
         }
         Ok(adapter)
     }
 
+    /// Sets DoRA's m so that the rows keep the lengths that they have now.
+    fn set_magnitudes(&mut self, model: &Model) {
+        for (index, block) in model.layout.blocks.iter().enumerate() {
+            for product in Product::ALL {
+                let w = &model.weights[block.product(product).clone()];
+                let Some(low_rank) = self.at(index, product, None) else { continue };
+                let norms: Vec<_> = (0..low_rank.site.targets.len()).map(|t| dora::norms(&low_rank, t, w)).collect();
+                for (target, norms) in self.layout.sites[index][product as usize].targets.iter().zip(norms) {
+                    self.weights[target.magnitude.clone()].copy_from_slice(&norms);
+                }
+            }
+        }
+    }
+
     /// An adapter of zeros.
-    pub(crate) fn zeros(config: &ModelConfig, options: LoraOptions) -> Self {
+    pub(crate) fn zeros(config: &ModelConfig, mut options: LoraOptions) -> Self {
+        options.targets.sort_unstable();
+        options.targets.dedup();
         let layout = AdapterLayout::new(config, &options);
         let weights = vec![0.0; layout.len];
         Self { options, layout, weights }
@@ -312,43 +324,61 @@ impl Adapter {
         }
     }
 
-    /// One adapter that does what all of them do together: the ranks add up, and B takes the scale.
+    /// One adapter that does what all of them do together: the ranks add up, and B takes the scales.
     ///
     /// # Errors
-    /// [`Error::Input`] when there is none, when they are for models of different shapes, or when one has DoRA, which
-    /// is not a sum.
+    /// [`Error::Input`] when there is none, or when one has DoRA, which is not a sum.
+    ///
+    /// # Panics
+    /// If one was made for a model of another shape than `config`.
     pub fn stack(config: &ModelConfig, adapters: &[&Self]) -> Result<Self> {
         if adapters.iter().any(|adapter| adapter.options.dora) {
             return Err(Error::input(
                 "An adapter with DoRA cannot be stacked: it scales what lies below it. Fold it into its model instead.",
             ));
         }
-        let rank = adapters.iter().map(|adapter| adapter.options.rank).sum();
-        let targets = Projection::ALL.into_iter().filter(|p| adapters.iter().any(|a| a.options.targets.contains(p)));
-        let options = LoraOptions { rank, alpha: rank as f64, targets: targets.collect(), ..LoraOptions::default() };
+        let rank: usize = adapters.iter().map(|adapter| adapter.options.rank).sum();
+        let targets = adapters.iter().flat_map(|adapter| adapter.options.targets.clone()).collect();
+        let options = LoraOptions { rank, alpha: rank as f64, targets, ..LoraOptions::default() };
         options.validate(config)?;
+        for Self { options, layout, .. } in adapters {
+            assert_eq!(*layout, AdapterLayout::new(config, options), "an adapter does not fit the model");
+        }
         let mut stacked = Self::zeros(config, options);
-        let mut first = 0;
-        for adapter in adapters {
-            assert_eq!(adapter.layout, AdapterLayout::new(config, &adapter.options), "the adapter has another shape");
-            let own = adapter.options.rank;
-            for spec in &adapter.layout.specs {
-                let from = &adapter.weights[spec.range.clone()];
-                let Some(to) = stacked.layout.specs.iter().find(|to| to.name == spec.name) else { continue };
-                let to = &mut stacked.weights[to.range.clone()];
-                if spec.name.ends_with("lora_A.weight") {
-                    let inputs = spec.shape[1];
-                    to[first * inputs..(first + own) * inputs].copy_from_slice(from);
-                } else {
-                    for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(own)) {
-                        let to = to[first..first + own].iter_mut();
-                        to.zip(from).for_each(|(to, b)| *to = (adapter.options.scale() * f64::from(*b)) as f32);
+        for to in &stacked.layout.specs {
+            let mut first = 0;
+            for Self { options, layout, weights } in adapters {
+                // where an adapter has no such factor, its part stays zero
+                if let Some(from) = layout.specs.iter().find(|from| from.name == to.name) {
+                    let (width, of_a) = (to.shape[1], to.name.ends_with(A));
+                    let (to, from) = (&mut stacked.weights[to.range.clone()], &weights[from.range.clone()]);
+                    if of_a {
+                        to[first * width..][..from.len()].copy_from_slice(from);
+                    } else {
+                        for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(options.rank)) {
+                            let scaled = from.iter().map(|b| (options.scale() * f64::from(*b)) as f32);
+                            to[first..].iter_mut().zip(scaled).for_each(|(to, b)| *to = b);
+                        }
                     }
                 }
+                first += options.rank;
             }
-            first += own;
         }
         Ok(stacked)
+    }
+
+    /// About how many bytes of scratch memory a training pass over `rows` tokens needs for the adapter.
+    pub fn scratch_bytes(&self, rows: usize) -> usize {
+        let options = &self.options;
+        let floats = |site: &Site| {
+            let Some(last) = site.targets.last() else { return 0 };
+            let (width, outputs) = (site.targets.len() * options.rank, last.columns.end);
+            let inputs = site.a.len() / width;
+            let dropped = if options.dropout > 0.0 { rows * inputs } else { 0 };
+            let merged = if options.dora { outputs * inputs + rows * outputs } else { 0 };
+            2 * rows * width + dropped + merged
+        };
+        size_of::<f32>() * self.layout.sites.iter().flatten().map(floats).max().unwrap_or(0)
     }
 
     /// What adapts a product of a block, if anything does. `dropout` is the seed of the pass and the rows' keys.
@@ -382,5 +412,24 @@ impl Adapter {
             hasher.update(&bytes);
         }
         hasher.finalize().to_hex().to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tests::tiny_config;
+
+    #[test]
+    fn every_product_of_every_pass_drops_others() {
+        let model = Model::random(tiny_config(), 0.1, 1);
+        let adapter = Adapter::new(&model, LoraOptions { dropout: 0.5, ..LoraOptions::default() }, 0).unwrap();
+        let mut seeds = std::collections::BTreeSet::new();
+        for (block, seed) in [(0, 1), (1, 1), (0, 2), (1, 2)] {
+            for product in Product::ALL {
+                let low_rank = adapter.at(block, product, Some((seed, &[]))).unwrap();
+                assert!(seeds.insert(low_rank.dropout.unwrap().seed), "{product:?} of block {block}");
+            }
+        }
     }
 }

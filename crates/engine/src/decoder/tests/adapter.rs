@@ -41,7 +41,7 @@ fn trained(model: &Model, options: LoraOptions) -> Adapter {
     for (seed, spec) in adapter.layout.specs.iter().enumerate() {
         let noise = random(spec.range.len(), seed as u64);
         for (weight, noise) in adapter.weights[spec.range.clone()].iter_mut().zip(noise) {
-            *weight += 0.2 * noise;
+            *weight += 0.3 * noise;
         }
     }
     adapter
