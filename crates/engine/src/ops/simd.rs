@@ -91,47 +91,60 @@ pub(crate) fn max(a: &[f32]) -> f32 {
     lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m })
 }
 
+/// Elements that are summed in f32 before they are added to a sum in f64: in a vocabulary of tens of thousands, small
+/// probabilities would be lost one by one beside a large sum.
+const BLOCK: usize = 64 * LANES;
+
 /// Replaces each xᵢ by exp(xᵢ·scale − shift) and returns the sum of the results.
 #[inline(always)]
 pub(crate) fn exp_sum(x: &mut [f32], scale: f32, shift: f32) -> f32 {
-    let mut lanes = [0f32; LANES];
-    let (body, tail) = x.as_chunks_mut::<LANES>();
-    for chunk in body {
-        for j in 0..LANES {
-            chunk[j] = exp(chunk[j].mul_add(scale, -shift));
-            lanes[j] += chunk[j];
+    let mut total = 0f64;
+    for block in x.chunks_mut(BLOCK) {
+        let mut lanes = [0f32; LANES];
+        let (body, tail) = block.as_chunks_mut::<LANES>();
+        for chunk in body {
+            for j in 0..LANES {
+                chunk[j] = exp(chunk[j].mul_add(scale, -shift));
+                lanes[j] += chunk[j];
+            }
         }
+        let mut sum = lanes.iter().sum::<f32>();
+        for x in tail {
+            *x = exp(x.mul_add(scale, -shift));
+            sum += *x;
+        }
+        total += f64::from(sum);
     }
-    let mut sum = lanes.iter().sum::<f32>();
-    for x in tail {
-        *x = exp(x.mul_add(scale, -shift));
-        sum += *x;
-    }
-    sum
+    total as f32
 }
 
 /// As [`exp_sum`] with scale 1, to the last bit; returns besides the sum Σᵢ exp(xᵢ − shift)·(xᵢ − yᵢ).
 #[inline(always)]
 pub(crate) fn exp_sums(x: &mut [f32], y: &[f32], shift: f32) -> (f32, f32) {
-    let (mut lanes, mut weighted) = ([0f32; LANES], [0f32; LANES]);
-    let (x_body, x_tail) = x.as_chunks_mut::<LANES>();
-    let (y_body, y_tail) = y.as_chunks::<LANES>();
-    for (x, y) in x_body.iter_mut().zip(y_body) {
-        for j in 0..LANES {
-            let difference = x[j] - y[j];
-            x[j] = exp(x[j] - shift);
-            lanes[j] += x[j];
-            weighted[j] = x[j].mul_add(difference, weighted[j]);
+    let (mut total, mut weighted_total) = (0f64, 0f64);
+    for (x, y) in x.chunks_mut(BLOCK).zip(y.chunks(BLOCK)) {
+        let (mut lanes, mut weighted) = ([0f32; LANES], [0f32; LANES]);
+        let (x_body, x_tail) = x.as_chunks_mut::<LANES>();
+        let (y_body, y_tail) = y.as_chunks::<LANES>();
+        for (x, y) in x_body.iter_mut().zip(y_body) {
+            for j in 0..LANES {
+                let difference = x[j] - y[j];
+                x[j] = exp(x[j] - shift);
+                lanes[j] += x[j];
+                weighted[j] = x[j].mul_add(difference, weighted[j]);
+            }
         }
+        let (mut sum, mut weighted_sum) = (lanes.iter().sum::<f32>(), weighted.iter().sum::<f32>());
+        for (x, y) in x_tail.iter_mut().zip(y_tail) {
+            let difference = *x - y;
+            *x = exp(*x - shift);
+            sum += *x;
+            weighted_sum += *x * difference;
+        }
+        total += f64::from(sum);
+        weighted_total += f64::from(weighted_sum);
     }
-    let (mut sum, mut weighted_sum) = (lanes.iter().sum::<f32>(), weighted.iter().sum::<f32>());
-    for (x, y) in x_tail.iter_mut().zip(y_tail) {
-        let difference = *x - y;
-        *x = exp(*x - shift);
-        sum += *x;
-        weighted_sum += *x * difference;
-    }
-    (sum, weighted_sum)
+    (total as f32, weighted_total as f32)
 }
 
 #[cfg(test)]
@@ -172,5 +185,18 @@ mod tests {
         assert_eq!((sum, &e), (dispatch(|| exp_sum(&mut again, 1.0, 1.0)), &again));
         let expected: f64 = a.iter().map(|&x| (f64::from(x) - 1.0).exp() * f64::from(x) * 0.5).sum();
         assert!((f64::from(weighted) / expected - 1.0).abs() < 1e-6);
+    }
+
+    /// One likely token and a vocabulary of unlikely ones, which together weigh as much as a rounding of f32 does not.
+    #[test]
+    fn small_terms_are_not_lost_beside_a_large_sum() {
+        let mut x: Vec<f32> = (0..49_152).map(|i| -16.0 - (i % 97) as f32 / 97.0).collect();
+        x[0] = 0.0;
+        let y: Vec<f32> = x.iter().map(|x| x - 0.5).collect();
+        let expected: f64 = x.iter().map(|&x| f64::from(x).exp()).sum();
+        let (sum, weighted) = exp_sums(&mut x.clone(), &y, 0.0);
+        assert_eq!(exp_sum(&mut x, 1.0, 0.0), sum);
+        assert!((f64::from(sum) / expected - 1.0).abs() < 6e-7, "{sum} {expected}");
+        assert!((f64::from(weighted) / (0.5 * expected) - 1.0).abs() < 6e-7, "{weighted}");
     }
 }
