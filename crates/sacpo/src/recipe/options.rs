@@ -96,7 +96,7 @@ pub struct TrainOptions {
     pub ema_decay: Option<f64>,
     /// The rank of an adapter that is trained instead of all weights, ≥ 1. Default: none, all weights are trained.
     pub lora_rank: Option<usize>,
-    /// The numerator of the adapter's scale, > 0. Default: the rank.
+    /// The numerator of the adapter's scale, > 0. Default: twice the rank.
     pub lora_alpha: Option<f64>,
     /// The dropout of the adapter's input, 0 ≤ p < 1. Default 0.
     pub lora_dropout: f64,
@@ -221,7 +221,7 @@ impl TrainOptions {
     pub fn lora(&self) -> Option<LoraOptions> {
         self.lora_rank.map(|rank| LoraOptions {
             rank,
-            alpha: self.lora_alpha.unwrap_or(rank as f64),
+            alpha: self.lora_alpha.unwrap_or(2.0 * rank as f64),
             dropout: self.lora_dropout,
             targets: self.lora_targets.clone(),
             rank_stabilized: self.lora_rank_stabilized,
