@@ -11,7 +11,7 @@ use crate::objective::{Objective, Pairwise, RunningMean, Unpaired};
 use crate::reference;
 use crate::sequences::{Sequences, pack};
 use crate::step::Alignment;
-use crate::task::{Demonstration, Demonstrations, LabelledResponses, Preferences, longest, mismatched};
+use crate::task::{Demonstration, Demonstrations, LabelledResponses, Preferences, Scored, longest, mismatched};
 
 /// Watches nothing; asks to stop after the given step.
 struct StopAfter(u64, u64);
@@ -55,7 +55,7 @@ struct Pass {
 fn gradient(policy: &Policy<'_>, task: &dyn Task, examples: &[usize], options: &TrainOptions) -> Pass {
     let mut gradient = vec![0.0; policy.weights().len()];
     let mut running = RunningMean::default();
-    let mut passes = Passes::new(policy, &[task], options);
+    let mut passes = Passes::new(policy, &[task], options, 0);
     let batch = Batch { task, step: 0, examples };
     let (means, _, broken) = passes.gradient(policy.parameters(Some(7)), &batch, &mut running, &mut gradient);
     Pass { keep: passes.keep, means, broken, running, gradient }
@@ -65,7 +65,7 @@ fn never() -> StopAfter {
     StopAfter(u64::MAX, 0)
 }
 
-fn options() -> TrainOptions {
+pub(super) fn options() -> TrainOptions {
     TrainOptions {
         lora: None,
         optimizer: OptimizerKind::AdamW,
@@ -161,7 +161,7 @@ fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
     let all: Vec<usize> = (0..task.len()).collect();
     let whole = Policy::Whole(policy.clone());
     let batch = Batch { task, step: 0, examples: &all };
-    Passes::new(&whole, &[task], options).means((&policy.weights).into(), &batch, RunningMean::default())
+    Passes::new(&whole, &[task], options, 0).means((&policy.weights).into(), &batch, RunningMean::default()).0
 }
 
 #[test]
@@ -586,7 +586,7 @@ fn dropout_and_divergence_do_not_depend_on_the_cut() {
             assert_eq!(cut.means, whole.means);
             assert_close(&cut.gradient, &whole.gradient);
         }
-        let plain = Passes::new(&policy, &[&task], &options()).means(
+        let (plain, _) = Passes::new(&policy, &[&task], &options(), 0).means(
             policy.parameters(None),
             &Batch { task: &task, step: 0, examples: &all },
             RunningMean::default(),
@@ -627,4 +627,20 @@ fn the_gradient_of_tdpo_equals_finite_differences() {
     let step = (2e-3 / squared.sqrt()) as f32;
     let slope = (loss(step) - loss(-step)) / (2.0 * f64::from(step));
     assert!((slope / squared - 1.0).abs() < 1e-2, "{slope} {squared}");
+}
+
+#[test]
+fn a_broken_loss_of_held_out_rows_names_them() {
+    let pairs = pairs(&fixture());
+    let start = tiny("tied");
+    let mut reference = reference(&start, &pairs);
+    let finite = reference.clone();
+    let task = Preferences::new(&pairs, &finite, &start, &DPO);
+    reference[4][1] = f64::INFINITY;
+    let held_out = Preferences::new(&pairs, &reference, &start, &DPO);
+    let options = TrainOptions { validate_every: 2, ..options() };
+    let folder = tempfile::tempdir().unwrap();
+    let error = train_whole(&mut start.clone(), &task, Some(&held_out), &options, folder.path(), &mut never());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("step 2") && error.contains("held-out rows is NaN") && error.contains("rows 5."), "{error}");
 }
