@@ -1,7 +1,7 @@
 //! Preference data, objectives, the trainer and the stepwise chain.
 //!
-//! A preference pair's way from the file to the weights: [`data`] reads and tokenises it, [`reference`] scores it
-//! under the policy before, [`task`] turns log-probabilities into a loss by an [`objective`], and [`trainer`] takes
+//! A preference pair's way from the file to the weights: [`data`] reads and tokenises it, [`mod@reference`] scores
+//! it under the policy before, [`task`] turns log-probabilities into a loss by an [`objective`], and [`trainer`] takes
 //! the gradient back through the engine. [`step`] is one step of the chain; [`world`] a place where all is known; [`tabular`]
 //! solves the constrained problem exactly where policies are finite.
 

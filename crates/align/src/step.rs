@@ -76,6 +76,7 @@ impl Alignment<'_> {
             let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
             Ok(self.reference(&sequences, monitor)?.as_chunks::<2>().0.to_vec())
         };
+        let held_out = self.validated(held_out);
         let (train, held_out_reference) = (reference(pairs)?, reference(held_out)?);
         let held_out = Preferences::new(held_out, &held_out_reference, self.start, objective);
         self.train(&Preferences::new(pairs, &train, self.start, objective), &held_out, monitor)
@@ -92,6 +93,7 @@ impl Alignment<'_> {
             let sequences: Vec<_> = examples.iter().map(TokenizedExample::sequences).collect();
             self.reference(&sequences, monitor)
         };
+        let held_out = self.validated(held_out);
         let (train, held_out_reference) = (reference(examples)?, reference(held_out)?);
         let plan = self.options.plan(examples.len(), objective.smallest_batch());
         let mismatched = self.mismatched(objective, examples, &plan.batches, monitor)?;
@@ -125,8 +127,16 @@ impl Alignment<'_> {
         Ok(of_batch.collect())
     }
 
-    /// The log-probability of every response under the start.
+    /// The held-out rows that training looks at: none without validation.
+    fn validated<'t, T>(&self, held_out: &'t [T]) -> &'t [T] {
+        if self.options.validate_every > 0 { held_out } else { &[] }
+    }
+
+    /// The log-probability of every response under the start; zeros where the objective does not read it.
     fn reference(&self, sequences: &[Sequences<'_>], monitor: &mut dyn Monitor) -> Result<Vec<f64>> {
+        if !self.objective.uses_reference() {
+            return Ok(vec![0.0; sequences.iter().map(|item| item.responses.len()).sum()]);
+        }
         let total = sequences.len();
         let mut scored = |done| {
             monitor.scored(done, total);

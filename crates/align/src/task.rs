@@ -54,6 +54,8 @@ pub trait Task: Sync {
     fn weight(&self, _example: usize) -> f64 {
         1.0
     }
+    /// The loss and its parameters, as text: no two losses have the same.
+    fn parameters(&self) -> String;
     /// The loss of an example of whose responses the policy says this, in a batch of this shift.
     fn evaluate(&self, example: usize, responses: &[Scored], shift: f64) -> ExampleLoss;
     /// The model of which the task must know the divergence along each response, if it must.
@@ -109,6 +111,10 @@ impl Task for Preferences<'_> {
 
     fn sequences(&self, example: usize) -> Sequences<'_> {
         self.pairs[example].sequences()
+    }
+
+    fn parameters(&self) -> String {
+        format!("{:?}", self.objective)
     }
 
     fn divergence_from(&self) -> Option<&Model> {
@@ -209,6 +215,10 @@ impl Task for LabelledResponses<'_> {
         self.examples[example].sequences()
     }
 
+    fn parameters(&self) -> String {
+        format!("{:?}", self.objective)
+    }
+
     fn evaluate(&self, example: usize, responses: &[Scored], shift: f64) -> ExampleLoss {
         let labelled = self.labelled(example, &responses[0]);
         let result = self.objective.evaluate(&labelled, shift);
@@ -289,6 +299,10 @@ impl Task for Demonstrations<'_> {
 
     fn weight(&self, example: usize) -> f64 {
         self.0[example].response.len() as f64
+    }
+
+    fn parameters(&self) -> String {
+        "negative log-likelihood".into()
     }
 
     fn evaluate(&self, _: usize, responses: &[Scored], _: f64) -> ExampleLoss {

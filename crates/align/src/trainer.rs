@@ -5,6 +5,7 @@
 //! gradient are those of the whole batch however it is cut.
 
 pub(crate) mod batches;
+mod identity;
 mod passes;
 mod policy;
 pub(crate) mod progress;
@@ -15,6 +16,7 @@ use std::time::Instant;
 
 use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions, Schedule, global_norm};
 use engine::{Error, LoraOptions, Result};
+use identity::identity;
 use passes::{Batch, Means, Passes};
 use progress::Progress;
 use serde::Serialize;
@@ -24,7 +26,7 @@ pub use policy::Policy;
 
 use crate::log::MetricsLog;
 use crate::state::TrainingState;
-use crate::task::{Scored, Task};
+use crate::task::Task;
 
 /// How to train.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -118,8 +120,8 @@ pub trait Monitor {
 /// the same training (same start, data and options).
 ///
 /// # Errors
-/// No examples, or fewer than the task's smallest batch ([`Error::Input`]); a loss or gradient that is not finite
-/// ([`Error::Failed`], which names the rows); a file that cannot be written; [`Error::Interrupted`] after the state
+/// No examples, or fewer than the task's smallest batch ([`Error::Input`]); a loss, of validation too, or a gradient that
+/// is not finite ([`Error::Failed`], which names the rows); a file that cannot be written; [`Error::Interrupted`] after the state
 /// was saved because the monitor asked to stop.
 pub fn train(
     policy: &mut Policy<'_>,
@@ -139,7 +141,8 @@ pub fn train(
     state(policy, &mut optimizer, &mut progress).load(folder, &identity)?;
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
     let mut gradient = vec![0.0; policy.weights().len()];
-    let mut passes = Passes::new(policy, &tasks, options);
+    let state_bytes = state(policy, &mut optimizer, &mut progress).bytes();
+    let mut passes = Passes::new(policy, &tasks, options, state_bytes);
 
     let plan = options.plan(task.len(), task.smallest_batch());
     let total = plan.batches.len() as u64;
@@ -163,7 +166,7 @@ pub fn train(
         progress.average(policy.weights());
         let last = optimizer.steps == total;
         let validated = validation.filter(|_| last || optimizer.steps.is_multiple_of(options.validate_every));
-        let validated = validated.map(|task| validate(&mut passes, policy, task, &mut progress));
+        let validated = validated.map(|task| validate(&mut passes, policy, task, &mut progress, optimizer.steps));
         let record = StepRecord {
             step: optimizer.steps,
             epoch: optimizer.steps as f64 / plan.steps_per_epoch as f64,
@@ -173,7 +176,7 @@ pub fn train(
             tokens,
             seconds: start.elapsed().as_secs_f64(),
             metrics: means.metrics,
-            validation: validated.unwrap_or_default(),
+            validation: validated.transpose()?.unwrap_or_default(),
         };
         log.append(&record)?;
         monitor.step(total, &record);
@@ -212,13 +215,17 @@ fn state<'a>(
     TrainingState { weights: policy.weights_mut(), optimizer, progress }
 }
 
-/// Loss and metrics of held-out examples; notes in `progress` whether the loss is the lowest so far.
+/// Loss and metrics of held-out examples after `step` steps; notes in `progress` whether the loss is the lowest so far.
+///
+/// # Errors
+/// A loss that is not finite.
 fn validate(
     passes: &mut Passes,
     policy: &mut Policy<'_>,
     task: &dyn Task,
     progress: &mut Progress,
-) -> BTreeMap<String, f64> {
+    step: u64,
+) -> Result<BTreeMap<String, f64>> {
     let all: Vec<usize> = (0..task.len()).collect();
     let running = progress.counts.running;
     // the average takes the place of the weights for as long as it is looked at
@@ -228,12 +235,15 @@ fn validate(
         }
     };
     exchange(progress, policy);
-    let Means { loss, metrics } =
+    let (Means { loss, metrics }, broken) =
         passes.means(policy.parameters(None), &Batch { task, step: 0, examples: &all }, running);
+    if !loss.is_finite() {
+        return Err(diverged(task, &all, &broken, step, &format!("the loss of the held-out rows is {loss}")));
+    }
     progress.validated(loss, policy.weights());
     exchange(progress, policy);
     let metrics = metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value));
-    metrics.chain([("eval_loss".to_owned(), loss)]).collect()
+    Ok(metrics.chain([("eval_loss".to_owned(), loss)]).collect())
 }
 
 /// Fails unless there are enough examples for the batches that the task needs.
@@ -259,23 +269,6 @@ fn check_size(task: &dyn Task, options: &TrainOptions) -> Result<()> {
 /// If the file exists and cannot be removed.
 pub fn discard_state(folder: &Path) -> Result<()> {
     TrainingState::discard(folder)
-}
-
-/// A hash of all that decides the course of a training.
-fn identity(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions) -> String {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
-    for task in tasks {
-        for example in 0..task.len() {
-            let sequences = task.sequences(example);
-            sequences.hash_into(&mut hasher);
-            // the loss at zero stands for the objective's parameters and the reference
-            let scored = vec![Scored::default(); sequences.responses.len()];
-            let loss = task.evaluate(example, &scored, 0.0).loss;
-            hasher.update(&loss.to_le_bytes());
-        }
-    }
-    hasher.finalize().to_hex().to_string()
 }
 
 /// Seeds the dropout of a step.

@@ -146,8 +146,8 @@ impl Decoder {
         self.head_forward(&pass, batch)
     }
 
-    /// Adds to `gradient` the derivative of Σ d_logps[i]·logp[i] with respect to every weight of what is trained: of
-    /// the adapter if there is one, else of the model.
+    /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] with respect to every weight of what is trained:
+    /// of the adapter if there is one, else of the model.
     ///
     /// # Panics
     /// If the last call was not [`forward`](Self::forward) with the same parameters and batch.

@@ -42,8 +42,8 @@ impl Batch<'_> {
 }
 
 impl Passes {
-    /// For batches of any of the tasks, which train `policy`.
-    pub(super) fn new(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions) -> Self {
+    /// For batches of any of the tasks, which train `policy`. `state_bytes` is what the training state takes.
+    pub(super) fn new(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions, state_bytes: usize) -> Self {
         let (mut longest, mut largest) = (0, 0);
         for task in tasks {
             for example in 0..task.len() {
@@ -53,8 +53,8 @@ impl Passes {
             }
         }
         let decoder = Decoder::new(policy.base(), longest);
-        // gradient and two moments of what is trained, and the model, stay whatever the batch
-        let fixed = size_of::<f32>() * (3 * policy.weights().len() + policy.base().layout.len);
+        // beside the state, the gradient and the model that training starts from stay whatever the batch
+        let fixed = state_bytes + size_of::<f32>() * (policy.weights().len() + policy.base().layout.len);
         let memory = options.memory_bytes.or_else(|| engine::memory::available().map(|bytes| bytes / 5 * 4));
         let for_activations = memory.map_or(usize::MAX, |bytes| bytes.saturating_sub(fixed));
         let rows = options.micro_batch_tokens.max(largest);
@@ -76,10 +76,11 @@ impl Passes {
         let parts = micro_batches(&items, self.micro_batch_tokens);
         let mut tokens = items.iter().map(Sequences::computed).sum();
         // what is kept of a forward pass ends with the next one, so other passes come before it
-        let alone = parts.len() == 1 && batch.task.shift_from(batch.examples) == ShiftFrom::OwnResponses;
+        let from = batch.task.shift_from(batch.examples);
+        let alone = parts.len() == 1 && from == ShiftFrom::OwnResponses;
         let mut shift = None;
         if !alone {
-            let (value, computed) = self.shift(parameters, batch, &items, running);
+            let (value, computed) = self.shift(parameters, batch, &items, from, running);
             tokens += computed;
             shift = Some(value);
         }
@@ -113,30 +114,37 @@ impl Passes {
         (sums.means(batch.task, total_weight), tokens, broken)
     }
 
-    /// Mean loss and metrics of a batch; it leaves no trace in the running mean.
-    pub(super) fn means(&mut self, parameters: Parameters<'_>, batch: &Batch<'_>, running: RunningMean) -> Means {
+    /// Mean loss and metrics of a batch, and the rows whose own loss is not finite. It leaves no trace in the running mean.
+    pub(super) fn means(
+        &mut self,
+        parameters: Parameters<'_>,
+        batch: &Batch<'_>,
+        running: RunningMean,
+    ) -> (Means, Vec<usize>) {
         let items = batch.sequences();
         let shift = match batch.task.shift_from(batch.examples) {
             // a running mean is what training has seen
             ShiftFrom::OwnResponses => running.mean,
-            _ => self.shift(parameters, batch, &items, &mut running.clone()).0,
+            from => self.shift(parameters, batch, &items, from, &mut running.clone()).0,
         };
         let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from());
         let mut sums = Sums::default();
         sums.add(batch.task, batch.examples, &scored, shift, |_| ());
-        sums.means(batch.task, batch.weight())
+        let broken = std::mem::take(&mut sums.broken);
+        (sums.means(batch.task, batch.weight()), broken)
     }
 
-    /// The shift of a batch, and the number of tokens computed for it.
+    /// The shift of a batch whose own items are `own`, and the number of tokens computed for it.
     fn shift(
         &mut self,
         parameters: Parameters<'_>,
         batch: &Batch<'_>,
         own: &[Sequences<'_>],
+        from: ShiftFrom<'_>,
         running: &mut RunningMean,
     ) -> (f64, usize) {
         let others;
-        let (items, parameters) = match batch.task.shift_from(batch.examples) {
+        let (items, parameters) = match from {
             ShiftFrom::Nothing => return (0.0, 0),
             ShiftFrom::OwnResponses => (own, parameters),
             ShiftFrom::Others(items) => {

@@ -15,7 +15,7 @@ use crate::objective::{Objective, Pairwise, RunningMean, Unpaired};
 use crate::reference;
 use crate::sequences::{Sequences, pack};
 use crate::step::Alignment;
-use crate::task::{Demonstration, Demonstrations, LabelledResponses, Preferences, longest, mismatched};
+use crate::task::{Demonstration, Demonstrations, LabelledResponses, Preferences, Scored, longest, mismatched};
 
 /// Watches nothing; asks to stop after the given step.
 struct StopAfter(u64, u64);
@@ -59,7 +59,7 @@ struct Pass {
 fn gradient(policy: &Policy<'_>, task: &dyn Task, examples: &[usize], options: &TrainOptions) -> Pass {
     let mut gradient = vec![0.0; policy.weights().len()];
     let mut running = RunningMean::default();
-    let mut passes = Passes::new(policy, &[task], options);
+    let mut passes = Passes::new(policy, &[task], options, 0);
     let batch = Batch { task, step: 0, examples };
     let (means, _, broken) = passes.gradient(policy.parameters(Some(7)), &batch, &mut running, &mut gradient);
     Pass { keep: passes.keep, means, broken, running, gradient }
@@ -69,7 +69,7 @@ fn never() -> StopAfter {
     StopAfter(u64::MAX, 0)
 }
 
-fn options() -> TrainOptions {
+pub(super) fn options() -> TrainOptions {
     TrainOptions {
         lora: None,
         optimizer: OptimizerKind::AdamW,
@@ -165,7 +165,7 @@ fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
     let all: Vec<usize> = (0..task.len()).collect();
     let whole = Policy::Whole(policy.clone());
     let batch = Batch { task, step: 0, examples: &all };
-    Passes::new(&whole, &[task], options).means((&policy.weights).into(), &batch, RunningMean::default())
+    Passes::new(&whole, &[task], options, 0).means((&policy.weights).into(), &batch, RunningMean::default()).0
 }
 
 #[test]

@@ -16,13 +16,13 @@ const OUTSIDE_FLOOR: f64 = 1e-6;
 /// What a policy is worth on the held-out prompts: averages over prompts of exact expectations over answers.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Evaluation {
-    /// E[r*].
+    /// E\[r*\].
     pub reward: f64,
-    /// E[g*].
+    /// E\[g*\].
     pub safety: f64,
-    /// E[r*] on the risky prompts.
+    /// E\[r*\] on the risky prompts.
     pub risky_reward: f64,
-    /// E[g*] on the risky prompts.
+    /// E\[g*\] on the risky prompts.
     pub risky_safety: f64,
     /// Probability of refusing a harmless prompt.
     pub harmless_refusal: f64,
@@ -41,7 +41,7 @@ impl World {
     }
 
     /// The optimum of one alignment step: on every held-out prompt the policy that maximises
-    /// E[metric] − temperature · KL(policy ‖ reference), with the texts outside the grammar as one outcome.
+    /// E\[metric\] − temperature · KL(policy ‖ reference), with the texts outside the grammar as one outcome.
     ///
     /// `reference` and the result hold log-probabilities, `[held-out prompt][answer]`.
     ///

@@ -45,8 +45,8 @@ pub(crate) fn forward(
     .unzip()
 }
 
-/// Gradients of the policy: d_x is overwritten and d_w added to (nothing where the head is frozen), for the derivatives of the loss with respect to each
-/// log-probability and to each divergence.
+/// Gradients of the policy: d_x is overwritten and d_w, unless the head is frozen, added to, for the derivatives of the
+/// loss with respect to each log-probability and to each divergence.
 pub(crate) fn backward(
     policy: Head,
     reference: Head,

@@ -58,7 +58,7 @@ fn dropout_and_divergence_do_not_depend_on_the_cut() {
             assert_eq!(cut.means, whole.means);
             assert_close(&cut.gradient, &whole.gradient);
         }
-        let plain = Passes::new(&policy, &[&task], &options()).means(
+        let (plain, _) = Passes::new(&policy, &[&task], &options(), 0).means(
             policy.parameters(None),
             &Batch { task: &task, step: 0, examples: &all },
             RunningMean::default(),

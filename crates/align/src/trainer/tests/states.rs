@@ -91,3 +91,19 @@ fn an_average_of_weights_follows_the_steps() {
         assert!((average - expected).abs() < 1e-6);
     }
 }
+
+#[test]
+fn a_broken_loss_of_held_out_rows_names_them() {
+    let pairs = pairs(&fixture());
+    let start = tiny("tied");
+    let mut reference = reference(&start, &pairs);
+    let finite = reference.clone();
+    let task = Preferences::new(&pairs, &finite, &start, &DPO);
+    reference[4][1] = f64::INFINITY;
+    let held_out = Preferences::new(&pairs, &reference, &start, &DPO);
+    let options = TrainOptions { validate_every: 2, ..options() };
+    let folder = tempfile::tempdir().unwrap();
+    let error = train_whole(&mut start.clone(), &task, Some(&held_out), &options, folder.path(), &mut never());
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("step 2") && error.contains("held-out rows is NaN") && error.contains("rows 5."), "{error}");
+}
