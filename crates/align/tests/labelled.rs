@@ -81,7 +81,7 @@ fn safety_flags_are_labels_and_go_with_pairs() {
         &folder,
         &[
             json!({"prompt": "p", "chosen": "a", "rejected": "b", "safe_chosen": true, "safe_rejected": false, "margin": -0.5}),
-            json!({"prompt": "p", "chosen": "a", "rejected": "b"}),
+            json!({"prompt": "p", "chosen": "a", "rejected": "b", "safe_chosen": null, "safe_rejected": null, "margin": null}),
         ],
     );
     let pairs = read_pairs(&path, None, "helpfulness", false).unwrap().rows;

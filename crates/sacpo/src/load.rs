@@ -87,6 +87,21 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
             step.objective
         )));
     }
+    let least = match objective {
+        Objective::Pairwise(_) => 1,
+        Objective::Unpaired(objective) => objective.smallest_batch(),
+    };
+    if step.train.validate_every.is_some() && loaded.validation.len() < least {
+        return Err(Error::input(format!(
+            "The step `{}` asks for validation by train.validate_every, but {} rows of {} are held out and the objective \
+             `{}` needs at least {least}. Raise data.validation_fraction, or leave train.validate_every and \
+             train.patience out.",
+            step.name,
+            loaded.validation.len(),
+            path.display(),
+            step.objective
+        )));
+    }
     Ok(loaded)
 }
 

@@ -18,7 +18,7 @@ use align::reference;
 use align::step::{self, Aligned, Alignment, PreferenceReport};
 use align::trainer::TrainOptions;
 use engine::checkpoint::{Checkpoint, atomic};
-use engine::{Adapter, Error, Model, Result};
+use engine::{Adapter, Error, LoraOptions, Model, ModelConfig, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::load::{StepData, load_data, warn_of_objectives};
@@ -138,9 +138,29 @@ fn remove_leftovers(run: &Path) -> Result<()> {
 pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
     let base = Checkpoint::load(&recipe.model.base)?;
     ui::say(format!("Base model {}: {} parameters.", recipe.model.base.display(), base.model.layout.len));
+    check_adapters(recipe, &base.model.config)?;
     warn_of_objectives(recipe)?;
     let data = recipe.steps.iter().map(|step| load_data(step, &base, recipe.run.seed)).collect::<Result<Vec<_>>>()?;
     Ok(Inputs { base, data })
+}
+
+/// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
+fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
+    let mut below = 0;
+    for step in &recipe.steps {
+        below = match step.train.lora() {
+            Some(lora) => {
+                let stacked = if step.train.lora_previous == PreviousAdapter::Stack { below } else { 0 };
+                let rank = lora.rank.saturating_add(stacked);
+                LoraOptions { rank, ..lora }
+                    .validate(config)
+                    .map_err(|error| Error::input(format!("In the step `{}`: {error}", step.name)))?;
+                rank
+            }
+            None => 0,
+        };
+    }
+    Ok(())
 }
 
 /// Runs all steps of a recipe, and ranks every policy on the held-out pairs of every step.
@@ -270,21 +290,20 @@ impl<'a> Stage<'a> {
         self.step.train.lora_previous == PreviousAdapter::Stack
     }
 
-    /// The model that this policy's adapter belongs to.
-    fn adapter_base(&self, parent: &Policy) -> PathBuf {
-        let below = parent.adapter_base.as_ref().filter(|_| self.stacks());
-        below.unwrap_or(&parent.path).clone()
+    /// The model that this policy's adapter belongs to, as a path that holds from any folder.
+    fn adapter_base(&self, parent: &Policy) -> Result<PathBuf> {
+        let below = parent.adapter_base.as_ref().filter(|_| self.stacks()).unwrap_or(&parent.path);
+        std::path::absolute(below).map_err(Error::io("find", below))
     }
 
     /// Writes the adapter beside the checkpoint, stacked on that of the policy before if the recipe says so.
-    fn save_adapter(&self, adapter: &Adapter, parent: &Policy, base: &Path) -> Result<()> {
+    fn save_adapter(&self, adapter: &Adapter, config: &ModelConfig, parent: &Policy, base: &Path) -> Result<()> {
         let folder = self.folder.join(ADAPTER);
         if !self.stacks() {
             return adapter.save(base, &folder);
         }
-        let config = load_policy(parent)?.config;
-        let below = Adapter::load(&parent.path.with_file_name(ADAPTER), &config)?;
-        Adapter::stack(&config, &[&below, adapter])?.save(base, &folder)
+        let below = Adapter::load(&parent.path.with_file_name(ADAPTER), config)?;
+        Adapter::stack(config, &[&below, adapter])?.save(base, &folder)
     }
 
     /// The record of the policy if it is complete.
@@ -305,9 +324,9 @@ impl<'a> Stage<'a> {
         let objective = self.objective()?;
         let name = &self.planned.name;
         ui::say(format!("Policy {name}: {} at temperature {}.", objective.name(), self.planned.beta));
-        let start = if self.planned.parent.is_some() { load_policy(parent)? } else { base.model.clone() };
+        let loaded = self.planned.parent.map(|_| load_policy(parent)).transpose()?;
         let alignment = Alignment {
-            start: &start,
+            start: loaded.as_ref().unwrap_or(&base.model),
             data: &self.data.train,
             validation: &self.data.validation,
             objective: &objective,
@@ -328,7 +347,7 @@ impl<'a> Stage<'a> {
             data: self.step.data.clone(),
             pairs: self.data.train.len(),
             seed: self.recipe.run.seed,
-            adapter_base: adapter.as_ref().map(|_| self.adapter_base(parent)),
+            adapter_base: adapter.as_ref().map(|_| self.adapter_base(parent)).transpose()?,
             version: env!("CARGO_PKG_VERSION").into(),
             seconds,
         };
@@ -336,7 +355,7 @@ impl<'a> Stage<'a> {
             Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
         checkpoint.save(&self.checkpoint())?;
         if let (Some(adapter), Some(below)) = (adapter, &record.adapter_base) {
-            self.save_adapter(&adapter, parent, below)?;
+            self.save_adapter(&adapter, &base.model.config, parent, below)?;
         }
         let path = self.folder.join("policy.json");
         atomic::write_file(&path, |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;

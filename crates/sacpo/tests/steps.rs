@@ -98,6 +98,10 @@ fn data_that_lack_what_the_objective_needs_are_named() {
         (vec!["step.2.objective=safe-dpo".into()], &["`safe-dpo`", "`safe_chosen`", "safety.jsonl"]),
         (vec!["step.2.objective=kto".into(), "train.batch_size=1".into()], &["at least 2", "batch_size is 1"]),
         (vec!["step.2.objective=dpo".into(), "step.2.gamma=1".into()], &["`gamma`", "`simpo`"]),
+        (
+            vec!["step.1.validate_every=5".into(), "data.validation_fraction=0.0".into()],
+            &["`helpfulness`", "train.validate_every", "0 rows"],
+        ),
     ] {
         let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         says(&fails(2, &run_with(&folder, &settings)), parts);
@@ -152,6 +156,19 @@ fn adapters_are_folded_or_stacked_and_make_the_policy() {
     let reference = read_json(step_of(&folder, "safety-0.25", "policy.json"))["reference"].clone();
     assert_eq!(reference, read_json(step_of(&folder, "helpfulness", "policy.json"))["model"]);
     says(&fails(2, &run_with(&folder, &lora)), &["another model, data or options"]);
+}
+
+#[test]
+fn an_adapter_that_does_not_suit_the_model_is_refused_before_any_training() {
+    let folder = folder();
+    let stacked = ["train.lora_rank=150", "step.2.lora_previous=stack"];
+    for (settings, parts) in [
+        (&["step.2.lora_rank=1000"][..], &["In the step `safety`", "the rank is 1000"][..]),
+        (&stacked, &["In the step `safety`", "the rank is 300"]),
+    ] {
+        says(&fails(2, &run_with(&folder, settings)), parts);
+    }
+    assert!(!Path::new(&out(&folder)).exists());
 }
 
 #[test]

@@ -205,11 +205,13 @@ impl Schema {
         } else {
             ["safe_chosen", "safe_rejected"]
         };
-        let is_unsafe = match flags.map(|name| row.contains_key(name)) {
+        // files that pad their rows write null where there is nothing
+        let given = |name: &str| row.get(name).filter(|value| !value.is_null());
+        let is_unsafe = match flags.map(|name| given(name).is_some()) {
             [true, true] => Some([!flag(row, flags[0])?, !flag(row, flags[1])?]),
             _ => None,
         };
-        let margin = row.get("margin").map(|value| number(value, "margin")).transpose()?;
+        let margin = given("margin").map(|value| number(value, "margin")).transpose()?;
         Ok(PreferencePair { prompt, chosen, rejected, is_unsafe, margin, row: 0 })
     }
 
