@@ -105,7 +105,7 @@ pub struct StepRecord {
 
 /// Who watches the training and may end it.
 pub trait Monitor {
-    /// Called as pairs are scored under the reference, before the first optimizer step.
+    /// Called as prompts are scored under the reference, before the first optimizer step.
     fn scored(&mut self, _done: usize, _total: usize) {}
     /// Called after each optimizer step.
     fn step(&mut self, total: u64, record: &StepRecord);

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::{Model, ParamSpec, Product};
+use crate::model::{Model, ParamSpec, Product, hash_weights};
 use crate::ops::dora;
 use crate::ops::dropout::{Dropout, mix};
 use crate::ops::lora::{LowRank, Site, Target};
@@ -407,10 +407,7 @@ impl Adapter {
     pub fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(format!("{:?} {:?}", self.options, self.layout.specs).as_bytes());
-        for chunk in self.weights.chunks(1 << 16) {
-            let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
-            hasher.update(&bytes);
-        }
+        hash_weights(&mut hasher, &self.weights);
         hasher.finalize().to_hex().to_string()
     }
 }

@@ -190,11 +190,16 @@ impl Model {
     pub fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         hasher.update(format!("{:?}", self.config).as_bytes());
-        for chunk in self.weights.chunks(1 << 16) {
-            let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
-            hasher.update(&bytes);
-        }
+        hash_weights(&mut hasher, &self.weights);
         hasher.finalize().to_hex().to_string()
+    }
+}
+
+/// Adds weights to a hash.
+pub(crate) fn hash_weights(hasher: &mut blake3::Hasher, weights: &[f32]) {
+    for chunk in weights.chunks(1 << 16) {
+        let bytes: Vec<u8> = chunk.iter().flat_map(|w| w.to_le_bytes()).collect();
+        hasher.update(&bytes);
     }
 }
 

@@ -17,7 +17,7 @@ use align::objective::Objective;
 use align::reference;
 use align::step::{self, Aligned, Alignment, PreferenceReport};
 use align::trainer::TrainOptions;
-use engine::checkpoint::{Checkpoint, atomic};
+use engine::checkpoint::{Checkpoint, atomic, describe};
 use engine::{Adapter, Error, LoraOptions, Model, ModelConfig, Result};
 use serde::{Deserialize, Serialize};
 
@@ -146,6 +146,14 @@ pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
 
 /// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
 fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
+    let base = &recipe.model.base;
+    if recipe.steps.first().is_some_and(|step| step.train.lora().is_some()) && describe(base)?.adapter.is_some() {
+        return Err(Error::input(format!(
+            "The base model {0} is an adapter, and an adapter on an adapter cannot be loaded. Write the model that it makes \
+             by `sacpo model convert {0} OUT` and give that as model.base.",
+            base.display()
+        )));
+    }
     let mut below = 0;
     for step in &recipe.steps {
         below = match step.train.lora() {

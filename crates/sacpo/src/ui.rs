@@ -55,7 +55,7 @@ pub(crate) fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> Result<()> + '_
 pub(crate) struct TrainingBar {
     bar: ProgressBar,
     last_line: Instant,
-    /// Whether the bar counts optimizer steps yet, and not scored pairs.
+    /// Whether the bar counts optimizer steps yet, and not scored prompts.
     training: bool,
 }
 
@@ -78,7 +78,7 @@ impl Monitor for TrainingBar {
         self.bar.set_length(total as u64);
         self.bar.set_position(done as u64);
         self.bar.set_message("reference log-probabilities");
-        self.heartbeat(|| format!("  {done} of {total} pairs scored under the reference"));
+        self.heartbeat(|| format!("  {done} of {total} prompts scored under the reference"));
     }
 
     fn step(&mut self, total: u64, record: &StepRecord) {

@@ -168,6 +168,10 @@ fn an_adapter_that_does_not_suit_the_model_is_refused_before_any_training() {
     ] {
         says(&fails(2, &run_with(&folder, settings)), parts);
     }
+    let adapter = text(&folder.path().join("adapter"));
+    done(&["model", "add-adapter", &material().base(), &adapter]);
+    let settings = [&format!("model.base={adapter}"), "train.lora_rank=4"];
+    says(&fails(2, &run_with(&folder, &settings)), &["is an adapter", "sacpo model convert"]);
     assert!(!Path::new(&out(&folder)).exists());
 }
 

@@ -80,7 +80,6 @@ pub struct OptimizerOptions {
 /// An optimizer: what it keeps for every tensor, and the number of steps taken.
 #[derive(Debug, Clone)]
 pub struct Optimizer {
-    kind: OptimizerKind,
     options: OptimizerOptions,
     tensors: Vec<(ParamSpec, Rule)>,
     scratch: muon::Scratch,
@@ -162,12 +161,7 @@ impl Optimizer {
     /// An optimizer of the tensors `specs` that has taken no step.
     pub fn new(kind: OptimizerKind, options: OptimizerOptions, specs: &[ParamSpec]) -> Self {
         let tensors = specs.iter().map(|spec| (spec.clone(), Rule::new(kind, spec))).collect();
-        Self { kind, options, tensors, scratch: muon::Scratch::default(), steps: 0 }
-    }
-
-    /// Which optimizer this is.
-    pub fn kind(&self) -> OptimizerKind {
-        self.kind
+        Self { options, tensors, scratch: muon::Scratch::default(), steps: 0 }
     }
 
     /// Takes one step and sets the gradient to zero. The gradient counts times `scale` (for clipping).

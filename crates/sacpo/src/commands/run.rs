@@ -190,9 +190,10 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
     for (step, data) in recipe.steps.iter().zip(&outcome.data) {
         let _ = writeln!(
             page,
-            "- Step `{}`: {} pairs to train on, {} held out (`{}`).",
+            "- Step `{}`: {} {} to train on, {} held out (`{}`).",
             step.name,
             data.train.len(),
+            data.train.unit(),
             data.validation.len(),
             step.data.file_name().unwrap_or_default().display()
         );
