@@ -107,7 +107,10 @@ pub(crate) struct Run {
     --beta 0.1 --out runs/helpful\n\n  \
     The second step of a chain, whose --beta is β/λ:\n  \
     sacpo train --model runs/helpful/steps/helpfulness/checkpoint \\\n    \
-    --data harmless.jsonl.gz --metric harmlessness --beta 0.05 --out runs/harmless\n\n\
+    --data harmless.jsonl.gz --metric harmlessness --beta 0.05 --out runs/harmless\n\n  \
+    An adapter instead of all weights, on labelled responses:\n  \
+    sacpo train --model models/SmolLM2 --data ratings.jsonl --metric helpfulness --objective bco \\\n    \
+    --beta 0.1 --set train.lora_rank=16 --set train.learning_rate=1e-4 --out runs/rated\n\n\
     A training that was stopped continues where it was when the same command is given again.")]
 pub(crate) struct Train {
     /// Folder in Hugging Face's layout, or .gguf file: where training starts, and the reference.

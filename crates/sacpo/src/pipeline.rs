@@ -295,7 +295,7 @@ impl<'a> Stage<'a> {
 
     /// Whether the adapter goes on top of that of the policy before.
     fn stacks(&self) -> bool {
-        self.step.train.lora_previous == PreviousAdapter::Stack
+        self.planned.parent.is_some() && self.step.train.lora_previous == PreviousAdapter::Stack
     }
 
     /// The model that this policy's adapter belongs to, as a path that holds from any folder.

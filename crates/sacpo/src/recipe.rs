@@ -269,11 +269,12 @@ impl Recipe {
                 )));
             }
         }
-        for (number, step) in self.steps.iter().enumerate() {
-            let stacks = step.train.lora_rank.is_some() && step.train.lora_previous == PreviousAdapter::Stack;
-            let below = number.checked_sub(1).and_then(|before| self.steps[before].train.lora());
-            if stacks && (below.is_none_or(|below| below.dora) || step.train.lora_dora) {
-                return Err(sections[number].error(
+        // the first step has nothing below it, so that there its adapter is the stack
+        for (pair, section) in self.steps.windows(2).zip(&sections[1..]) {
+            let [before, step] = [&pair[0].train, &pair[1].train];
+            let stacks = step.lora_rank.is_some() && step.lora_previous == PreviousAdapter::Stack;
+            if stacks && (before.lora().is_none_or(|below| below.dora) || step.lora_dora) {
+                return Err(section.error(
                     "`lora_previous = \"stack\"` puts the step's adapter on top of that of the step before, but there is \
                      none, or one of the two has DoRA, which cannot be stacked. Write `lora_previous = \"fold\"`.",
                 ));

@@ -127,7 +127,7 @@ fn adapters_are_folded_or_stacked_and_make_the_policy() {
     let made = material();
     let folder = folder();
     let lora = ["train.lora_rank=4", "train.lora_alpha=8", "train.learning_rate=5e-3", "data.max_pairs=60"];
-    done(&run_with(&folder, &[&lora[..], &["step.2.lora_previous=stack", "step.2.lora_rank=3"]].concat()));
+    done(&run_with(&folder, &[&lora[..], &["train.lora_previous=stack", "step.2.lora_rank=3"]].concat()));
     for name in ["helpfulness", "safety-0.25"] {
         assert_eq!(metrics(&folder, name)[0]["rewards/margins"], json!(0.0));
     }
