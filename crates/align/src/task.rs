@@ -48,6 +48,8 @@ pub trait Task: Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+    /// The loss with its parameters, as text: part of what tells two trainings apart.
+    fn loss(&self) -> String;
     /// The prompt and the responses of an example, at least one.
     fn sequences(&self, example: usize) -> Sequences<'_>;
     /// What the example counts in the mean: 1 for preferences, tokens for demonstrations.
@@ -105,6 +107,10 @@ impl<'a> Preferences<'a> {
 impl Task for Preferences<'_> {
     fn len(&self) -> usize {
         self.pairs.len()
+    }
+
+    fn loss(&self) -> String {
+        format!("{:?}", self.objective)
     }
 
     fn sequences(&self, example: usize) -> Sequences<'_> {
@@ -205,6 +211,10 @@ impl Task for LabelledResponses<'_> {
         self.examples.len()
     }
 
+    fn loss(&self) -> String {
+        format!("{:?}", self.objective)
+    }
+
     fn sequences(&self, example: usize) -> Sequences<'_> {
         self.examples[example].sequences()
     }
@@ -280,6 +290,10 @@ pub struct Demonstrations<'a>(pub &'a [Demonstration]);
 impl Task for Demonstrations<'_> {
     fn len(&self) -> usize {
         self.0.len()
+    }
+
+    fn loss(&self) -> String {
+        "likelihood".into()
     }
 
     fn sequences(&self, example: usize) -> Sequences<'_> {

@@ -266,10 +266,11 @@ fn identity(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions) ->
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
     for task in tasks {
+        hasher.update(task.loss().as_bytes());
         for example in 0..task.len() {
             let sequences = task.sequences(example);
             sequences.hash_into(&mut hasher);
-            // the loss at zero stands for the objective's parameters and the reference
+            // the loss at zero stands for labels and the reference
             let scored = vec![Scored::default(); sequences.responses.len()];
             let loss = task.evaluate(example, &scored, 0.0).loss;
             hasher.update(&loss.to_le_bytes());
