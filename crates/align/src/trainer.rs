@@ -129,7 +129,7 @@ pub fn train(
     folder: &Path,
     monitor: &mut dyn Monitor,
 ) -> Result<Vec<StepRecord>> {
-    check_size(task, options)?;
+    check_size(task.len(), options.batch_size, task.smallest_batch())?;
     let validation = validation.filter(|task| options.validate_every > 0 && task.len() >= task.smallest_batch());
     let tasks: Vec<&dyn Task> = std::iter::once(task).chain(validation).collect();
     let identity = identity(policy, &tasks, options);
@@ -236,13 +236,15 @@ fn validate(
     metrics.chain([("eval_loss".to_owned(), loss)]).collect()
 }
 
-/// Fails unless there are enough examples for the batches that the task needs.
-fn check_size(task: &dyn Task, options: &TrainOptions) -> Result<()> {
-    if task.is_empty() {
+/// Checks that there are enough examples for batches of at least `least`.
+///
+/// # Errors
+/// [`Error::Input`] if there are not, or `batch_size` is smaller.
+pub fn check_size(examples: usize, batch_size: usize, least: usize) -> Result<()> {
+    if examples == 0 {
         return Err(Error::input("There is nothing to train on: the data holds no usable example."));
     }
-    let least = task.smallest_batch();
-    for (what, value) in [("there are only", task.len()), ("train.batch_size is", options.batch_size)] {
+    for (what, value) in [("there are only", examples), ("train.batch_size is", batch_size)] {
         if value < least {
             return Err(Error::input(format!(
                 "The objective compares the examples of a batch with each other, so a batch must have at least {least} of \

@@ -18,7 +18,7 @@ use align::reference;
 use align::step::{self, Aligned, Alignment, PreferenceReport};
 use align::trainer::TrainOptions;
 use engine::checkpoint::{Checkpoint, atomic};
-use engine::{Adapter, Error, Model, Result};
+use engine::{Adapter, Error, Model, ModelConfig, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::load::{StepData, load_data, warn_of_objectives};
@@ -276,15 +276,19 @@ impl<'a> Stage<'a> {
         below.unwrap_or(&parent.path).clone()
     }
 
-    /// Writes the adapter beside the checkpoint, stacked on that of the policy before if the recipe says so.
-    fn save_adapter(&self, adapter: &Adapter, parent: &Policy, base: &Path) -> Result<()> {
-        let folder = self.folder.join(ADAPTER);
+    /// The adapter of the policy before, if this policy's own is to be stacked on it.
+    fn adapter_below(&self, parent: &Policy, config: &ModelConfig) -> Result<Option<Adapter>> {
         if !self.stacks() {
-            return adapter.save(base, &folder);
+            return Ok(None);
         }
-        let config = load_policy(parent)?.config;
-        let below = Adapter::load(&parent.path.with_file_name(ADAPTER), &config)?;
-        Adapter::stack(&config, &[&below, adapter])?.save(base, &folder)
+        let adapter = Adapter::load(&parent.path.with_file_name(ADAPTER), config);
+        adapter.map(Some).map_err(|error| {
+            Error::input(format!(
+                "The adapter of the policy `{}`, on which the next is to be stacked, is not usable. {error} Put it back, or \
+                 delete the folder above to train the policy again.",
+                parent.name
+            ))
+        })
     }
 
     /// The record of the policy if it is complete.
@@ -306,6 +310,7 @@ impl<'a> Stage<'a> {
         let name = &self.planned.name;
         ui::say(format!("Policy {name}: {} at temperature {}.", objective.name(), self.planned.beta));
         let start = if self.planned.parent.is_some() { load_policy(parent)? } else { base.model.clone() };
+        let adapter_below = self.adapter_below(parent, &start.config)?;
         let alignment = Alignment {
             start: &start,
             data: &self.data.train,
@@ -335,13 +340,22 @@ impl<'a> Stage<'a> {
         let checkpoint =
             Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
         checkpoint.save(&self.checkpoint())?;
-        if let (Some(adapter), Some(below)) = (adapter, &record.adapter_base) {
-            self.save_adapter(&adapter, parent, below)?;
+        if let (Some(mut adapter), Some(model_below)) = (adapter, &record.adapter_base) {
+            if let Some(below) = adapter_below {
+                adapter = Adapter::stack(&start.config, &[&below, &adapter])?;
+            }
+            adapter.save(model_below, &self.folder.join(ADAPTER))?;
         }
         let path = self.folder.join("policy.json");
         atomic::write_file(&path, |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
         if let Some(last) = records.last() {
             ui::say(format!("  {} steps in {seconds:.0} s; the last batch's loss was {:.4}.", last.step, last.loss));
+        }
+        if self.step.train.patience.is_some() {
+            let losses = read_metric(&self.folder.join("metrics.jsonl"), "eval_loss")?;
+            if let Some((step, loss)) = losses.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
+                ui::say(format!("  Kept are the weights after step {step}, of the lowest validation loss: {loss:.4}."));
+            }
         }
         Ok(record)
     }
