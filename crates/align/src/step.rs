@@ -89,8 +89,6 @@ impl Alignment<'_> {
         held_out: &[TokenizedExample],
         monitor: &mut dyn Monitor,
     ) -> Result<Aligned> {
-        // before anything is scored
-        self.options.check_size(examples.len(), objective.smallest_batch())?;
         let mut reference = |examples: &[TokenizedExample]| {
             let sequences: Vec<_> = examples.iter().map(TokenizedExample::sequences).collect();
             self.reference(&sequences, monitor)

@@ -72,22 +72,6 @@ impl TrainOptions {
         format!("{:?}", Self { micro_batch_tokens: 0, memory_bytes: None, save_every: 0, ..self.clone() })
     }
 
-    /// Fails unless this many examples make batches, none with fewer than `least`.
-    pub(crate) fn check_size(&self, examples: usize, least: usize) -> Result<()> {
-        if examples == 0 {
-            return Err(Error::input("There is nothing to train on: the data holds no usable example."));
-        }
-        for (what, value) in [("there are only", examples), ("train.batch_size is", self.batch_size)] {
-            if value < least {
-                return Err(Error::input(format!(
-                    "The objective compares the examples of a batch with each other, so a batch must have at least {least} \
-                     of them, but {what} {value}. Raise the batch size, or give more data."
-                )));
-            }
-        }
-        Ok(())
-    }
-
     /// The batches of a training on this many examples, none with fewer than `least`.
     pub fn plan(&self, examples: usize, least: usize) -> BatchPlan {
         BatchPlan::new(examples, self.batch_size, least, self.epochs, self.seed)
@@ -147,7 +131,7 @@ pub fn train(
     folder: &Path,
     monitor: &mut dyn Monitor,
 ) -> Result<Vec<StepRecord>> {
-    options.check_size(task.len(), task.smallest_batch())?;
+    check_size(task.len(), options.batch_size, task.smallest_batch())?;
     let validation = validation.filter(|task| options.validate_every > 0 && task.len() >= task.smallest_batch());
     let tasks: Vec<&dyn Task> = std::iter::once(task).chain(validation).collect();
     let identity = identity(policy, &tasks, options);
@@ -260,6 +244,25 @@ fn validate(
     exchange(progress, policy);
     let metrics = metrics.into_iter().map(|(name, value)| (format!("eval_{name}"), value));
     Ok(metrics.chain([("eval_loss".to_owned(), loss)]).collect())
+}
+
+/// Checks that there are enough examples for batches of at least `least`.
+///
+/// # Errors
+/// [`Error::Input`] if there are not, or `batch_size` is smaller.
+pub fn check_size(examples: usize, batch_size: usize, least: usize) -> Result<()> {
+    if examples == 0 {
+        return Err(Error::input("There is nothing to train on: the data holds no usable example."));
+    }
+    for (what, value) in [("there are only", examples), ("train.batch_size is", batch_size)] {
+        if value < least {
+            return Err(Error::input(format!(
+                "The objective compares the examples of a batch with each other, so a batch must have at least {least} of \
+                 them, but {what} {value}. Raise the batch size, or give more data."
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Removes the state of a training that is complete and saved elsewhere.

@@ -128,8 +128,6 @@ pub(crate) struct Train {
     /// Temperature: β in the first step of a chain, β/λ in a later one.
     #[arg(long, value_parser = temperature, allow_negative_numbers = true)]
     pub(crate) beta: f64,
-    #[command(flatten)]
-    pub(crate) parameters: Parameters,
     /// Folder for everything that is made.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) out: PathBuf,
@@ -139,6 +137,8 @@ pub(crate) struct Train {
     /// Set any other key of a recipe, such as train.learning_rate=1e-6 or data.max_length=256.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    #[command(flatten)]
+    pub(crate) parameters: Parameters,
 }
 
 /// Print the log-probability of every response of a preference file.
@@ -360,10 +360,10 @@ pub(crate) struct AddAdapter {
     #[arg(long, default_value_t = 16, value_name = "N")]
     pub(crate) rank: usize,
     /// The update is scaled by alpha/rank.
-    #[arg(long, default_value_t = 32.0)]
+    #[arg(long, default_value_t = 32.0, allow_negative_numbers = true)]
     pub(crate) alpha: f64,
     /// Probability that an input of the adapter is dropped in training.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
     pub(crate) dropout: f64,
     /// Names of the adapted matrices, such as q_proj,v_proj; or all.
     #[arg(long, default_value = "all", value_name = "NAMES")]

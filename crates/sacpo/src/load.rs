@@ -4,6 +4,7 @@ use std::path::Path;
 
 use align::data::{self, Answered, DataFile, Dataset, RenderOptions, Tokenized, TokenizedExample, TokenizedPair};
 use align::objective::{Objective, Pairwise, Unpaired, WeightRule};
+use align::trainer::check_size;
 use engine::checkpoint::Checkpoint;
 use engine::{Error, Result, Tokenizer};
 use sacpo::recipe::{Recipe, Step};
@@ -41,7 +42,8 @@ pub(crate) fn warn_of_objectives(recipe: &Recipe) -> Result<()> {
 /// Reads, divides and tokenises the data of a step, and says what came of them.
 ///
 /// # Errors
-/// Bad rows, rows without what the objective needs, sequences beyond the model's context, nothing left to train on.
+/// Bad rows, rows without what the objective needs, sequences beyond the model's context, nothing left to train on or to
+/// validate on, batches too small for the objective, an adapter that the model cannot have.
 pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
     let options = &step.data_options;
     let context = base.model.config.max_position_embeddings;
@@ -91,6 +93,7 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
         Objective::Pairwise(_) => 1,
         Objective::Unpaired(objective) => objective.smallest_batch(),
     };
+    check_size(loaded.train.len(), step.train.batch_size, least)?;
     if step.train.validate_every.is_some() && loaded.validation.len() < least {
         return Err(Error::input(format!(
             "The step `{}` asks for validation by train.validate_every, but {} rows of {} are held out and the objective \

@@ -304,14 +304,19 @@ impl<'a> Stage<'a> {
         std::path::absolute(below).map_err(Error::io("find", below))
     }
 
-    /// Writes the adapter beside the checkpoint, stacked on that of the policy before if the recipe says so.
-    fn save_adapter(&self, adapter: &Adapter, config: &ModelConfig, parent: &Policy, base: &Path) -> Result<()> {
-        let folder = self.folder.join(ADAPTER);
+    /// The adapter of the policy before, if this policy's own is to be stacked on it.
+    fn adapter_below(&self, parent: &Policy, config: &ModelConfig) -> Result<Option<Adapter>> {
         if !self.stacks() {
-            return adapter.save(base, &folder);
+            return Ok(None);
         }
-        let below = Adapter::load(&parent.path.with_file_name(ADAPTER), config)?;
-        Adapter::stack(config, &[&below, adapter])?.save(base, &folder)
+        let adapter = Adapter::load(&parent.path.with_file_name(ADAPTER), config);
+        adapter.map(Some).map_err(|error| {
+            Error::input(format!(
+                "The adapter of the policy `{}`, on which the next is to be stacked, is not usable. {error} Put it back, or \
+                 delete the folder above to train the policy again.",
+                parent.name
+            ))
+        })
     }
 
     /// The record of the policy if it is complete.
@@ -333,6 +338,8 @@ impl<'a> Stage<'a> {
         let name = &self.planned.name;
         ui::say(format!("Policy {name}: {} at temperature {}.", objective.name(), self.planned.beta));
         let loaded = self.planned.parent.map(|_| load_policy(parent)).transpose()?;
+        let config = &base.model.config;
+        let adapter_below = self.adapter_below(parent, config)?;
         let alignment = Alignment {
             start: loaded.as_ref().unwrap_or(&base.model),
             data: &self.data.train,
@@ -362,13 +369,22 @@ impl<'a> Stage<'a> {
         let checkpoint =
             Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
         checkpoint.save(&self.checkpoint())?;
-        if let (Some(adapter), Some(below)) = (adapter, &record.adapter_base) {
-            self.save_adapter(&adapter, &base.model.config, parent, below)?;
+        if let (Some(mut adapter), Some(model_below)) = (adapter, &record.adapter_base) {
+            if let Some(below) = adapter_below {
+                adapter = Adapter::stack(config, &[&below, &adapter])?;
+            }
+            adapter.save(model_below, &self.folder.join(ADAPTER))?;
         }
         let path = self.folder.join("policy.json");
         atomic::write_file(&path, |out| Ok(serde_json::to_writer_pretty(out, &record)?))?;
         if let Some(last) = records.last() {
             ui::say(format!("  {} steps in {seconds:.0} s; the last batch's loss was {:.4}.", last.step, last.loss));
+        }
+        if self.step.train.patience.is_some() {
+            let losses = read_metric(&self.folder.join("metrics.jsonl"), "eval_loss")?;
+            if let Some((step, loss)) = losses.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
+                ui::say(format!("  Kept are the weights after step {step}, of the lowest validation loss: {loss:.4}."));
+            }
         }
         Ok(record)
     }

@@ -246,6 +246,8 @@ fn wrong_recipes_are_named_with_key_and_line() {
         ("save_every = 5", "patience = 5", &["`train`", "`patience`", "`validate_every`"]),
         ("save_every = 5", "lora_rank = 0", &["`train.lora_rank`", "is 0"]),
         ("save_every = 5", "lora_targets = [\"lm_head\"]", &["`train`", "`lora_targets`", "lm_head", "q_proj"]),
+        ("save_every = 5", "lora_alpha = 16", &["`train`", "`lora_alpha`", "Set `lora_rank`"]),
+        ("save_every = 5", "lora_previous = \"stack\"", &["`train`", "`lora_previous`", "Set `lora_rank`"]),
         ("save_every = 5", "lora_rank = 4\nlora_dora = true\nlora_dropout = 0.1", &["DoRA", "dropout"]),
         ("epochs = 1\n", "epochs = 1\nlora_rank = 4\nlora_previous = \"stack\"\n", &["`step.2`", "there is none"]),
         ("save_every = 5", "ema_decay = 1", &["`train.ema_decay`", "less than 1"]),

@@ -98,6 +98,7 @@ fn data_that_lack_what_the_objective_needs_are_named() {
         (vec!["step.2.objective=safe-dpo".into()], &["`safe-dpo`", "`safe_chosen`", "safety.jsonl"]),
         (vec!["step.2.objective=kto".into(), "train.batch_size=1".into()], &["at least 2", "batch_size is 1"]),
         (vec!["step.2.objective=dpo".into(), "step.2.gamma=1".into()], &["`gamma`", "`simpo`"]),
+        (vec!["step.2.lora_rank=1000".into()], &["step `safety`", "the rank is 1000"]),
         (
             vec!["step.1.validate_every=5".into(), "data.validation_fraction=0.0".into()],
             &["`helpfulness`", "train.validate_every", "0 rows"],
@@ -105,6 +106,7 @@ fn data_that_lack_what_the_objective_needs_are_named() {
     ] {
         let settings: Vec<&str> = settings.iter().map(String::as_str).collect();
         says(&fails(2, &run_with(&folder, &settings)), parts);
+        assert!(!Path::new(&out(&folder)).exists(), "{settings:?} is found before the first step is trained");
     }
 
     // both unsafe: nothing to learn; the unsafe chosen one changes places
@@ -156,6 +158,13 @@ fn adapters_are_folded_or_stacked_and_make_the_policy() {
     let reference = read_json(step_of(&folder, "safety-0.25", "policy.json"))["reference"].clone();
     assert_eq!(reference, read_json(step_of(&folder, "helpfulness", "policy.json"))["model"]);
     says(&fails(2, &run_with(&folder, &lora)), &["another model, data or options"]);
+
+    // a lost adapter is missed before the training of what would be stacked on it
+    fs::remove_dir_all(step_of(&folder, "helpfulness", "adapter")).unwrap();
+    fs::remove_dir_all(step_of(&folder, "safety-0.25", "")).unwrap();
+    let stack = [&lora[..], &["step.2.lora_previous=stack", "step.2.lora_rank=3"]].concat();
+    says(&fails(2, &run_with(&folder, &stack)), &["adapter_config.json", "`helpfulness`", "train the policy again"]);
+    assert!(!Path::new(&step_of(&folder, "safety-0.25", "metrics.jsonl")).exists());
 }
 
 #[test]
@@ -187,7 +196,7 @@ fn validation_stands_in_the_metrics_and_ends_a_training_early() {
     let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
     assert_eq!(losses.iter().position(|&loss| loss == best), Some(losses.len() - 3));
     assert!(lines[1]["eval_rewards/accuracies"].is_f64() && lines[0].get("eval_loss").is_none());
-    says(&outcome.stderr, &["Policy helpfulness"]);
+    says(&outcome.stderr, &[&format!("weights after step {}", lines.len() - 4), &format!("{best:.4}")]);
 }
 
 /// What a training keeps of every kind, killed wherever it is.

@@ -225,7 +225,7 @@ impl<'a> ScaledDual<'a> {
         }
         let attainable = self.problem.extreme(&combined, 1.0);
         Error::input(format!(
-            "{what}: {} is at most {attainable} for any policy, but the thresholds ask for {asked}. Lower the \
+            "{what}: {} is at most {attainable:?} for any policy, but the thresholds ask for {asked:?}. Lower the \
              thresholds of these constraints.",
             terms.join(" + ")
         ))

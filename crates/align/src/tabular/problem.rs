@@ -57,7 +57,7 @@ impl Problem {
         let Description { reference, reward, safety, prompt_weights, beta, thresholds } = description;
         if !(1.0 / LARGEST..=LARGEST).contains(&beta) {
             return Err(Error::input(format!(
-                "`beta` is {beta}, but it must be a number above 0, at most 1e100. It is the weight of the KL divergence \
+                "`beta` is {beta:?}, but it must be a number above 0, from 1e-100 to 1e100. It is the weight of the KL divergence \
                  from `ref`: values between 0.01 and 1 are usual."
             )));
         }
@@ -76,7 +76,7 @@ impl Problem {
         }
         if let Some(i) = thresholds.iter().position(|b| !is_value(*b)) {
             return Err(Error::input(format!(
-                "Number {} of `thresholds` is {}, but it must be finite and at most 1e100 in size. Leave a constraint \
+                "Number {} of `thresholds` is {:?}, but it must be finite and at most 1e100 in size. Leave a constraint \
                  out altogether if it should not bind.",
                 i + 1,
                 thresholds[i]
@@ -168,7 +168,7 @@ fn check_values(what: &str, values: &Table, shape: &[usize]) -> Result<()> {
         }
         if let Some(y) = row.iter().position(|value| !is_value(*value)) {
             return Err(Error::input(format!(
-                "{what} of prompt {}, answer {} is {}, but it must be finite and at most 1e100 in size. Give an answer \
+                "{what} of prompt {}, answer {} is {:?}, but it must be finite and at most 1e100 in size. Give an answer \
                  that must never occur the probability 0 in `ref`.",
                 x + 1,
                 y + 1,
@@ -189,7 +189,7 @@ fn normalised_weights(weights: Vec<f64>, prompts: usize) -> Result<Vec<f64>> {
     }
     if let Some(x) = weights.iter().position(|weight| !(0.0..=LARGEST).contains(weight)) {
         return Err(Error::input(format!(
-            "Number {} of `prompt_weights` is {}, but a weight is at least 0, finite and at most 1e100.",
+            "Number {} of `prompt_weights` is {:?}, but a weight is at least 0, finite and at most 1e100.",
             x + 1,
             weights[x]
         )));

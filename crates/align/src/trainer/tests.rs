@@ -296,6 +296,32 @@ fn a_stopped_training_continues_bit_exactly() {
     train_whole(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap();
 }
 
+/// Of some losses, these parameters do not show while the log-probabilities are 0.
+#[test]
+fn a_state_of_another_temperature_or_weight_is_refused() {
+    let pairs = pairs(&fixture());
+    let start = tiny("tied");
+    let reference = reference(&start, &pairs);
+    let losses = [
+        [Pairwise::Dpo { beta: 0.1, label_smoothing: 0.0 }, Pairwise::Dpo { beta: 0.2, label_smoothing: 0.0 }],
+        [Pairwise::SimPo { beta: 0.1, gamma: 0.5 }, Pairwise::SimPo { beta: 0.2, gamma: 0.5 }],
+        [Pairwise::Orpo { beta: 0.1 }, Pairwise::Orpo { beta: 0.2 }],
+        [Pairwise::Cpo { beta: 0.1, alpha: 1.0 }, Pairwise::Cpo { beta: 0.2, alpha: 1.0 }],
+        [Pairwise::Cpo { beta: 0.1, alpha: 1.0 }, Pairwise::Cpo { beta: 0.1, alpha: 2.0 }],
+        [Pairwise::Tdpo { beta: 0.1, alpha: 0.5 }, Pairwise::Tdpo { beta: 0.1, alpha: 0.3 }],
+    ];
+    for [before, after] in &losses {
+        let folder = tempfile::tempdir().unwrap();
+        let train = |objective, stop: &mut StopAfter| {
+            let task = Preferences::new(&pairs, &reference, &start, objective);
+            train_whole(&mut start.clone(), &task, None, &options(), folder.path(), stop).unwrap_err()
+        };
+        assert!(matches!(train(before, &mut StopAfter(2, 0)), Error::Interrupted(_)));
+        assert!(matches!(train(after, &mut never()), Error::Input(_)), "{after:?}");
+        assert!(matches!(train(before, &mut StopAfter(3, 0)), Error::Interrupted(_)));
+    }
+}
+
 #[test]
 fn a_diverged_loss_names_the_rows() {
     let pairs = pairs(&fixture());

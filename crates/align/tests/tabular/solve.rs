@@ -262,7 +262,7 @@ fn thresholds_that_cannot_be_met_are_named_with_what_can() {
     assert!(limit.contains("λ → ∞") && limit.contains("constraint 1"), "{limit}");
     // p ≥ 0.7 and 1 − p ≥ 0.7
     let joint = message(two_answers(&[[1.0, 0.0], [0.0, 2.0]], &[0.7, 1.4]));
-    for part in ["No policy", "1.0000·E[safety 1]", "E[safety 2]", "is at most 1 for any", "ask for 1."] {
+    for part in ["No policy", "1.0000·E[safety 1]", "E[safety 2]", "is at most 1.0 for any", "ask for 1."] {
         assert!(joint.contains(part), "`{part}` is missing: {joint}");
     }
     // p ≥ 0.5 and 1 − p ≥ 0.5 can be met, and p ≥ 0.6 and 1 − p ≥ 0.4 too

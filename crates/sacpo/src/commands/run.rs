@@ -133,6 +133,7 @@ fn validation_table(metrics: &[&str], policies: &[Policy]) -> String {
 
 fn duration(seconds: f64) -> String {
     match seconds as u64 {
+        0 if seconds > 0.0 => "< 1 s".into(),
         0 => "–".into(),
         s if s < 60 => format!("{s} s"),
         s => format!("{} min {:02} s", s / 60, s % 60),
@@ -202,7 +203,8 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
         page,
         "\n## Held-out pairs\n\n{table}\nAccuracy: share of held-out pairs whose implicit reward, \
          log π − log π_base, prefers the chosen response (ties count half). Margin: mean difference of these rewards \
-         in nats. Likelihood accuracy: share of pairs whose chosen response is likelier than the rejected one.\n"
+         in nats. Likelihood accuracy: share of pairs whose chosen response is likelier than the rejected one. Of labelled \
+         responses, every desirable one makes a pair with every undesirable one.\n"
     );
     if !answers.is_empty() {
         page.push_str("\n## Answers\n");

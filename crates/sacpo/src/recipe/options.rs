@@ -206,6 +206,11 @@ impl TrainOptions {
             lora_dora: section.flag("lora_dora")?.unwrap_or(defaults.lora_dora),
             lora_previous: section.choice("lora_previous", previous)?.unwrap_or(defaults.lora_previous),
         };
+        if let (None, Some(key)) = (train.lora_rank, train.set_for_adapters()) {
+            return Err(section.error(&format!(
+                "`{key}` is about an adapter, but there is none. Set `lora_rank`, or remove the key to train all weights."
+            )));
+        }
         if let Some(options) = train.lora() {
             options.check_trainable().map_err(|error| section.error(&error.to_string()))?;
         }
@@ -215,6 +220,20 @@ impl TrainOptions {
             ));
         }
         Ok(train)
+    }
+
+    /// A key of adapters that does not have its default, beside the rank.
+    fn set_for_adapters(&self) -> Option<&'static str> {
+        let defaults = Self::default();
+        let keys = [
+            ("lora_alpha", self.lora_alpha != defaults.lora_alpha),
+            ("lora_dropout", self.lora_dropout != defaults.lora_dropout),
+            ("lora_targets", self.lora_targets != defaults.lora_targets),
+            ("lora_rank_stabilized", self.lora_rank_stabilized),
+            ("lora_dora", self.lora_dora),
+            ("lora_previous", self.lora_previous != defaults.lora_previous),
+        ];
+        keys.into_iter().find(|(_, set)| *set).map(|(key, _)| key)
     }
 
     /// The adapter to train; nothing if all weights are trained.
