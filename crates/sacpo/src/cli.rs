@@ -178,7 +178,7 @@ pub(crate) struct Logps {
 #[command(after_help = "Examples:\n  \
     sacpo loss --objective dpo --beta 0.1 pairs.jsonl\n  \
     sacpo loss --objective kto --beta 0.1 --undesirable-weight 0.5 singles.jsonl.gz --json\n\n\
-    The loss is the mean over the rows, and gradients are those of the mean. docs/objectives.md lists the objectives.")]
+    The loss is the mean over the rows (sft: over the desirable ones), and gradients are those of the mean. docs/objectives.md lists the objectives.")]
 pub(crate) struct Loss {
     /// Rows of log-probabilities, .jsonl, .jsonl.gz or .json.
     pub(crate) file: PathBuf,

@@ -93,7 +93,8 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
         Objective::Pairwise(_) => 1,
         Objective::Unpaired(objective) => objective.smallest_batch(),
     };
-    check_size(loaded.train.len(), step.train.batch_size, least)?;
+    check_size(loaded.train.len(), step.train.batch_size, least)
+        .map_err(|error| Error::input(format!("In the step `{}`: {error}", step.name)))?;
     if step.train.validate_every.is_some() && loaded.validation.len() < least {
         return Err(Error::input(format!(
             "The step `{}` asks for validation by train.validate_every, but {} rows of {} are held out and the objective \

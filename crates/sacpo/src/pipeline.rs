@@ -392,7 +392,15 @@ impl<'a> Stage<'a> {
 
 /// The model of a trained policy, which must be the one that was trained.
 fn load_policy(policy: &Policy) -> Result<Model> {
-    let model = Checkpoint::load(&policy.path)?.model;
+    let loaded = Checkpoint::load(&policy.path).map_err(|error| {
+        Error::input(format!(
+            "The policy `{}` was trained, but cannot be read. {error} Put it back, or delete the folder above {} to train it \
+             again.",
+            policy.name,
+            policy.path.display()
+        ))
+    });
+    let model = loaded?.model;
     if model.hash() == policy.model {
         return Ok(model);
     }

@@ -325,3 +325,13 @@ fn arrays_and_blank_lines_are_read_and_text_is_a_table() {
     assert!(shown.stdout.lines().any(|line| line.starts_with("     3  ")), "{}", shown.stdout);
     assert_eq!(shown.stderr, "");
 }
+
+#[test]
+fn a_positive_log_probability_is_pointed_at() {
+    let folder = folder();
+    let row = |policy: f64| json!({"policy_chosen": policy, "policy_rejected": -2.0, "ref_chosen": -1.0, "ref_rejected": -2.0});
+    let path = file(&folder, "nll.jsonl", format!("{}\n{}\n", row(-1.0), row(5.0)));
+    let outcome = done(&["loss", "--objective", "dpo", "--beta", "0.1", &path, "--json"]);
+    says(&outcome.stderr, &["Warning: Line 2 of", "`policy_chosen`", "5 is taken as it stands", "change their sign"]);
+    assert_eq!(object(&outcome.stdout)["losses"].as_array().unwrap().len(), 2);
+}

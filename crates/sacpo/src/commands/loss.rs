@@ -30,11 +30,30 @@ pub(super) fn run(options: &Loss, global: Global) -> Result<()> {
     let objective = objective(options)?;
     let records = data::read_records(&options.file)?;
     let rows: Vec<Row<'_>> = records.iter().map(|record| Row { record, objective: &objective }).collect();
+    warn_of_positive(&records);
     let output = match &objective {
         Objective::Pairwise(pairwise) => of_pairs(pairwise, &rows)?,
         Objective::Unpaired(unpaired) => of_singles(unpaired, &rows)?,
     };
     if global.json { print_json(&output) } else { ui::print(table(&output)) }
+}
+
+/// Says of the first log-probability that is none.
+fn warn_of_positive(records: &[Record]) {
+    const COLUMNS: [&str; 6] = ["policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "policy", "ref"];
+    let of_record = |record: &'_ Record| {
+        let value = |column| record.columns.get(column).and_then(Value::as_f64);
+        // sums in f32 may end a little above 0
+        COLUMNS.into_iter().find_map(|column| Some((column, value(column).filter(|value| *value > 1e-3)?)))
+    };
+    let first = records.iter().find_map(|record| Some((record, of_record(record)?)));
+    if let Some((record, (column, value))) = first {
+        ui::say(format!(
+            "Warning: {}, column `{column}`: {value} is taken as it stands, but a log-probability is at most 0. If the file \
+             holds negative log-likelihoods, change their sign.",
+            record.place
+        ));
+    }
 }
 
 fn objective(options: &Loss) -> Result<Objective> {
