@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use engine::checkpoint::atomic;
-use engine::{Decoder, Error, Model, Result};
+use engine::{Error, Mixture, Result, Scorer};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -20,7 +20,7 @@ const ARITHMETIC: &str = "f32 v2";
 /// Prompts per block: some seconds of work on a small model.
 const BLOCK: usize = 256;
 
-/// The log-probability of every response under `model`, in order.
+/// The log-probability of every response under a policy, in order.
 ///
 /// Blocks that `cache` holds are read, the others computed and kept there. `progress` gets the number of prompts done
 /// and may end the work with an error; finished blocks stay.
@@ -28,15 +28,16 @@ const BLOCK: usize = 256;
 /// # Errors
 /// Log-probabilities that are not numbers ([`Error::Failed`], which names the row), a cache folder that cannot be
 /// written, or the error of `progress`.
-pub fn logps(
-    model: &Model,
+pub fn logps<'p>(
+    policy: impl Into<Mixture<'p>>,
     items: &[Sequences<'_>],
     micro_batch_tokens: usize,
     cache: Option<&Path>,
     progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f64>> {
-    let hash = cache.map(|_| model.hash());
-    let mut decoder = Decoder::new(model, items.iter().map(Sequences::longest).max().unwrap_or(0));
+    let policy = policy.into();
+    let hash = cache.map(|_| policy.hash());
+    let mut scorer = Scorer::new(policy, items.iter().map(Sequences::longest).max().unwrap_or(0));
     let mut all = Vec::with_capacity(items.iter().map(|item| item.responses.len()).sum());
     let mut done = 0;
     for block in items.chunks(BLOCK) {
@@ -47,7 +48,7 @@ pub fn logps(
         } else {
             let start = all.len();
             for part in micro_batches(block, micro_batch_tokens) {
-                all.extend(decoder.logps(&model.weights, &pack(&block[part.clone()])));
+                all.extend(scorer.logps(&pack(&block[part.clone()])));
                 progress(done + part.end)?;
             }
             check_finite(block, &all[start..])?;
@@ -102,6 +103,7 @@ fn write(path: &Path, logps: &[f64]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use engine::Model;
     use engine::checkpoint::load_model;
 
     use super::*;

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::decoder::{Decoder, KeyValueCache};
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::mixture::Mixture;
 use crate::ops::attention::{Heads, Prefix, Span};
 
 /// How the next token is chosen, and when an answer ends.
@@ -108,37 +108,48 @@ pub struct Answer {
 /// # Errors
 /// Options out of range, an empty prompt, or one that leaves no room in the model's context
 /// ([`Error::Input`]); logits that are not numbers ([`Error::Failed`]).
-pub fn generate(
-    model: &Model,
+pub fn generate<'a>(
+    policy: impl Into<Mixture<'a>>,
     prompts: &[Vec<u32>],
     options: &SamplingOptions,
     decode: &dyn Fn(&[u32]) -> Result<String>,
     finished: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Answer>> {
     options.validate()?;
-    let context = model.config.max_position_embeddings;
-    check_prompts(model, prompts)?;
+    let policy = policy.into();
+    let context = policy.context();
+    check_prompts(&policy, prompts)?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let mut decoder = Decoder::new(model, context.min(longest.saturating_add(options.max_new_tokens)));
+    let positions = context.min(longest.saturating_add(options.max_new_tokens));
+    let mut decoders: Vec<Decoder> = policy.models().map(|model| Decoder::new(model, positions)).collect();
+    let blocks: Vec<usize> = policy.models().map(|model| model.config.num_hidden_layers).collect();
+    let mut mixed = Vec::new();
     let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
     let mut waiting = prompts.iter().enumerate();
-    let mut active = Active { heads: decoder.heads(), sequences: Vec::new() };
+    let mut active: Vec<Sequence> = Vec::new();
     let mut done = 0;
     loop {
-        while active.sequences.len() < options.batch_size {
+        while active.len() < options.batch_size {
             let Some((index, prompt)) = waiting.next() else { break };
-            active.sequences.push(Sequence::new(index, prompt, model.config.num_hidden_layers, options.seed));
+            active.push(Sequence::new(index, prompt, &blocks, options.seed));
         }
-        if active.sequences.is_empty() {
+        if active.is_empty() {
             break;
         }
-        let tokens: Vec<u32> = active.sequences.iter().flat_map(|s| s.pending.clone()).collect();
-        let positions: Vec<u32> = active.sequences.iter().flat_map(Sequence::positions).collect();
+        let tokens: Vec<u32> = active.iter().flat_map(|s| s.pending.clone()).collect();
+        let positions: Vec<u32> = active.iter().flat_map(Sequence::positions).collect();
         let mut end = 0;
-        let last_rows: Vec<usize> = active.sequences.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
-        let logits = decoder.infer(&model.weights, &tokens, &positions, &last_rows, &mut active);
-        let mut still = Vec::with_capacity(active.sequences.len());
-        for (mut sequence, logits) in active.sequences.drain(..).zip(logits.chunks_exact(model.config.vocab_size)) {
+        let last_rows: Vec<usize> = active.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
+        let parts = decoders.iter_mut().zip(policy.models()).enumerate();
+        let each: Vec<&[f32]> = parts
+            .map(|(part, (decoder, model))| {
+                let mut cache = PartCache { heads: decoder.heads(), part, sequences: &mut active };
+                decoder.infer(&model.weights, &tokens, &positions, &last_rows, &mut cache)
+            })
+            .collect();
+        let logits = policy.logits(&each, &mut mixed);
+        let mut still = Vec::with_capacity(active.len());
+        for (mut sequence, logits) in active.drain(..).zip(logits.chunks_exact(policy.vocab_size())) {
             sequence.past += sequence.pending.len();
             let token = choose(logits, options, &mut sequence.rng).ok_or_else(|| {
                 Error::Failed(format!(
@@ -156,22 +167,22 @@ pub fn generate(
                 None => still.push(sequence),
             }
         }
-        active.sequences = still;
+        active = still;
     }
     Ok(answers.into_iter().flatten().collect())
 }
 
-/// Refuses prompts that the model cannot continue.
+/// Refuses prompts that the policy cannot continue.
 ///
 /// # Errors
 /// [`Error::Input`] that gives the number, from 1, of the first prompt that is empty, that leaves no room in the
 /// model's context, or that holds a token which the model does not know.
-pub fn check_prompts(model: &Model, prompts: &[Vec<u32>]) -> Result<()> {
-    prompts.iter().enumerate().try_for_each(|(index, prompt)| check_prompt(model, prompt, index))
+pub fn check_prompts(policy: &Mixture<'_>, prompts: &[Vec<u32>]) -> Result<()> {
+    prompts.iter().enumerate().try_for_each(|(index, prompt)| check_prompt(policy, prompt, index))
 }
 
-fn check_prompt(model: &Model, prompt: &[u32], index: usize) -> Result<()> {
-    let context = model.config.max_position_embeddings;
+fn check_prompt(policy: &Mixture<'_>, prompt: &[u32], index: usize) -> Result<()> {
+    let context = policy.context();
     let number = index + 1;
     if prompt.is_empty() {
         return Err(Error::input(format!("Prompt {number} has no tokens. Give a prompt of at least one token.")));
@@ -183,11 +194,11 @@ fn check_prompt(model: &Model, prompt: &[u32], index: usize) -> Result<()> {
             prompt.len()
         )));
     }
-    match prompt.iter().find(|&&t| t as usize >= model.config.vocab_size) {
+    match prompt.iter().find(|&&t| t as usize >= policy.vocab_size()) {
         Some(token) => Err(Error::input(format!(
             "Prompt {number} contains token {token}, but the model knows only {} tokens. The tokenizer belongs to \
              another model.",
-            model.config.vocab_size
+            policy.vocab_size()
         ))),
         None => Ok(()),
     }
@@ -196,9 +207,8 @@ fn check_prompt(model: &Model, prompt: &[u32], index: usize) -> Result<()> {
 /// A sequence in generation.
 struct Sequence {
     index: usize,
-    /// Keys and values of past tokens, per block `[past, key_value_width]`.
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
+    /// What each model of the policy keeps of past tokens.
+    caches: Vec<Cache>,
     past: usize,
     /// Tokens that the model has not seen yet: the prompt, then one token at a time.
     pending: Vec<u32>,
@@ -206,14 +216,23 @@ struct Sequence {
     rng: ChaCha8Rng,
 }
 
+/// Keys and values of past tokens, per block `[past, key_value_width]`.
+struct Cache {
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
 impl Sequence {
-    fn new(index: usize, prompt: &[u32], blocks: usize, seed: u64) -> Self {
+    /// A sequence that no model has seen yet; `blocks` are the numbers of blocks of the models.
+    fn new(index: usize, prompt: &[u32], blocks: &[usize], seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index as u64);
         Self {
             index,
-            keys: vec![Vec::new(); blocks],
-            values: vec![Vec::new(); blocks],
+            caches: blocks
+                .iter()
+                .map(|&blocks| Cache { keys: vec![Vec::new(); blocks], values: vec![Vec::new(); blocks] })
+                .collect(),
             past: 0,
             pending: prompt.to_vec(),
             answer: Vec::new(),
@@ -255,19 +274,22 @@ impl Sequence {
     }
 }
 
-/// The sequences of one forward pass; their pending tokens are the rows.
-struct Active {
+/// The sequences of one forward pass of one model; their pending tokens are the rows.
+struct PartCache<'s> {
     heads: Heads,
-    sequences: Vec<Sequence>,
+    /// The place of the model in the policy.
+    part: usize,
+    sequences: &'s mut [Sequence],
 }
 
-impl KeyValueCache for Active {
+impl KeyValueCache for PartCache<'_> {
     fn spans(&self, block: usize) -> Vec<Span<'_>> {
         let mut end = 0;
         let spans = self.sequences.iter().map(|s| {
             let start = end;
             end += s.pending.len();
-            Span { rows: start..end, prefix: Prefix::Cache { keys: &s.keys[block], values: &s.values[block] } }
+            let Cache { keys, values } = &s.caches[self.part];
+            Span { rows: start..end, prefix: Prefix::Cache { keys: &keys[block], values: &values[block] } }
         });
         spans.collect()
     }
@@ -275,10 +297,11 @@ impl KeyValueCache for Active {
     fn store(&mut self, block: usize, qkv: &[f32]) {
         let (q, kv) = (self.heads.query_width(), self.heads.key_value_width());
         let mut rows = qkv.chunks_exact(self.heads.qkv_width());
-        for sequence in &mut self.sequences {
+        for sequence in &mut *self.sequences {
+            let cache = &mut sequence.caches[self.part];
             for row in rows.by_ref().take(sequence.pending.len()) {
-                sequence.keys[block].extend_from_slice(&row[q..q + kv]);
-                sequence.values[block].extend_from_slice(&row[q + kv..]);
+                cache.keys[block].extend_from_slice(&row[q..q + kv]);
+                cache.values[block].extend_from_slice(&row[q + kv..]);
             }
         }
     }
@@ -333,6 +356,7 @@ mod tests {
     use super::*;
     use crate::batch::PackedBatch;
     use crate::model::tests::tiny_config;
+    use crate::{Model, Scorer};
 
     fn text(tokens: &[u32]) -> Result<String> {
         Ok(tokens.iter().map(|t| format!("<{t}>")).collect())
@@ -380,6 +404,31 @@ mod tests {
             let alone = run(&model, &prompts(), &options(1));
             assert_eq!(alone, run(&model, &prompts(), &options(2)));
             assert_eq!(alone, run(&model, &prompts(), &options(16)));
+        }
+    }
+
+    #[test]
+    fn a_mixture_answers_as_it_scores_whatever_the_batch() {
+        let [a, b] = [6, 7].map(|seed| Model::random(tiny_config(), 0.5, seed));
+        let mixture = Mixture::new(&a, &b, 0.4).unwrap();
+        let run = |batch_size, policy: Mixture<'_>| {
+            let options = SamplingOptions { max_new_tokens: 5, batch_size, ..SamplingOptions::default() };
+            generate(policy, &prompts(), &options, &text, &mut |_| Ok(())).unwrap()
+        };
+        let answers = run(16, mixture.clone());
+        assert_eq!(answers, run(1, mixture.clone()));
+        assert_ne!(answers, run(16, (&a).into()));
+        assert_eq!(run(16, Mixture::new(&a, &b, 0.0).unwrap()), run(16, (&a).into()));
+        let all: Vec<[u32; 1]> = (0..11).map(|t| [t]).collect();
+        for (prompt, answer) in prompts().iter().zip(&answers) {
+            let mut so_far = prompt.clone();
+            for &token in &answer.tokens {
+                let mut batch = PackedBatch::default();
+                batch.push(&so_far, &all.iter().map(|t| &t[..]).collect::<Vec<_>>());
+                let logps = Scorer::new(mixture.clone(), 32).logps(&batch);
+                assert_eq!((0..11).max_by(|&a, &b| logps[a].total_cmp(&logps[b])), Some(token as usize));
+                so_far.push(token);
+            }
         }
     }
 

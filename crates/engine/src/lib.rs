@@ -12,6 +12,7 @@ pub mod error;
 pub mod generate;
 pub mod lora;
 pub mod memory;
+pub mod mixture;
 pub mod model;
 mod ops;
 pub mod optim;
@@ -24,6 +25,7 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Head, Keep, Parameters};
 pub use error::{Error, Result};
 pub use lora::{Adapter, LoraOptions, Projection};
+pub use mixture::{Mixture, Scorer};
 pub use model::{Layout, Model, ParamSpec};
 pub use tokenizer::Tokenizer;
 

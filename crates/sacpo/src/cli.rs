@@ -8,6 +8,8 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
+use crate::policy::PolicyName;
+
 /// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
 #[derive(Debug, Parser)]
 #[command(name = "sacpo", version, max_term_width = 100)]
@@ -145,9 +147,9 @@ pub(crate) struct Train {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  sacpo logps --model models/SmolLM2 --data pairs.jsonl --json")]
 pub(crate) struct Logps {
-    /// Folder in Hugging Face's layout, or .gguf file.
+    /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
     #[arg(long, value_name = "MODEL")]
-    pub(crate) model: PathBuf,
+    pub(crate) model: PolicyName,
     /// Preference pairs, .jsonl, .jsonl.gz or .json.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
@@ -242,11 +244,14 @@ impl Parameters {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     sacpo generate --model models/SmolLM2 --prompt \"Write a haiku.\" --prompt \"Who are you?\"\n  \
-    sacpo generate --model models/SmolLM2 --prompts prompts.jsonl --temperature 0.7 --top-p 0.9 --json")]
+    sacpo generate --model models/SmolLM2 --prompts prompts.jsonl --temperature 0.7 --top-p 0.9 --json\n\n  \
+    Between a helpful and a safe policy, without training:\n  \
+    sacpo generate --model 'mix(runs/hh/steps/helpful/checkpoint, runs/hh/steps/safe-0.01/checkpoint, 0.5)' \\\n    \
+    --prompt \"How do I pick a lock?\"")]
 pub(crate) struct Generate {
-    /// Folder in Hugging Face's layout, or .gguf file.
+    /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
     #[arg(long, value_name = "MODEL")]
-    pub(crate) model: PathBuf,
+    pub(crate) model: PolicyName,
     /// A prompt; may be given several times.
     #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "prompts")]
     pub(crate) prompt: Vec<String>,

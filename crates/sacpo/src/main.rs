@@ -5,6 +5,7 @@ mod commands;
 mod interrupt;
 mod load;
 mod pipeline;
+mod policy;
 mod ui;
 
 use std::process::ExitCode;

@@ -4,11 +4,12 @@ use align::data::{self, Prompt};
 use engine::chat::Message;
 use engine::checkpoint::Checkpoint;
 use engine::generate::{Answer, SamplingOptions, check_prompts, generate};
-use engine::{Error, Result};
+use engine::{Error, Mixture, Result, Tokenizer};
 use serde::Serialize;
 
 use super::{print_json, start_threads};
 use crate::cli::{Generate, Global};
+use crate::policy::Policy;
 use crate::{interrupt, ui};
 
 #[derive(Serialize)]
@@ -41,19 +42,20 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         Some(path) => data::read_prompts(path)?,
         None => options.prompt.iter().map(|text| Prompt::Text(text.clone())).collect(),
     };
-    let checkpoint = Checkpoint::load(&options.model)?;
-    if options.system.is_some() && !checkpoint.tokenizer.has_chat_template() {
+    let policy = Policy::load(&options.model)?;
+    let has_template = policy.first.tokenizer.has_chat_template();
+    if options.system.is_some() && !has_template {
         return Err(Error::input(
             "--system needs a chat template, and this model has none. Leave --system out, or write the text into the \
              prompt.",
         ));
     }
-    let chat = checkpoint.tokenizer.has_chat_template() && !options.raw;
+    let chat = has_template && !options.raw;
     let prompts: Vec<Prompt> =
         prompts.into_iter().map(|p| if chat { as_chat(p, options.system.as_deref()) } else { p }).collect();
     let bar = ui::bar(prompts.len() as u64, "answers");
     let mut advance = ui::advance(&bar);
-    let answers = answer(&checkpoint, &prompts, &sampling, &mut advance)?;
+    let answers = answer(&policy, &prompts, &sampling, &mut advance)?;
     bar.finish_and_clear();
     if global.json {
         let answers = prompts.iter().zip(&answers).map(|(p, answer)| Answered { prompt: text_of(p), answer }).collect();
@@ -65,31 +67,32 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
     Ok(())
 }
 
-/// Answers prompts with a model; the model's own end tokens end an answer too.
+/// Answers prompts with a policy; its model's own end tokens end an answer too.
 pub(crate) fn answer(
-    checkpoint: &Checkpoint,
+    policy: &Policy,
     prompts: &[Prompt],
     sampling: &SamplingOptions,
     finished: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Answer>> {
-    let Checkpoint { model, tokenizer, generation } = checkpoint;
-    let tokens = tokenize(checkpoint, prompts)?;
+    let Checkpoint { tokenizer, generation, .. } = &policy.first;
+    let mixture = policy.mixture()?;
+    let tokens = tokenize(tokenizer, &mixture, prompts)?;
     let mut sampling = sampling.clone();
     sampling.end_tokens.extend(&generation.eos_token_ids);
-    generate(model, &tokens, &sampling, &|ids| tokenizer.decode(ids), &mut |done| {
+    generate(mixture, &tokens, &sampling, &|ids| tokenizer.decode(ids), &mut |done| {
         interrupt::check()?;
         finished(done)
     })
 }
 
-/// The tokens of prompts, all of which the model can answer.
-pub(crate) fn tokenize(checkpoint: &Checkpoint, prompts: &[Prompt]) -> Result<Vec<Vec<u32>>> {
+/// The tokens of prompts, all of which the policy can answer.
+pub(crate) fn tokenize(tokenizer: &Tokenizer, policy: &Mixture<'_>, prompts: &[Prompt]) -> Result<Vec<Vec<u32>>> {
     let numbered = prompts.iter().enumerate().map(|(index, prompt)| {
-        data::tokenize_prompt(prompt, &checkpoint.tokenizer)
+        data::tokenize_prompt(prompt, tokenizer)
             .map_err(|error| Error::input(format!("Prompt {} cannot be tokenised. {error}", index + 1)))
     });
     let tokens = numbered.collect::<Result<Vec<_>>>()?;
-    check_prompts(&checkpoint.model, &tokens)?;
+    check_prompts(policy, &tokens)?;
     Ok(tokens)
 }
 

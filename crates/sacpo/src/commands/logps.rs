@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use align::data::{self, LongPrompts, RenderOptions, TokenizedPair};
 use align::reference;
 use engine::Result;
-use engine::checkpoint::Checkpoint;
 use serde::Serialize;
 
 use super::{print_json, start_threads};
 use crate::cli::{Global, Logps};
+use crate::policy::Policy;
 use crate::ui;
 
 /// Tokens per forward pass.
@@ -37,19 +37,20 @@ struct Response {
 pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     start_threads(global, None)?;
     let file = data::read_pairs(&options.data, options.format, &options.metric, false)?;
-    let Checkpoint { model, tokenizer, .. } = Checkpoint::load(&options.model)?;
-    let context = model.config.max_position_embeddings;
+    let policy = Policy::load(&options.model)?;
+    let (tokenizer, mixture) = (&policy.first.tokenizer, policy.mixture()?);
+    let context = mixture.context();
     let render = RenderOptions {
         max_length: options.max_length.unwrap_or(context).min(context),
         template_tail: options.template_tail,
         long_prompts: LongPrompts::Error,
     };
     let first = &file.rows[..options.limit.unwrap_or(usize::MAX).min(file.rows.len())];
-    let tokenized = data::tokenize_pairs(first, &options.data, &tokenizer, &render)?;
+    let tokenized = data::tokenize_pairs(first, &options.data, tokenizer, &render)?;
     let pairs = tokenized.rows;
     let bar = ui::bar(pairs.len() as u64, "log-probabilities");
     let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
-    let logps = reference::logps(&model, &sequences, TOKENS, None, &mut ui::advance(&bar))?;
+    let logps = reference::logps(mixture, &sequences, TOKENS, None, &mut ui::advance(&bar))?;
     bar.finish_and_clear();
     if tokenized.truncated_responses > 0 {
         ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));

@@ -59,7 +59,7 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     start_threads(global, recipe.run.threads)?;
     let inputs = pipeline::prepare(recipe)?;
     // now rather than after hours of training
-    tokenize(&inputs.base, &prompts_for(&inputs.base, recipe))
+    tokenize(&inputs.base.tokenizer, &(&inputs.base.model).into(), &prompts_for(&inputs.base, recipe))
         .map_err(|error| Error::input(format!("In `evaluate.prompts` of the recipe: {error}")))?;
     let folder = RunFolder::open(&recipe.run.out)?;
     let outcome = pipeline::run(recipe, inputs, &folder)?;
@@ -153,7 +153,7 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
         let checkpoint = Checkpoint::load(&policy.path)?;
         let prompts = prompts_for(&checkpoint, recipe);
         let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name));
-        all.push(answer(&checkpoint, &prompts, &sampling, &mut ui::advance(&bar))?);
+        all.push(answer(&checkpoint.into(), &prompts, &sampling, &mut ui::advance(&bar))?);
         bar.finish_and_clear();
     }
     for (policy, answers) in outcome.policies.iter().zip(&all) {
