@@ -186,7 +186,7 @@ mod tests {
         let models = [vec![4.0, 1.0, 2.0, 0.0], vec![-1.0, -3.0, -2.0, 0.0], vec![2.0, 1.0, 0.0, 0.0]];
         // the mean of 4 and 2; of −3 alone, although two of three are positive; 2 against −2 counts as positive; nothing
         assert_eq!(vectors(&ties, &[0.0; 4], &models), [3.0, -3.0, 2.0, 0.0]);
-        // weights count in the election: 4 against 3·(−1) − 2·… elects the negative
+        // weights count in the election: 4 − 6 + 1 is negative
         let weighted = TaskVectors { weights: &[1.0, 6.0, 0.5], ..ties };
         assert_eq!(vectors(&weighted, &[0.0; 4], &models)[0], -1.0);
         let sums = TaskVectors { normalise: false, ..weighted };

@@ -137,7 +137,7 @@ mod tests {
         kept
     }
 
-    pub(in crate::merge) fn largest(entries: &[f32], density: f64) -> Trim {
+    fn largest(entries: &[f32], density: f64) -> Trim {
         let mut select = Select::new(entries.len(), density);
         select.count(entries.iter().copied());
         select.next_pass();
