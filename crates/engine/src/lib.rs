@@ -26,7 +26,7 @@ pub use decoder::{Decoder, Head, Keep, Parameters};
 pub use error::{Error, Result};
 pub use lora::{Adapter, LoraOptions, Projection};
 pub use mixture::{Mixture, Scorer};
-pub use model::{Layout, Model, ParamSpec};
+pub use model::{Layout, Model, ModelHash, ParamSpec};
 pub use tokenizer::Tokenizer;
 
 /// The processor's instruction set as the engine uses it. Results in f32 may differ in the last bits between

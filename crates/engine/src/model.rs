@@ -188,10 +188,32 @@ impl Model {
 
     /// A hash of shape and weights that names this model: 64 hexadecimal digits.
     pub fn hash(&self) -> String {
+        let mut hash = ModelHash::new(&self.config);
+        hash.update(&self.weights);
+        hash.finish()
+    }
+}
+
+/// [`Model::hash`] of a model whose weights come in parts.
+#[derive(Debug, Clone)]
+pub struct ModelHash(blake3::Hasher);
+
+impl ModelHash {
+    /// Before the first weight.
+    pub fn new(config: &ModelConfig) -> Self {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(format!("{:?}", self.config).as_bytes());
-        hash_weights(&mut hasher, &self.weights);
-        hasher.finalize().to_hex().to_string()
+        hasher.update(format!("{config:?}").as_bytes());
+        Self(hasher)
+    }
+
+    /// Adds the next weights, in the order of the layout.
+    pub fn update(&mut self, weights: &[f32]) {
+        hash_weights(&mut self.0, weights);
+    }
+
+    /// 64 hexadecimal digits.
+    pub fn finish(&self) -> String {
+        self.0.finalize().to_hex().to_string()
     }
 }
 

@@ -9,7 +9,7 @@ use std::sync::LazyLock;
 
 use common::gguf::Writer;
 use common::{byte_tokens, names, smollm2, tiny_config, tokenizer, tokenizer_json};
-use engine::checkpoint::{Checkpoint, GenerationConfig, describe};
+use engine::checkpoint::{Checkpoint, GenerationConfig, StreamedModel, describe};
 use engine::{Model, ModelConfig, RopeScaling};
 use half::{bf16, f16};
 use proptest::prelude::*;
@@ -115,7 +115,21 @@ fn narrow_types_are_widened_and_shards_are_put_together() {
             *x = if i % 2 == 0 { bf16::from_f32(*x).to_f32() } else { f16::from_f32(*x).to_f32() };
         }
     }
-    assert!(Checkpoint::load(&folder).unwrap().model.weights == model.weights);
+    let loaded = Checkpoint::load(&folder).unwrap();
+    assert!(loaded.model.weights == model.weights);
+
+    // in parts of a tensor, from any place
+    let (mut streamed, tokenizer, generation) = StreamedModel::open(&folder).unwrap();
+    assert_eq!((&streamed.config, &streamed.layout), (&loaded.model.config, &loaded.model.layout));
+    assert_eq!((tokenizer.hash(), generation), (loaded.tokenizer.hash(), loaded.generation));
+    let mut part = Vec::new();
+    for (tensor, spec) in model.layout.specs.iter().enumerate().rev() {
+        for start in (0..spec.range.len()).step_by(101) {
+            let range = start..spec.range.len().min(start + 150);
+            streamed.read(tensor, range.clone(), &mut part).unwrap();
+            assert!(part == model.weights[spec.range.clone()][range]);
+        }
+    }
 
     edit_json(&folder.join("model.safetensors.index.json"), |index| index["weight_map"]["x"] = json!("../x"));
     assert!(error_of(&folder).contains("not a file name"));

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use align::data::{Format, TemplateTail};
+use align::merge::Method;
 use align::objective;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -44,6 +45,7 @@ pub(crate) enum Command {
     Logps(Logps),
     Loss(Loss),
     Generate(Generate),
+    Merge(Merge),
     Tabular(Tabular),
     /// Look at models, convert them, and handle adapters.
     #[command(subcommand)]
@@ -290,6 +292,49 @@ pub(crate) struct Generate {
     pub(crate) seed: u64,
 }
 
+/// Merge models of the same shape into one, a part of a tensor at a time.
+///
+/// linear is the weighted mean, with --q the interpolation of P-SACPO: (1 − q) of the first model and q of the second. slerp
+/// goes from the first to the second along an arc. The others add to --base what the models have learnt over it: all of
+/// it (task-arithmetic), its largest entries of the elected sign (ties), or random entries, rescaled (dare-linear; with
+/// the elected sign: dare-ties).
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo merge --q 0.5 runs/hh/steps/helpful/checkpoint runs/hh/steps/harmless/checkpoint merged\n  \
+    sacpo merge --weight 2 --weight 1 --weight 1 A B C merged\n  \
+    sacpo merge --method ties --base models/SmolLM2 --density 0.2 A B merged\n\n\
+    Models are folders in Hugging Face's layout. `sacpo model convert` makes one of a .gguf file or an adapter. Tokenizer \
+    and config are those of the base, or of the first model. docs/merging.md has the formulas.")]
+pub(crate) struct Merge {
+    /// The models, two or more (one or more with a base), then the folder to write.
+    #[arg(num_args = 2.., required = true, value_names = ["MODEL", "OUT"])]
+    pub(crate) models_and_out: Vec<PathBuf>,
+    /// The way to merge.
+    #[arg(long, default_value = "linear", value_parser = method_parser())]
+    pub(crate) method: Method,
+    /// Share of the second of two models, from 0 to 1: linear, slerp.
+    #[arg(long, conflicts_with = "weight", allow_negative_numbers = true)]
+    pub(crate) q: Option<f64>,
+    /// Weight of a model, given once for each in the same order [default: 1 each].
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) weight: Vec<f64>,
+    /// Whether weights are divided by their sum [default: true for linear, slerp and ties, else false].
+    #[arg(long, value_name = "BOOL")]
+    pub(crate) normalise: Option<bool>,
+    /// The model that the others were trained from: task-arithmetic, ties, dare-linear, dare-ties.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) base: Option<PathBuf>,
+    /// Share of what was learnt that is kept, above 0, at most 1: ties, dare-linear, dare-ties.
+    #[arg(long, value_name = "SHARE", allow_negative_numbers = true)]
+    pub(crate) density: Option<f64>,
+    /// Allow q outside 0 to 1, or weights below 0, which lead beyond the models: linear, slerp.
+    #[arg(long)]
+    pub(crate) extrapolate: bool,
+    /// Seed of the random choice of dare-linear and dare-ties.
+    #[arg(long, default_value_t = 0, value_parser = seed())]
+    pub(crate) seed: u64,
+}
+
 /// Solve a finite problem exactly: the best reward for its KL divergence, subject to safety.
 ///
 /// Finds the multipliers λ and the policy that maximise E[r] − β KL(policy ‖ ref) with every E[g] at or above its
@@ -402,6 +447,11 @@ fn temperature(text: &str) -> Result<f64, String> {
         Ok(value) if f64::is_finite(value) && value > 0.0 => Ok(value),
         _ => Err("must be a number greater than 0, such as 0.1".into()),
     }
+}
+
+fn method_parser() -> impl TypedValueParser<Value = Method> {
+    PossibleValuesParser::new(Method::ALL.map(Method::name))
+        .map(|name| Method::ALL.into_iter().find(|method| method.name() == name).unwrap_or(Method::Linear))
 }
 
 fn format_parser() -> impl TypedValueParser<Value = Format> {

@@ -136,12 +136,28 @@ pub fn write_safetensors<'a>(
     tensors: &[(&str, &[usize], impl Into<TensorData<'a>> + Copy)],
     metadata: HashMap<String, String>,
 ) -> io::Result<()> {
+    let infos = tensors.iter().map(|&(name, shape, values)| match values.into() {
+        TensorData::F32(values) => (name, shape, Dtype::F32, size_of_val(values)),
+        TensorData::U8(values) => (name, shape, Dtype::U8, values.len()),
+    });
+    write_header(out, infos, metadata)?;
+    for &(_, _, values) in tensors {
+        match values.into() {
+            TensorData::U8(values) => out.write_all(values)?,
+            TensorData::F32(values) => write_f32(out, values)?,
+        }
+    }
+    Ok(())
+}
+
+/// Writes what precedes the values of tensors, each with name, shape, type and bytes, in a safetensors file.
+pub(super) fn write_header<'a>(
+    out: &mut dyn Write,
+    tensors: impl Iterator<Item = (&'a str, &'a [usize], Dtype, usize)>,
+    metadata: HashMap<String, String>,
+) -> io::Result<()> {
     let mut end = 0;
-    let infos = tensors.iter().map(|&(name, shape, values)| {
-        let (dtype, bytes) = match values.into() {
-            TensorData::F32(values) => (Dtype::F32, size_of_val(values)),
-            TensorData::U8(values) => (Dtype::U8, values.len()),
-        };
+    let infos = tensors.map(|(name, shape, dtype, bytes)| {
         let start = end;
         end += bytes;
         (name.to_owned(), TensorInfo { dtype, shape: shape.to_vec(), data_offsets: (start, end) })
@@ -151,17 +167,14 @@ pub fn write_safetensors<'a>(
     // Readers map the file, so the data must start at a multiple of its width.
     header.resize(header.len().next_multiple_of(8), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;
-    out.write_all(&header)?;
-    for &(_, _, values) in tensors {
-        match values.into() {
-            TensorData::U8(values) => out.write_all(values)?,
-            TensorData::F32(values) => {
-                for chunk in values.chunks(1 << 12) {
-                    let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
-                    out.write_all(&bytes)?;
-                }
-            }
-        }
+    out.write_all(&header)
+}
+
+/// Writes numbers as safetensors stores them.
+pub(super) fn write_f32(out: &mut dyn Write, values: &[f32]) -> io::Result<()> {
+    for chunk in values.chunks(1 << 12) {
+        let bytes: Vec<u8> = chunk.iter().flat_map(|value| value.to_le_bytes()).collect();
+        out.write_all(&bytes)?;
     }
     Ok(())
 }

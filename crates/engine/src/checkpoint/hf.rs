@@ -1,6 +1,7 @@
 //! Models in Hugging Face's layout: a folder with `config.json`, safetensors and a tokenizer.
 
 mod config;
+mod streamed;
 mod tensors;
 
 use std::fs;
@@ -9,13 +10,14 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::describe::{Description, TokenizerSummary};
-use super::{Checkpoint, GenerationConfig};
+use super::{GenerationConfig, Values};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::model::{Layout, Model};
 use crate::tokenizer::Tokenizer;
 
 pub(super) use config::{to_json, token_ids};
+pub use streamed::StreamedModel;
 pub(super) use tensors::Tensors;
 
 /// The size above which weights are cut into several files, as `transformers` does by default.
@@ -37,11 +39,17 @@ pub(super) fn load_generation(folder: &Path) -> Result<GenerationConfig> {
 }
 
 /// Writes all files of a checkpoint into an empty folder.
-pub(super) fn save(checkpoint: &Checkpoint, folder: &Path) -> Result<()> {
-    write_json(&folder.join("config.json"), config::to_json(&checkpoint.model.config))?;
-    write_json(&folder.join("generation_config.json"), checkpoint.generation.to_json())?;
-    checkpoint.tokenizer.save(folder)?;
-    tensors::save(&checkpoint.model, folder, SHARD_BYTES)
+pub(super) fn save(
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    generation: &GenerationConfig,
+    values: &mut Values,
+    folder: &Path,
+) -> Result<()> {
+    write_json(&folder.join("config.json"), config::to_json(config))?;
+    write_json(&folder.join("generation_config.json"), generation.to_json())?;
+    tokenizer.save(folder)?;
+    tensors::save(&Layout::new(config).specs, values, folder, SHARD_BYTES)
 }
 
 /// Describes the model of a folder from its headers alone.

@@ -16,9 +16,11 @@ use std::path::Path;
 pub use describe::{AdapterSummary, Description, TensorSummary, TokenizerSummary};
 pub use encoding::{TensorData, write_safetensors};
 pub use generation::GenerationConfig;
+pub use hf::StreamedModel;
 
+use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::model::{Model, ParamSpec};
 use crate::tokenizer::Tokenizer;
 
 /// A model with all that is needed to use it.
@@ -49,25 +51,7 @@ impl Checkpoint {
             Format::Folder => (hf::load_model(path)?, Tokenizer::from_folder(path)?, hf::load_generation(path)?),
             Format::Adapter => adapter::load_folded(path)?,
         };
-        let (needs, has) = (tokenizer.vocab_size(), model.config.vocab_size);
-        if needs > has {
-            return Err(Error::input(format!(
-                "The tokenizer in {} has token ids up to {}, but the model's vocabulary has {has}. This is the wrong \
-                 tokenizer for the model: put the model's own tokenizer.json beside its weights.",
-                path.display(),
-                needs - 1,
-            )));
-        }
-        let config = &mut model.config;
-        config.bos_token_id = config.bos_token_id.or(generation.bos_token_id).or(tokenizer.bos());
-        for id in generation.eos_token_ids.iter().copied().chain(tokenizer.eos()) {
-            if !config.eos_token_ids.contains(&id) {
-                config.eos_token_ids.push(id);
-            }
-        }
-        config.validate(&path.display().to_string())?;
-        generation.bos_token_id = config.bos_token_id;
-        generation.eos_token_ids = config.eos_token_ids.clone();
+        agree(&mut model.config, &tokenizer, &mut generation, path)?;
         Ok(Self { model, tokenizer, generation })
     }
 
@@ -78,9 +62,60 @@ impl Checkpoint {
     /// [`Error::Io`] when the disk fails; [`Error::Input`] when `folder` exists and is something else than a checkpoint,
     /// which would be lost.
     pub fn save(&self, folder: &Path) -> Result<()> {
-        refuse_to_replace(folder, "config.json")?;
-        atomic::write_folder(folder, |new| hf::save(self, new))
+        let mut values =
+            |spec: &ParamSpec, put: &mut dyn FnMut(&[f32]) -> Result<()>| put(&self.model.weights[spec.range.clone()]);
+        save_in_parts(folder, &self.model.config, &self.tokenizer, &self.generation, &mut values)
     }
+}
+
+/// Gives the numbers of a tensor to its second argument, in order, in one or more parts.
+pub type Values<'a> = dyn FnMut(&ParamSpec, &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> + 'a;
+
+/// Writes a checkpoint as [`Checkpoint::save`] does, of a model that need not be in memory: `values` is asked for each
+/// tensor of the layout, in its order.
+///
+/// # Errors
+/// As [`Checkpoint::save`], and what `values` returns; `folder` is then what it was.
+///
+/// # Panics
+/// If `values` gives a tensor more or fewer numbers than its shape has.
+pub fn save_in_parts(
+    folder: &Path,
+    config: &ModelConfig,
+    tokenizer: &Tokenizer,
+    generation: &GenerationConfig,
+    values: &mut Values<'_>,
+) -> Result<()> {
+    refuse_to_replace(folder, "config.json")?;
+    atomic::write_folder(folder, |new| hf::save(config, tokenizer, generation, values, new))
+}
+
+/// Lets the files of a checkpoint have one answer on special tokens, as [`Checkpoint::load`] says.
+fn agree(
+    config: &mut ModelConfig,
+    tokenizer: &Tokenizer,
+    generation: &mut GenerationConfig,
+    path: &Path,
+) -> Result<()> {
+    let (needs, has) = (tokenizer.vocab_size(), config.vocab_size);
+    if needs > has {
+        return Err(Error::input(format!(
+            "The tokenizer in {} has token ids up to {}, but the model's vocabulary has {has}. This is the wrong \
+             tokenizer for the model: put the model's own tokenizer.json beside its weights.",
+            path.display(),
+            needs - 1,
+        )));
+    }
+    config.bos_token_id = config.bos_token_id.or(generation.bos_token_id).or(tokenizer.bos());
+    for id in generation.eos_token_ids.iter().copied().chain(tokenizer.eos()) {
+        if !config.eos_token_ids.contains(&id) {
+            config.eos_token_ids.push(id);
+        }
+    }
+    config.validate(&path.display().to_string())?;
+    generation.bos_token_id = config.bos_token_id;
+    generation.eos_token_ids = config.eos_token_ids.clone();
+    Ok(())
 }
 
 /// Describes a Hugging Face folder, a `.gguf` file, or a PEFT folder with its base, without reading weights.

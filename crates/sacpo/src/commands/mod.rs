@@ -3,10 +3,13 @@
 mod generate;
 mod logps;
 mod loss;
+mod merge;
 mod model;
 mod quickstart;
 mod run;
 mod tabular;
+
+use std::path::Path;
 
 use engine::{Error, Result};
 use serde::Serialize;
@@ -25,6 +28,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Logps(options) => logps::run(&options, global),
         Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => generate::run(&options, global),
+        Command::Merge(options) => merge::run(&options, global),
         Command::Tabular(options) => tabular::run(&options, global),
         Command::Model(command) => model::run(&command, global),
     }
@@ -53,4 +57,15 @@ fn start_threads(global: Global, recipe: Option<usize>) -> Result<()> {
 fn print_json(value: &impl Serialize) -> Result<()> {
     let text = serde_json::to_string(value).map_err(|e| Error::Failed(format!("The result is no JSON: {e}.")))?;
     ui::print(text)
+}
+
+/// Refuses an output folder that has files, which would be lost.
+fn refuse_existing(to: &Path) -> Result<()> {
+    if std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some()) || to.is_file() {
+        return Err(Error::input(format!(
+            "{} exists, and its files would be lost. Choose a folder that does not exist, or delete it first.",
+            to.display()
+        )));
+    }
+    Ok(())
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use engine::checkpoint::{Checkpoint, describe};
 use engine::{Adapter, Error, LoraOptions, Projection, Result};
 
-use super::print_json;
+use super::{print_json, refuse_existing};
 use crate::cli::{AddAdapter, Global, ModelCommand};
 use crate::ui;
 
@@ -90,16 +90,6 @@ fn report(parameters: usize, to: &Path, global: Global) -> Result<()> {
     ui::say(format!("Wrote {parameters} parameters to {}.", to.display()));
     if global.json {
         return print_json(&describe(to)?);
-    }
-    Ok(())
-}
-
-fn refuse_existing(to: &Path) -> Result<()> {
-    if std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some()) || to.is_file() {
-        return Err(Error::input(format!(
-            "{} exists, and its files would be lost. Choose a folder that does not exist, or delete it first.",
-            to.display()
-        )));
     }
     Ok(())
 }

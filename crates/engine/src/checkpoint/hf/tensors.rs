@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::json;
 
-use crate::checkpoint::encoding::{Encoding, write_safetensors};
+use crate::checkpoint::Values;
+use crate::checkpoint::encoding::{Encoding, write_f32, write_header};
 use crate::checkpoint::mapped::Mapped;
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
@@ -25,11 +26,13 @@ pub(in crate::checkpoint) struct Tensors {
 }
 
 /// Where a tensor is stored.
-struct Stored {
-    file: usize,
+pub(super) struct Stored {
+    /// Position in the list of files.
+    pub(super) file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
-    bytes: Range<usize>,
+    /// Position in the file.
+    pub(super) bytes: Range<usize>,
 }
 
 impl Tensors {
@@ -78,12 +81,24 @@ impl Tensors {
 
     /// Reads the weights of a model of the given shape, widened to f32.
     pub(super) fn load(&self, config: ModelConfig) -> Result<Model> {
-        self.check_size(&config)?;
-        let layout = Layout::new(&config);
+        let (layout, sources) = self.of_model(&config)?;
+        let weights = self.widen(&layout.specs, &sources);
+        Ok(Model { config, layout, weights })
+    }
+
+    /// The tensors of a model of the given shape, and where each is stored.
+    pub(super) fn of_model(&self, config: &ModelConfig) -> Result<(Layout, Vec<(Encoding, &Stored)>)> {
+        self.check_size(config)?;
+        let layout = Layout::new(config);
         let tied = config.tie_word_embeddings;
         let repeats = |name: &str| name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
-        let weights = self.read(&layout.specs, "config.json", repeats)?;
-        Ok(Model { config, layout, weights })
+        let sources = self.find_all(&layout.specs, "config.json", repeats)?;
+        Ok((layout, sources))
+    }
+
+    /// The paths of the files, in the order in which [`Stored::file`] counts them.
+    pub(super) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(Mapped::path)
     }
 
     /// Reads the tensors that `specs` lists, widened to f32, into one vector. There may be no others but those that
@@ -94,6 +109,16 @@ impl Tensors {
         source: &str,
         repeats: impl Fn(&str) -> bool,
     ) -> Result<Vec<f32>> {
+        Ok(self.widen(specs, &self.find_all(specs, source, repeats)?))
+    }
+
+    /// Where each tensor that `specs` lists is stored; parameters as in [`Self::read`].
+    fn find_all(
+        &self,
+        specs: &[ParamSpec],
+        source: &str,
+        repeats: impl Fn(&str) -> bool,
+    ) -> Result<Vec<(Encoding, &Stored)>> {
         let sources = specs.iter().map(|spec| self.find(spec, source)).collect::<Result<Vec<_>>>()?;
         let known: BTreeSet<&str> = specs.iter().map(|spec| spec.name.as_str()).collect();
         let extra = self.by_name.iter().find(|(name, _)| !known.contains(name.as_str()) && !repeats(name));
@@ -105,11 +130,17 @@ impl Tensors {
                 stored.shape
             )));
         }
+        Ok(sources)
+    }
+
+    /// The numbers of tensors in one vector.
+    fn widen(&self, specs: &[ParamSpec], sources: &[(Encoding, &Stored)]) -> Vec<f32> {
         let mut weights = vec![0.0; specs.last().map_or(0, |spec| spec.range.end)];
-        for (spec, (encoding, bytes)) in specs.iter().zip(sources) {
+        for (spec, (encoding, stored)) in specs.iter().zip(sources) {
+            let bytes = &self.files[stored.file][stored.bytes.clone()];
             encoding.widen(bytes, &mut weights[spec.range.clone()]);
         }
-        Ok(weights)
+        weights
     }
 
     /// Number of numbers in all tensors.
@@ -142,8 +173,8 @@ impl Tensors {
         )))
     }
 
-    /// The type and bytes of a tensor, which must have the shape that `source` gives it.
-    fn find(&self, spec: &ParamSpec, source: &str) -> Result<(Encoding, &[u8])> {
+    /// The type and place of a tensor, which must have the shape that `source` gives it.
+    fn find(&self, spec: &ParamSpec, source: &str) -> Result<(Encoding, &Stored)> {
         let (name, expected) = (&spec.name, &spec.shape);
         let Some(stored) = self.by_name.get(name) else {
             let files: Vec<_> = self.files.iter().map(|file| file.path().display().to_string()).collect();
@@ -174,7 +205,7 @@ impl Tensors {
                 )));
             }
         };
-        Ok((encoding, &file[stored.bytes.clone()]))
+        Ok((encoding, stored))
     }
 }
 
@@ -207,11 +238,12 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files.into_iter().collect())
 }
 
-/// Writes a model's weights as f32: one file, or shards of at most `shard_bytes` (if a tensor fits) and an index.
-pub(super) fn save(model: &Model, folder: &Path, shard_bytes: usize) -> Result<()> {
+/// Writes tensors as f32: one file, or shards of at most `shard_bytes` (if a tensor fits) and an index. `values` gives
+/// their numbers.
+pub(super) fn save(specs: &[ParamSpec], values: &mut Values, folder: &Path, shard_bytes: usize) -> Result<()> {
     let mut shards: Vec<Vec<&ParamSpec>> = Vec::new();
     let mut room = 0;
-    for spec in &model.layout.specs {
+    for spec in specs {
         let bytes = spec.range.len() * 4;
         match shards.last_mut() {
             Some(shard) if bytes <= room => {
@@ -225,32 +257,34 @@ pub(super) fn save(model: &Model, folder: &Path, shard_bytes: usize) -> Result<(
         }
     }
     if let [shard] = shards.as_slice() {
-        return save_shard(model, shard, &folder.join(SINGLE));
+        return save_shard(shard, values, &folder.join(SINGLE));
     }
     let mut weight_map = serde_json::Map::new();
     for (i, shard) in shards.iter().enumerate() {
         let name = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
-        save_shard(model, shard, &folder.join(&name))?;
+        save_shard(shard, values, &folder.join(&name))?;
         weight_map.extend(shard.iter().map(|spec| (spec.name.clone(), json!(name))));
     }
-    let index = json!({"metadata": {"total_size": model.weights.len() * 4}, "weight_map": weight_map});
+    let index = json!({"metadata": {"total_size": specs.iter().map(|spec| spec.range.len() * 4).sum::<usize>()}, "weight_map": weight_map});
     let path = folder.join(INDEX);
     fs::write(&path, format!("{index:#}\n")).map_err(Error::io("write", &path))
 }
 
 /// Writes some tensors as one safetensors file.
-fn save_shard(model: &Model, specs: &[&ParamSpec], path: &Path) -> Result<()> {
-    let tensors: Vec<_> = specs
-        .iter()
-        .map(|spec| (spec.name.as_str(), spec.shape.as_slice(), &model.weights[spec.range.clone()]))
-        .collect();
+fn save_shard(specs: &[&ParamSpec], values: &mut Values, path: &Path) -> Result<()> {
+    let infos = specs.iter().map(|spec| (spec.name.as_str(), spec.shape.as_slice(), Dtype::F32, spec.range.len() * 4));
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let write = || -> std::io::Result<()> {
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
-        write_safetensors(&mut out, &tensors, metadata)?;
-        out.flush()
-    };
-    write().map_err(Error::io("write", path))
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path).map_err(Error::io("write", path))?);
+    write_header(&mut out, infos, metadata).map_err(Error::io("write", path))?;
+    for spec in specs {
+        let mut written = 0;
+        values(spec, &mut |part| {
+            written += part.len();
+            write_f32(&mut out, part).map_err(Error::io("write", path))
+        })?;
+        assert_eq!(written, spec.range.len(), "{} does not have the length of its shape", spec.name);
+    }
+    out.flush().map_err(Error::io("write", path))
 }
 
 #[cfg(test)]
@@ -280,7 +314,11 @@ mod tests {
         let model = Model::random(config, 0.02, 1);
         let folder = tempfile::tempdir().unwrap();
         // Embedding and head are each larger than a shard may be; the blocks share shards.
-        save(&model, folder.path(), 6000).unwrap();
+        let mut values = |spec: &ParamSpec, put: &mut dyn FnMut(&[f32]) -> Result<()>| {
+            // a tensor may come in parts
+            model.weights[spec.range.clone()].chunks(1000).try_for_each(put)
+        };
+        save(&model.layout.specs, &mut values, folder.path(), 6000).unwrap();
         let files = weight_files(folder.path()).unwrap();
         assert!(files.len() > 3, "{files:?}");
         assert!(files[1].ends_with(format!("model-00002-of-{:05}.safetensors", files.len())));
