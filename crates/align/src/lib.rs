@@ -5,6 +5,7 @@
 //! the gradient back through the engine. [`step`] is one step of the chain; [`world`] a place where all is known; [`tabular`]
 //! solves the constrained problem exactly where policies are finite.
 
+pub mod choose;
 pub mod data;
 pub mod log;
 pub mod objective;
