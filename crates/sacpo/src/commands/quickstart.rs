@@ -85,7 +85,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         .find(|(policy, _)| policy.origin.is_some() && chosen.is_realised_by(policy.beta_over_lambda));
     let realised = realised.map(|(policy, own)| {
         let start = policy.beta_over_lambda.and(policy.origin).map_or(own, |(_, origin)| &logps[origin]);
-        (policy.name.as_str(), own.as_slice(), start.as_slice())
+        constraint::Realised { policy: &policy.name, logps: own, start }
     });
     let (constraint, verdict) = chosen.report(&world, realised)?;
     let points: Vec<Point> = policies

@@ -20,6 +20,16 @@ pub(super) struct Chosen {
     outcome: Outcome,
 }
 
+/// The policy that realises the chosen λ.
+pub(super) struct Realised<'a> {
+    /// Its name.
+    pub(super) policy: &'a str,
+    /// Its log-probabilities, `[held-out prompt][answer]`.
+    pub(super) logps: &'a [Vec<f64>],
+    /// Those of the policy that its step started from.
+    pub(super) start: &'a [Vec<f64>],
+}
+
 enum Outcome {
     /// The estimate at the λ that is realised, and its β/λ; none for λ = 0, for which nothing has to be trained.
     Lambda(Estimate, Option<f64>),
@@ -71,16 +81,11 @@ impl Chosen {
         matches!(&self.outcome, Outcome::Lambda(_, chosen) if *chosen == beta_over_lambda)
     }
 
-    /// The result for machines and for people. `realised` is the policy's name, its log-probabilities, `[held-out
-    /// prompt][answer]`, and those of the first step's policy; none if no λ was chosen.
+    /// The result for machines and for people. `realised` is none if no λ was chosen.
     ///
     /// # Errors
     /// A chosen λ without a policy, or log-probabilities that no policy can have.
-    pub(super) fn report(
-        &self,
-        world: &World,
-        realised: Option<(&str, &[Vec<f64>], &[Vec<f64>])>,
-    ) -> Result<(Value, String)> {
+    pub(super) fn report(&self, world: &World, realised: Option<Realised<'_>>) -> Result<(Value, String)> {
         let (estimate, beta_over_lambda) = match &self.outcome {
             Outcome::Lambda(estimate, beta_over_lambda) => (estimate, beta_over_lambda),
             Outcome::Nothing(reason) => {
@@ -96,7 +101,7 @@ impl Chosen {
                 return Ok((result, text));
             }
         };
-        let Some((policy, logps, start)) = realised else {
+        let Some(Realised { policy, logps, start }) = realised else {
             return Err(Error::Failed(
                 "The policy for the chosen λ is not among those of the run. Run it again.".into(),
             ));
