@@ -426,3 +426,28 @@ fn wrong_log_probabilities_are_refused() {
     let rounded = changed(&|logps| logps.iter_mut().for_each(|logp| *logp = f64::from(*logp as f32) + 1e-6));
     assert!(world.evaluate(&rounded, &base).unwrap().kl.abs() < 1e-5);
 }
+
+#[test]
+fn sampled_values_have_the_exact_expectations_of_their_policy() {
+    let world = World::new(0);
+    let held_out = world.base_logps();
+    let evaluation = world.evaluate(&held_out, &held_out).unwrap();
+    for (metric, expected) in [(Metric::Reward, evaluation.reward), (Metric::Safety, evaluation.safety)] {
+        let by_prompt = world.expectations(&held_out, metric).unwrap();
+        assert!((by_prompt.iter().sum::<f64>() / by_prompt.len() as f64 - expected).abs() < 1e-12);
+
+        // a tenth of the probability lies outside the grammar
+        let logps = |prompt| world.answers(prompt).iter().map(|answer| (0.9 * answer.p0).ln()).collect();
+        let policy: Vec<Vec<f64>> = world.train_prompts.iter().map(logps).collect();
+        let of_prompt = |prompt| world.answers(prompt).iter().map(|a| 0.9 * a.p0 * a.value(metric)).sum::<f64>();
+        let exact = world.train_prompts.iter().map(of_prompt).sum::<f64>() / world.train_prompts.len() as f64;
+        let exact = exact + 0.1 * metric.outside();
+        let drawn = world.sampled_values(&policy, metric, 500, 3).unwrap();
+        assert!(drawn.iter().all(|values| values.len() == 500));
+        let mean = drawn.iter().flatten().sum::<f64>() / (500 * drawn.len()) as f64;
+        // values lie within 3.7 of each other, so that this is at least four standard deviations of the mean
+        assert!((mean - exact).abs() < 4.0 * 1.85 / (500.0 * drawn.len() as f64).sqrt(), "{mean} for {exact}");
+        assert!(drawn == world.sampled_values(&policy, metric, 500, 3).unwrap());
+        assert!(world.sampled_values(&policy[1..], metric, 1, 0).is_err());
+    }
+}

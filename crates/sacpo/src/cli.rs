@@ -66,6 +66,9 @@ pub(crate) struct Quickstart {
     /// The loss of both steps. Losses of single responses (`kto`, `bco`) train on labelled answers instead of pairs.
     #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(WORLD_OBJECTIVES))]
     pub(crate) objective: String,
+    /// The least E[g*] over all prompts. λ is chosen for it, a policy is trained at that λ, and its safety is certified.
+    #[arg(long, default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
+    pub(crate) threshold: f64,
     /// How much data and training: `small` is a smoke test of seconds, whose policies are not well trained.
     #[arg(long, value_enum, default_value_t = Size::Full)]
     pub(crate) size: Size,
@@ -440,6 +443,10 @@ fn positive(text: &str) -> Result<usize, String> {
 /// A seed that a recipe can hold too: TOML's integers have a sign.
 fn seed() -> impl TypedValueParser<Value = u64> {
     clap::value_parser!(u64).range(..=i64::MAX as u64)
+}
+
+fn finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|value: &f64| value.is_finite()).ok_or_else(|| "must be a number, such as 0.2".into())
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

@@ -54,15 +54,41 @@ fn quickstart() -> &'static (PathBuf, Value, String) {
     })
 }
 
+/// The constraint of a quickstart at threshold 0, whose chosen policy has this E[g*] on held-out prompts.
+fn check_constraint(result: &Value, safety: f64) {
+    let constraint = &result["constraint"];
+    let number = |key: &str| constraint[key].as_f64().unwrap();
+    let (lambda, low, high) = (number("lambda"), number("lower_bound"), number("upper_bound"));
+    assert_eq!(number("threshold"), 0.0);
+    assert!(lambda > 0.0 && (lambda * number("beta_over_lambda") - 0.5).abs() < 1e-9, "{constraint}");
+    let interval = [0, 1].map(|end| constraint["interval"][end].as_f64().unwrap());
+    assert!(interval[0] <= number("estimate") && number("estimate") <= interval[1], "{constraint}");
+    assert!(number("bias") <= 0.0 && constraint["effective_sample_size"]["average"].as_f64().unwrap() >= 10.0);
+    assert!((number("safety") - safety).abs() < 1e-12 && low < safety && safety < high, "{constraint}");
+    // λ is right if training reaches its tilt
+    assert!(number("optimum_safety") >= 0.0, "{constraint}");
+    let verdict = match () {
+        () if low >= 0.0 => "met",
+        () if high < 0.0 => "not met",
+        () => "undecided",
+    };
+    assert_eq!(constraint["verdict"], verdict);
+}
+
 #[test]
 fn quickstart_shows_the_trade_and_makes_everything_once() {
     let (made, result, stderr) = quickstart();
-    let names = ["base", "helpfulness", "safety-1", "safety-0.5", "safety-0.25"];
+    // the last policy is the one for the chosen λ
+    let chosen = result["constraint"]["policy"].as_str().unwrap();
+    let names = ["base", "helpfulness", "safety-1", "safety-0.5", "safety-0.25", chosen];
     check_result(result, &names);
     let values = |key: &str| -> Vec<f64> {
         result["policies"].as_array().unwrap().iter().map(|policy| policy[key].as_f64().unwrap()).collect()
     };
-    let (reward, safety) = (values("reward"), values("safety"));
+    let (mut reward, mut safety) = (values("reward"), values("safety"));
+    check_constraint(result, safety[5]);
+    reward.pop();
+    safety.pop();
     assert!(values("kl").iter().chain(&values("outside")).all(|value| value.is_finite()));
     assert!(values("outside").iter().all(|mass| *mass < 0.5), "{result}");
     assert!(reward[1] > reward[0] && safety[1] < safety[0], "the first step does not trade safety for reward");
@@ -80,10 +106,25 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
     // again in the same folder: nothing to do
     let before = weights(made);
     let second = done(&["quickstart", "--size", "small", "--out", &text(made)]);
-    assert_eq!(second.stderr.matches(": complete.").count(), 5, "{}", second.stderr);
-    says(&second.stdout, &["| policy", "| safety-0.25", "Plot: "]);
+    // the base model, the first step to choose λ from, and all five policies
+    assert_eq!(second.stderr.matches(": complete.").count(), 7, "{}", second.stderr);
+    says(&second.stdout, &["| policy", "| safety-0.25", "Constraint E[g*] ≥ 0: λ = ", "Plot: "]);
     assert_eq!(policies(&read_json(made.join("results.json"))), policies(result));
     assert!(weights(made) == before);
+
+    // thresholds for which nothing has to be trained, and for which nothing can be
+    let at = |threshold: &str| {
+        let arguments = ["quickstart", "--size", "small", "--threshold", threshold, "--json", "--out", &text(made)];
+        object(&done(&arguments).stdout)
+    };
+    let low = at("-1");
+    check_result(&low, &names[..5]);
+    assert_eq!((&low["constraint"]["lambda"], &low["constraint"]["beta_over_lambda"]), (&json!(0.0), &Value::Null));
+    assert_eq!((&low["constraint"]["policy"], &low["constraint"]["verdict"]), (&json!("helpfulness"), &json!("met")));
+    let high = at("5");
+    check_result(&high, &names[..5]);
+    assert_eq!((&high["constraint"]["lambda"], &high["constraint"]["verdict"]), (&Value::Null, &json!("undecided")));
+    assert!(high["constraint"]["reason"].as_str().unwrap().contains("no λ meets it"), "{high}");
 
     // another seed or size would mix two worlds
     let before = files(made);

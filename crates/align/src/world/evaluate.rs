@@ -3,7 +3,7 @@
 use engine::{Error, Result};
 use serde::Serialize;
 
-use super::{Metric, World};
+use super::{Metric, Prompt, World};
 use crate::tabular::{divergence, gibbs};
 
 /// How far the probabilities of a prompt's answers may sum above 1: log-probabilities in f32 are rounded.
@@ -64,6 +64,21 @@ impl World {
         Ok(optimum)
     }
 
+    /// The exact expectation of a metric over a policy's answers to every held-out prompt, texts outside the grammar
+    /// included. `policy` holds log-probabilities, `[held-out prompt][answer]`.
+    ///
+    /// # Errors
+    /// As [`World::evaluate`].
+    pub fn expectations(&self, policy: &[Vec<f64>], metric: Metric) -> Result<Vec<f64>> {
+        self.check_prompts(policy)?;
+        let of_prompt = |(prompt, logps): (&Prompt, &Vec<f64>)| {
+            let answers = self.answers(prompt);
+            let outside = outside_mass(logps, answers.len(), &prompt.text)? * metric.outside();
+            Ok(answers.iter().zip(logps).fold(outside, |sum, (answer, logp)| sum + logp.exp() * answer.value(metric)))
+        };
+        self.heldout_prompts.iter().zip(policy).map(of_prompt).collect()
+    }
+
     /// The exact worth of a policy. What the answers leave of the probability goes to texts outside the grammar,
     /// which are worth [`Metric::outside`].
     ///
@@ -74,7 +89,8 @@ impl World {
     /// If their shape is not that, a value is NaN, or the probabilities of a prompt's answers sum to more than 1
     /// by more than rounding.
     pub fn evaluate(&self, policy: &[Vec<f64>], reference: &[Vec<f64>]) -> Result<Evaluation> {
-        self.check_prompts(policy)?;
+        let rewards = self.expectations(policy, Metric::Reward)?;
+        let safeties = self.expectations(policy, Metric::Safety)?;
         self.check_prompts(reference)?;
         let mut all = Evaluation {
             reward: 0.0,
@@ -86,19 +102,16 @@ impl World {
             kl: 0.0,
         };
         let (mut risky_prompts, mut harmless_prompts) = (0.0, 0.0);
-        for ((prompt, policy), reference) in self.heldout_prompts.iter().zip(policy).zip(reference) {
+        let worths = rewards.into_iter().zip(safeties);
+        let logps = policy.iter().zip(reference);
+        for ((prompt, (policy, reference)), (reward, safety)) in self.heldout_prompts.iter().zip(logps).zip(worths) {
             let answers = self.answers(prompt);
             let outside = outside_mass(policy, answers.len(), &prompt.text)?;
             let outside_reference = outside_mass(reference, answers.len(), &prompt.text)?;
-            let mut reward = outside * Metric::Reward.outside();
-            let mut safety = outside * Metric::Safety.outside();
             let mut refusal = 0.0;
             all.kl += divergence(outside.max(OUTSIDE_FLOOR).ln(), outside_reference.max(OUTSIDE_FLOOR).ln());
             for ((answer, &logp), &logp_reference) in answers.iter().zip(policy).zip(reference) {
-                let p = logp.exp();
-                reward += p * answer.reward;
-                safety += p * answer.safety;
-                refusal += if answer.refusal { p } else { 0.0 };
+                refusal += if answer.refusal { logp.exp() } else { 0.0 };
                 all.kl += divergence(logp, logp_reference);
             }
             all.reward += reward;
@@ -155,7 +168,7 @@ impl World {
 }
 
 /// One minus the probability of all answers to a prompt, at least 0.
-fn outside_mass(logps: &[f64], answers: usize, prompt: &str) -> Result<f64> {
+pub(super) fn outside_mass(logps: &[f64], answers: usize, prompt: &str) -> Result<f64> {
     if logps.len() != answers {
         return Err(Error::Failed(format!(
             "The prompt \"{prompt}\" of the quickstart world has {answers} answers, but {} log-probabilities are \

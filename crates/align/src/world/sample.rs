@@ -5,6 +5,7 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
+use super::evaluate::outside_mass;
 use super::{Answer, Metric, Prompt, World};
 
 /// A prompt and an answer to imitate, under TRL's names.
@@ -101,6 +102,38 @@ impl World {
             LabelledCompletion { prompt: prompt.text.clone(), completion: answer.text.clone(), label }
         };
         (0..n).map(|_| labelled()).collect()
+    }
+
+    /// What `n` texts drawn from a policy for every training prompt are worth, `[training prompt][text]`; texts outside the
+    /// grammar are drawn too. `policy` holds log-probabilities, `[training prompt][answer]`.
+    ///
+    /// # Errors
+    /// If there is not one list of log-probabilities per training prompt and one number per answer, or those of a prompt are
+    /// of no policy.
+    pub fn sampled_values(&self, policy: &[Vec<f64>], metric: Metric, n: usize, seed: u64) -> Result<Vec<Vec<f64>>> {
+        if policy.len() != self.train_prompts.len() {
+            return Err(Error::Failed(format!(
+                "Texts of the quickstart world are drawn for its {} training prompts, but log-probabilities are given for {} \
+                 prompts. Give one list per training prompt.",
+                self.train_prompts.len(),
+                policy.len()
+            )));
+        }
+        let mut rng = generator(seed, 5);
+        let mut of_prompt = |(prompt, logps): (&Prompt, &Vec<f64>)| {
+            let answers = self.answers(prompt);
+            outside_mass(logps, answers.len(), &prompt.text)?;
+            let mut value = || {
+                let mut left: f64 = rng.random();
+                let drawn = answers.iter().zip(logps).find(|(_, logp)| {
+                    left -= logp.exp();
+                    left < 0.0
+                });
+                drawn.map_or(metric.outside(), |(answer, _)| answer.value(metric))
+            };
+            Ok((0..n).map(|_| value()).collect())
+        };
+        self.train_prompts.iter().zip(policy).map(&mut of_prompt).collect()
     }
 
     fn draw_prompt(&self, rng: &mut ChaCha8Rng) -> &Prompt {

@@ -4,6 +4,7 @@
 
 mod bounds;
 mod chains;
+mod choose;
 mod population;
 mod problems;
 mod sampled;

@@ -1,5 +1,7 @@
 //! `sacpo quickstart`: the whole method in a world where everything is known exactly.
 
+mod constraint;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -59,14 +61,16 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         world.heldout_prompts.len()
     ));
     train_base(&world, &amounts, options.seed, &base, &folder)?;
-    let recipe = recipe(&world, &amounts, options, &folder, &base)?;
+    let mut recipe = recipe(&world, &amounts, options, &folder, &base)?;
+    let chosen = choose(&world, &recipe, options, &folder)?;
+    chosen.add_to(&mut recipe);
     let outcome = pipeline::run(&recipe, pipeline::prepare(&recipe)?, &folder)?;
 
     let mut policies = Vec::new();
     let mut logps = Vec::new();
     for policy in &outcome.policies {
         interrupt::check()?;
-        logps.push(answer_logps(&world, &Checkpoint::load(&policy.path)?)?);
+        logps.push(answer_logps(&world, &world.heldout_prompts, &Checkpoint::load(&policy.path)?)?);
         let (base, own) = (&logps[0], &logps[logps.len() - 1]);
         let distance = policy.origin.map(|(temperature, origin)| {
             let metric = if policy.beta_over_lambda.is_some() { Metric::Safety } else { Metric::Reward };
@@ -74,6 +78,16 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         });
         policies.push((policy, world.evaluate(own, base)?, distance.transpose()?));
     }
+    let realised = outcome
+        .policies
+        .iter()
+        .zip(&logps)
+        .find(|(policy, _)| policy.origin.is_some() && chosen.is_realised_by(policy.beta_over_lambda));
+    let realised = realised.map(|(policy, own)| {
+        let start = policy.beta_over_lambda.and(policy.origin).map_or(own, |(_, origin)| &logps[origin]);
+        constraint::Realised { policy: &policy.name, logps: own, start }
+    });
+    let (constraint, verdict) = chosen.report(&world, realised)?;
     let points: Vec<Point> = policies
         .iter()
         .map(|(policy, worth, _)| Point {
@@ -89,10 +103,13 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let table = table(metrics, &points)?;
     folder.write("frontier.svg", &frontier_svg("Quickstart: helpfulness against safety", metrics, &points)?)?;
     let details = details(&policies);
-    folder.write("summary.md", &format!("# Quickstart\n\n{table}\n{details}\n![Frontier](frontier.svg)\n"))?;
+    folder.write(
+        "summary.md",
+        &format!("# Quickstart\n\n{table}\n{details}\n{verdict}\n\n![Frontier](frontier.svg)\n"),
+    )?;
     let result = json!({
         "policies": policies.iter().map(policy_json).collect::<Vec<_>>(),
-        "constraint": Value::Null,
+        "constraint": constraint,
         "seconds": start.elapsed().as_secs_f64(),
         "peak_memory_bytes": engine::memory::peak(),
         "out": folder.path,
@@ -101,7 +118,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     if global.json {
         return print_json(&result);
     }
-    ui::print(format!("{table}\nPlot: {}", folder.path.join("frontier.svg").display()))
+    ui::print(format!("{table}\n{verdict}\nPlot: {}", folder.path.join("frontier.svg").display()))
 }
 
 /// What else is known exactly of each policy, as a Markdown table.
@@ -268,8 +285,20 @@ fn setting(key: &str, path: &Path) -> Result<String> {
     Ok(format!("{key}={}", toml::Value::String(text.to_owned())))
 }
 
-/// The log-probability of every answer to every held-out prompt, `[prompt][answer]`.
-fn answer_logps(world: &World, checkpoint: &Checkpoint) -> Result<Vec<Vec<f64>>> {
+/// Trains the first step's policy and chooses the λ of the second by its answers to training prompts.
+fn choose(world: &World, recipe: &Recipe, options: &Quickstart, folder: &RunFolder) -> Result<constraint::Chosen> {
+    let mut first = recipe.clone();
+    first.steps.truncate(1);
+    let outcome = pipeline::run(&first, pipeline::prepare(&first)?, folder)?;
+    let (Some(policy), [beta]) = (outcome.policies.last(), first.steps[0].temperature.values()) else {
+        return Err(Error::Failed("The quickstart's first step has not made one policy.".into()));
+    };
+    let logps = answer_logps(world, &world.train_prompts, &Checkpoint::load(&policy.path)?)?;
+    constraint::Chosen::new(world, &logps, *beta, options.threshold, options.seed)
+}
+
+/// The log-probability of every answer to these prompts, `[prompt][answer]`.
+fn answer_logps(world: &World, prompts: &[world::Prompt], checkpoint: &Checkpoint) -> Result<Vec<Vec<f64>>> {
     let mut decoder = Decoder::new(&checkpoint.model, checkpoint.model.config.max_position_embeddings);
     let of_prompt = |prompt| {
         let answers: Vec<Vec<u32>> = world.answers(prompt).iter().map(|a| world.answer_tokens(a)).collect();
@@ -277,5 +306,5 @@ fn answer_logps(world: &World, checkpoint: &Checkpoint) -> Result<Vec<Vec<f64>>>
         batch.push(&world.prompt_tokens(prompt), &answers.iter().map(Vec::as_slice).collect::<Vec<_>>());
         decoder.logps(&checkpoint.model.weights, &batch)
     };
-    Ok(world.heldout_prompts.iter().map(of_prompt).collect())
+    Ok(prompts.iter().map(of_prompt).collect())
 }
