@@ -302,11 +302,13 @@ impl Task for Demonstrations<'_> {
     }
 
     fn parameters(&self) -> String {
-        "negative log-likelihood".into()
+        format!("{:?} per token", Unpaired::Sft)
     }
 
-    fn evaluate(&self, _: usize, responses: &[Scored], _: f64) -> ExampleLoss {
-        let derivative = Derivative { logp: -1.0, kl: 0.0 };
-        ExampleLoss { loss: -responses[0].logp, derivatives: vec![derivative], metrics: Vec::new() }
+    fn evaluate(&self, example: usize, responses: &[Scored], _: f64) -> ExampleLoss {
+        let len = self.0[example].response.len();
+        let response = Response { policy: responses[0].logp, reference: 0.0, len, kl: 0.0 };
+        let result = Unpaired::Sft.evaluate(&Labelled { response, desirable: true }, 0.0);
+        ExampleLoss { loss: result.loss, derivatives: vec![result.derivative], metrics: Vec::new() }
     }
 }

@@ -26,14 +26,14 @@ pub(crate) fn warn_of_objectives(recipe: &Recipe) -> Result<()> {
         return Ok(());
     }
     for step in &recipe.steps {
-        for &temperature in &step.temperature.values()[..1] {
-            if let Some(reason) = step.objective_at(temperature)?.outside_theorem() {
-                ui::say(format!(
-                    "Warning: the step `{}` uses `{}`, which Theorem 1 does not cover, so the chain need not end at the \
-                     constrained optimum. {reason}",
-                    step.name, step.objective
-                ));
-            }
+        // parameters decide, not temperatures
+        let objective = step.objective_at(step.temperature.values()[0])?;
+        if let Some(reason) = objective.outside_theorem() {
+            ui::say(format!(
+                "Warning: the step `{}` uses `{}`, which Theorem 1 does not cover, so the chain need not end at the \
+                 constrained optimum. {reason}",
+                step.name, step.objective
+            ));
         }
     }
     Ok(())
