@@ -5,7 +5,7 @@ use std::f64::consts::{FRAC_PI_2, PI};
 use engine::{Error, Result};
 use serde::Serialize;
 
-use super::{check_confidence, check_threshold};
+use super::{average, check_confidence, check_thresholds, check_values};
 
 /// What a certificate says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -28,6 +28,18 @@ impl Verdict {
             Self::Met => "met",
             Self::NotMet => "not met",
             Self::Undecided => "undecided",
+        }
+    }
+
+    /// Of several constraints together: met if all are met, not met if any is not, and else undecided.
+    pub fn of_all(certificates: &[Certificate]) -> Self {
+        let any = |verdict: Self| certificates.iter().any(|certificate| certificate.verdict == verdict);
+        if any(Self::NotMet) {
+            Self::NotMet
+        } else if any(Self::Undecided) {
+            Self::Undecided
+        } else {
+            Self::Met
         }
     }
 }
@@ -58,25 +70,32 @@ impl Certificate {
     /// threshold that is not finite, and a confidence level outside 0.5 to 0.999.
     pub fn new(by_prompt: &[f64], threshold: f64, confidence: f64) -> Result<Self> {
         check_confidence(confidence)?;
-        check_threshold(threshold)?;
-        if by_prompt.len() < 2 {
-            return Err(Error::input(format!(
-                "A certificate needs at least two held-out prompts, but there are {}. Hold out more: a hundred or more are \
-                 usual.",
-                by_prompt.len()
-            )));
+        check_thresholds(&[threshold], 1)?;
+        Self::at_level(by_prompt, threshold, confidence)
+    }
+
+    /// Judges a policy by several constraints, `by_prompt` being `[constraint][prompt]`: one certificate for each, of which
+    /// all lower bounds hold together with the confidence, and all upper bounds too. By Bonferroni's inequality each holds at
+    /// 1 − (1 − confidence)/k for k constraints. [`Verdict::of_all`] says what follows.
+    ///
+    /// # Errors
+    /// As [`Certificate::new`] for any of them; another number of thresholds than of constraints, and none of either.
+    pub fn jointly(by_prompt: &[Vec<f64>], thresholds: &[f64], confidence: f64) -> Result<Vec<Self>> {
+        check_confidence(confidence)?;
+        if by_prompt.is_empty() {
+            return Err(Error::input("There is no constraint to judge the policy by. Give one or more."));
         }
-        if let Some(x) = by_prompt.iter().position(|value| !value.is_finite()) {
-            return Err(Error::input(format!(
-                "The safety of held-out prompt {} is {:?}, but it must be a finite number.",
-                x + 1,
-                by_prompt[x]
-            )));
-        }
+        check_thresholds(thresholds, by_prompt.len())?;
+        let level = 1.0 - (1.0 - confidence) / by_prompt.len() as f64;
+        by_prompt.iter().zip(thresholds).map(|(values, &b)| Self::at_level(values, b, level)).collect()
+    }
+
+    fn at_level(by_prompt: &[f64], threshold: f64, level: f64) -> Result<Self> {
+        check_values(by_prompt)?;
         let n = by_prompt.len() as f64;
-        let safety = by_prompt.iter().sum::<f64>() / n;
+        let safety = average(by_prompt);
         let variance = by_prompt.iter().map(|value| (value - safety).powi(2)).sum::<f64>() / (n - 1.0);
-        let margin = student_quantile(confidence, by_prompt.len() - 1) * (variance / n).sqrt();
+        let margin = student_quantile(level, by_prompt.len() - 1) * (variance / n).sqrt();
         let (lower_bound, upper_bound) = (safety - margin, safety + margin);
         let verdict = if lower_bound >= threshold {
             Verdict::Met

@@ -1,94 +1,103 @@
-//! The smallest λ that meets a threshold.
+//! The multipliers that meet thresholds and no more.
 
 use engine::Result;
 
-use super::samples::{largest, smallest};
-use super::{Bootstrap, Estimate, Samples, check_threshold};
+use super::bounded::{Balance, Bounded};
+use super::{Bootstrap, Estimate, Samples, check_thresholds};
+use crate::tabular::{Description, Problem};
 
 /// The average effective sample size below which an estimate is not trusted: a tenth of the distance to twice the tilt is
 /// then its bias, and what remains of the samples is a handful of answers.
 const FEWEST_EFFECTIVE: f64 = 10.0;
 
-/// λ is found to this share of itself.
+/// The λ that the samples reach is found to this share of its distance.
 const TOLERANCE: f64 = 1e-6;
 
-/// What samples say of a threshold.
-#[derive(Debug, Clone, Copy, PartialEq)]
+/// What samples say of thresholds.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Choice {
-    /// The estimate at the smallest λ whose lower bound meets the threshold.
+    /// The estimate at the λ whose lower bounds meet the thresholds and no more.
     Chosen(Estimate),
     /// At the λ that seems to be needed the samples are worth fewer than ten answers per prompt, so that it is not to be
     /// trusted. Draw more answers per prompt, or realise the policy at `reachable`, draw from that, and choose again with
-    /// it as λ₀.
+    /// it as λ⁰.
     OutOfSupport {
         /// The estimate at the λ that seems to be needed.
         needed: Estimate,
-        /// The λ nearest to it up to which the samples can be trusted; λ₀ if there are too few answers for any other.
-        reachable: f64,
+        /// The λ nearest to it, on the straight line from λ⁰, up to which the samples can be trusted; λ⁰ if there are too
+        /// few answers for any other.
+        reachable: Vec<f64>,
     },
-    /// No weights on these answers meet the threshold.
+    /// No weights on these answers meet all thresholds.
     Unreachable {
-        /// The lower bound for λ → ∞, where only the safest of the answers to each prompt count.
-        lower_bound: f64,
+        /// The direction of λ, as shares that sum to 1, that shows it.
+        weights: Vec<f64>,
+        /// The lower bounds for λ → ∞ in this direction, where only the best of the answers to each prompt by the weighted
+        /// sum of scores count. The weighted sum of these bounds is below that of the thresholds. With one constraint that
+        /// is a proof; with several other weights might do whose bounds are nearer to their estimates.
+        lower_bounds: Vec<f64>,
     },
 }
 
 impl Samples {
-    /// The smallest λ ≥ 0 for which the one-sided lower bound of Ĝ(λ) is at least `threshold`, to one part in a million
-    /// and never below.
+    /// The λ ≥ 0 that minimises the dual D(λ) = β E_x log Ê_x exp(o + Σ (λ_i − λ⁰_i) g_i/β) − Σ λ_i b_i: there Ĝ_i = b_i, or
+    /// λ_i = 0 and Ĝ_i ≥ b_i. It leaves out that Ĝ is uncertain.
     ///
     /// # Errors
-    /// [`engine::Error::Input`] if the threshold is not finite.
-    pub fn choose(&self, threshold: f64, bootstrap: &Bootstrap) -> Result<Choice> {
-        check_threshold(threshold)?;
-        let Some(lambda) = self.smallest_meeting(threshold, bootstrap)? else {
-            let safest: Vec<f64> = self.scores.iter().map(|scores| largest(scores)).collect();
-            return Ok(Choice::Unreachable { lower_bound: bootstrap.lower_bound(&bootstrap.means(&safest)) });
+    /// [`engine::Error::Input`] for thresholds that are not as many as the constraints or not finite, and for those that no
+    /// weights on these answers meet, with a proof.
+    pub fn dual_minimum(&self, thresholds: &[f64]) -> Result<Vec<f64>> {
+        check_thresholds(thresholds, self.scores.len())?;
+        let value = |x: usize, y: usize| {
+            let drawn: f64 = self.scores.iter().zip(&self.drawn_at).map(|(g, lambda)| lambda * g[x][y]).sum();
+            self.offsets.as_ref().map_or(0.0, |offsets| self.beta * offsets[x][y]) - drawn
         };
-        let estimate = self.estimate(lambda, bootstrap)?;
-        if self.trusts(lambda)? {
-            return Ok(Choice::Chosen(estimate));
+        let shape = || self.scores[0].iter().map(Vec::len).enumerate();
+        let problem = Problem::new(Description {
+            reference: shape().map(|(_, answers)| vec![1.0 / answers as f64; answers]).collect(),
+            reward: shape().map(|(x, answers)| (0..answers).map(|y| value(x, y)).collect()).collect(),
+            safety: self.scores.clone(),
+            prompt_weights: None,
+            beta: self.beta,
+            thresholds: thresholds.to_vec(),
+        })?;
+        Ok(problem.solve()?.lambda)
+    }
+
+    /// The λ ≥ 0 for which the one-sided lower bounds L_i of Ĝ_i(λ) meet the `thresholds` and no more: L_i = b_i, or λ_i = 0
+    /// and L_i ≥ b_i, to one part in ten thousand million of the spread of the scores and never below. With one constraint
+    /// it is the smallest λ whose lower bound meets the threshold.
+    ///
+    /// # Errors
+    /// [`engine::Error::Input`] for thresholds that are not as many as the constraints or not finite, and for a confidence
+    /// too high to be shared by so many constraints. [`engine::Error::Failed`] if several thresholds are so hardly met
+    /// together that no λ is found, and none can be said not to exist.
+    pub fn choose(&self, thresholds: &[f64], bootstrap: &Bootstrap) -> Result<Choice> {
+        check_thresholds(thresholds, self.scores.len())?;
+        let bounded = Bounded::new(self, thresholds, bootstrap.jointly(thresholds.len())?);
+        let lambda = match bounded.balance()? {
+            Balance::At(lambda) => lambda,
+            Balance::Nowhere { weights, lower_bounds } => return Ok(Choice::Unreachable { weights, lower_bounds }),
+        };
+        let needed = self.estimate(&lambda, bootstrap)?;
+        if self.trusts(&lambda)? {
+            return Ok(Choice::Chosen(needed));
         }
-        let mut reachable = self.drawn_at;
-        let mut beyond = lambda;
-        while (beyond - reachable).abs() > TOLERANCE * (lambda - self.drawn_at).abs() {
+        let between = |share: f64| -> Vec<f64> {
+            self.drawn_at.iter().zip(&lambda).map(|(from, to)| from + share * (to - from)).collect()
+        };
+        let (mut reachable, mut beyond) = (0.0, 1.0);
+        while beyond - reachable > TOLERANCE {
             let middle = 0.5 * (reachable + beyond);
-            *(if self.trusts(middle)? { &mut reachable } else { &mut beyond }) = middle;
+            *(if self.trusts(&between(middle))? { &mut reachable } else { &mut beyond }) = middle;
         }
-        Ok(Choice::OutOfSupport { needed: estimate, reachable })
+        Ok(Choice::OutOfSupport { needed, reachable: between(reachable) })
     }
 
-    /// Whether enough of the samples counts at λ. At λ₀ itself they are draws from the policy in question, however few.
-    fn trusts(&self, lambda: f64) -> Result<bool> {
-        Ok(lambda == self.drawn_at || self.effective_sample_size(lambda)?.average >= FEWEST_EFFECTIVE)
-    }
-
-    fn smallest_meeting(&self, threshold: f64, bootstrap: &Bootstrap) -> Result<Option<f64>> {
-        let meets = |lambda: f64| -> Result<bool> {
-            Ok(bootstrap.lower_bound(&bootstrap.means(&self.by_prompt(lambda)?)) >= threshold)
-        };
-        if meets(0.0)? {
-            return Ok(Some(0.0));
-        }
-        let spread = self.scores.iter().map(|scores| largest(scores) - smallest(scores)).fold(0.0, f64::max);
-        // a tilt by e; if scores do not differ this is infinite, and no λ changes anything
-        let unit = self.beta / spread;
-        let (mut low, mut high) = (0.0, self.drawn_at.max(unit));
-        loop {
-            // long before this all weight is on the safest answers
-            if !high.is_finite() || high / unit > 1e12 {
-                return Ok(None);
-            }
-            if meets(high)? {
-                break;
-            }
-            low = high;
-            high *= 2.0;
-        }
-        while high - low > TOLERANCE * high {
-            let middle = 0.5 * (low + high);
-            *(if meets(middle)? { &mut high } else { &mut low }) = middle;
-        }
-        Ok(Some(high))
+    /// Whether enough of the samples counts at λ. At λ⁰ itself they are draws from the policy in question, however few,
+    /// unless they have offsets.
+    fn trusts(&self, lambda: &[f64]) -> Result<bool> {
+        let drawn = self.offsets.is_none() && lambda == self.drawn_at;
+        Ok(drawn || self.effective_sample_size(lambda)?.average >= FEWEST_EFFECTIVE)
     }
 }

@@ -256,7 +256,7 @@ fn newton_direction(mu: &[f64], point: &Point, residual: f64, temperature: f64) 
 }
 
 /// x with `matrix`·x = `right`, for a positive semidefinite matrix; pivots are held at `smallest` or above.
-fn solved(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>, smallest: f64) -> Vec<f64> {
+pub(crate) fn solved(mut matrix: Vec<Vec<f64>>, mut right: Vec<f64>, smallest: f64) -> Vec<f64> {
     let n = right.len();
     for k in 0..n {
         matrix[k][k] = matrix[k][k].max(smallest);

@@ -14,6 +14,7 @@ mod solve;
 mod stepwise;
 
 pub use bounds::{OptimalityBounds, Uncertainty, ViolationBounds};
+pub(crate) use dual::solved;
 pub(crate) use policy::divergence;
 pub use policy::{Policy, Table, expectation, gibbs, kl};
 pub use population::{ExpectedLoss, Labels, Pairs};

@@ -1,20 +1,39 @@
 //! Choosing λ from samples, against the exact G(λ).
 
+mod several;
+
 use align::choose::{Bootstrap, Certificate, Choice, Estimate, Samples, Verdict};
-use align::tabular::{Description, Problem, Table};
+use align::tabular::{Description, Policy, Problem, Table};
 use rand::Rng;
 
 use crate::problems::{probabilities, problem, rng, table, uniform};
 
-/// `answers` scored answers of π_λ to each of `prompts` prompts that are drawn by their weights.
-fn scores(problem: &Problem, lambda: f64, prompts: usize, answers: usize, rng: &mut impl Rng) -> Table {
-    let policy = problem.policy_at(&[lambda]).probabilities();
-    (0..prompts)
-        .map(|_| {
-            let x = draw(problem.weights(), rng);
-            (0..answers).map(|_| problem.safety()[0][x][draw(&policy[x], rng)]).collect()
-        })
-        .collect()
+/// `answers` answers of π_λ to each of `prompts` prompts that are drawn by their weights, scored by these values; the
+/// result is `[value][prompt][answer]`.
+fn scored(
+    problem: &Problem,
+    policy: &Policy,
+    values: &[&Table],
+    [prompts, answers]: [usize; 2],
+    rng: &mut impl Rng,
+) -> Vec<Table> {
+    let policy = policy.probabilities();
+    let mut scored = vec![vec![Vec::new(); prompts]; values.len()];
+    for prompt in 0..prompts {
+        let x = draw(problem.weights(), rng);
+        for _ in 0..answers {
+            let y = draw(&policy[x], rng);
+            scored.iter_mut().zip(values).for_each(|(scored, values)| scored[prompt].push(values[x][y]));
+        }
+    }
+    scored
+}
+
+/// Answers of π_λ to a problem, scored by all its constraints.
+fn samples(problem: &Problem, lambda: &[f64], size: [usize; 2], rng: &mut impl Rng) -> Samples {
+    let constraints: Vec<&Table> = problem.safety().iter().collect();
+    let scores = scored(problem, &problem.policy_at(lambda), &constraints, size, rng);
+    Samples::new(scores, problem.beta()).unwrap().drawn_at(lambda.to_vec()).unwrap()
 }
 
 fn draw(probabilities: &[f64], rng: &mut impl Rng) -> usize {
@@ -31,14 +50,14 @@ fn safety(problem: &Problem, lambda: f64) -> f64 {
 }
 
 /// A problem whose prompts all have answers of very different safety, so that thresholds are not near the best there is.
-fn wide_problem(rng: &mut impl Rng, answers: &[usize]) -> Problem {
+fn wide_problem(rng: &mut impl Rng, answers: &[usize], constraints: usize) -> Problem {
     Problem::new(Description {
         reference: probabilities(rng, answers),
         reward: table(rng, answers, -1.0, 1.0),
-        safety: vec![table(rng, answers, -2.0, 2.0)],
+        safety: (0..constraints).map(|_| table(rng, answers, -2.0, 2.0)).collect(),
         prompt_weights: None,
         beta: 0.5,
-        thresholds: vec![1.2],
+        thresholds: vec![1.2; constraints],
     })
     .unwrap()
 }
@@ -52,9 +71,8 @@ fn estimated(seed: u64, lambda: f64, drawn_at: f64, prompts: usize, answers: usi
     let mut rng = rng(seed);
     let problem = problem(&mut rng, 1);
     let (lambda, drawn_at) = (lambda * problem.beta(), drawn_at * problem.beta());
-    let scores = scores(&problem, drawn_at, prompts, answers, &mut rng);
-    let samples = Samples::new(scores, problem.beta(), drawn_at).unwrap();
-    (safety(&problem, lambda), samples.estimate(lambda, &bootstrap(seed)).unwrap())
+    let samples = samples(&problem, &[drawn_at], [prompts, answers], &mut rng);
+    (safety(&problem, lambda), samples.estimate(&[lambda], &bootstrap(seed)).unwrap())
 }
 
 #[test]
@@ -63,9 +81,11 @@ fn the_interval_covers_the_exact_safety() {
         let (mut covered, mut above) = (0, 0);
         for seed in 0..100 {
             let (exact, estimate) = estimated(seed, lambda, drawn_at, 100, 400);
-            covered += usize::from((estimate.interval[0]..=estimate.interval[1]).contains(&exact));
-            above += usize::from(estimate.lower_bound <= exact);
-            assert!((estimate.interval[0]..=estimate.interval[1]).contains(&estimate.safety));
+            covered += usize::from((estimate.safety[0].interval[0]..=estimate.safety[0].interval[1]).contains(&exact));
+            above += usize::from(estimate.safety[0].lower_bound <= exact);
+            assert!(
+                (estimate.safety[0].interval[0]..=estimate.safety[0].interval[1]).contains(&estimate.safety[0].value)
+            );
         }
         println!("λ/β {lambda} from {drawn_at}: the interval covers {covered} of 100, the lower bound holds {above}");
         // 95 expected; fewer than 90 has a probability of 0.012
@@ -78,9 +98,9 @@ fn with_few_answers_the_estimate_errs_on_the_safe_side() {
     let (mut held, mut errors) = (0, 0.0);
     for seed in 0..100 {
         let (exact, estimate) = estimated(seed, 1.0, 0.0, 100, 8);
-        held += usize::from(estimate.lower_bound <= exact);
-        errors += (estimate.safety - exact) / 100.0;
-        assert!(estimate.bias <= 0.0);
+        held += usize::from(estimate.safety[0].lower_bound <= exact);
+        errors += (estimate.safety[0].value - exact) / 100.0;
+        assert!(estimate.bias[0] <= 0.0);
     }
     println!("8 answers per prompt: mean error {errors:.3}, the lower bound holds {held} of 100");
     assert!(held >= 95 && errors < 0.0);
@@ -110,12 +130,12 @@ fn the_bias_is_what_first_order_says() {
     let predicted = -variance_ratio * (safety(&problem, 2.0 * lambda) - safety(&problem, lambda)) / answers as f64;
 
     let mut rng = rng(0);
-    let samples = Samples::new(scores(&problem, 0.0, 40_000, answers, &mut rng), beta, 0.0).unwrap();
-    let estimates = samples.by_prompt(lambda).unwrap();
+    let samples = samples(&problem, &[0.0], [40_000, answers], &mut rng);
+    let estimates = samples.by_prompt(&[lambda]).unwrap().remove(0);
     let mean = estimates.iter().sum::<f64>() / estimates.len() as f64;
     let deviation = (estimates.iter().map(|e| (e - mean).powi(2)).sum::<f64>() / estimates.len() as f64).sqrt();
     let (measured, error) = (mean - safety(&problem, lambda), deviation / (estimates.len() as f64).sqrt());
-    let own = samples.bias(lambda).unwrap();
+    let own = samples.bias(&[lambda]).unwrap()[0];
     println!("bias {measured:.5} ± {error:.5}, predicted {predicted:.5}, from the samples {own:.5}");
     assert!(predicted < -10.0 * error, "the test cannot tell it from none");
     // second order is smaller by a factor of the number of answers
@@ -129,18 +149,20 @@ fn estimates_rise_and_effective_sizes_fall_with_the_tilt() {
     for seed in 0..20 {
         let mut rng = rng(seed);
         let g = table(&mut rng, &[12; 30], -2.0, 2.0);
-        let samples = Samples::new(g, 0.7, 0.5).unwrap();
+        let samples = Samples::new(vec![g], 0.7).unwrap().drawn_at(vec![0.5]).unwrap();
         let bootstrap = bootstrap(seed);
-        let grid: Vec<Estimate> = (0..20).map(|i| samples.estimate(0.25 * f64::from(i), &bootstrap).unwrap()).collect();
+        let grid: Vec<Estimate> =
+            (0..20).map(|i| samples.estimate(&[0.25 * f64::from(i)], &bootstrap).unwrap()).collect();
         for pair in grid.windows(2) {
             let [low, high] = [&pair[0], &pair[1]];
-            assert!(low.safety < high.safety && low.lower_bound < high.lower_bound);
-            assert!(low.interval[0] < high.interval[0] && low.interval[1] < high.interval[1]);
+            let [g, higher] = [low.safety[0], high.safety[0]];
+            assert!(g.value < higher.value && g.lower_bound < higher.lower_bound);
+            assert!(g.interval[0] < higher.interval[0] && g.interval[1] < higher.interval[1]);
             let [before, after] = [low.effective_sample_size, high.effective_sample_size];
-            assert_eq!(before.average < after.average, high.lambda <= 0.5);
+            assert_eq!(before.average < after.average, high.lambda[0] <= 0.5);
             assert!(after.smallest <= after.average && after.smallest >= 1.0);
         }
-        assert!((grid[2].effective_sample_size.average - 12.0).abs() < 1e-12 && grid[2].bias == 0.0);
+        assert!((grid[2].effective_sample_size.average - 12.0).abs() < 1e-12 && grid[2].bias == [0.0]);
     }
 }
 
@@ -149,19 +171,19 @@ fn the_chosen_multiplier_meets_the_threshold_without_much_more() {
     let (mut met, mut seeds) = (0, 0);
     for seed in 0..20 {
         let mut rng = rng(1000 + seed);
-        let problem = wide_problem(&mut rng, &[8; 5]);
+        let problem = wide_problem(&mut rng, &[8; 5], 1);
         let threshold = safety(&problem, 0.5 * problem.beta());
-        let samples = Samples::new(scores(&problem, 0.0, 300, 200, &mut rng), problem.beta(), 0.0).unwrap();
-        let choice = samples.choose(threshold, &bootstrap(seed)).unwrap();
+        let samples = samples(&problem, &[0.0], [300, 200], &mut rng);
+        let choice = samples.choose(&[threshold], &bootstrap(seed)).unwrap();
         let Choice::Chosen(estimate) = choice else { panic!("seed {seed}: {choice:?}") };
-        let exact = safety(&problem, estimate.lambda);
-        let [low, high] = estimate.interval;
+        let exact = safety(&problem, estimate.lambda[0]);
+        let [low, high] = estimate.safety[0].interval;
         seeds += 1;
         met += usize::from(exact >= threshold);
         assert!(exact - threshold <= 2.0 * (high - low), "seed {seed}: {exact} for {threshold}");
-        assert!(estimate.lower_bound >= threshold);
-        let less = samples.estimate(estimate.lambda * (1.0 - 1e-5), &bootstrap(seed)).unwrap();
-        assert!(less.lower_bound < threshold, "a smaller λ would do");
+        assert!(estimate.safety[0].lower_bound >= threshold);
+        let less = samples.estimate(&[estimate.lambda[0] * (1.0 - 1e-5)], &bootstrap(seed)).unwrap();
+        assert!(less.safety[0].lower_bound < threshold, "a smaller λ would do");
     }
     println!("the chosen λ meets the threshold with {met} of {seeds} seeds");
     assert!(met * 20 >= seeds * 19);
@@ -170,72 +192,90 @@ fn the_chosen_multiplier_meets_the_threshold_without_much_more() {
 #[test]
 fn samples_that_do_not_reach_say_how_far_they_do_and_a_second_draw_goes_on_from_there() {
     let mut rng = rng(5);
-    let problem = wide_problem(&mut rng, &[20; 4]);
-    let (mut drawn_at, mut draws) = (0.0, 0);
+    let problem = wide_problem(&mut rng, &[20; 4], 1);
+    let (mut drawn_at, mut draws) = (vec![0.0], 0);
     let chosen = loop {
         draws += 1;
-        let samples = Samples::new(scores(&problem, drawn_at, 100, 40, &mut rng), problem.beta(), drawn_at).unwrap();
-        match samples.choose(1.2, &bootstrap(0)).unwrap() {
-            Choice::Chosen(estimate) => break estimate,
+        let samples = samples(&problem, &drawn_at, [100, 40], &mut rng);
+        match samples.choose(&[1.2], &bootstrap(0)).unwrap() {
+            Choice::Chosen(estimate) => break estimate.lambda[0],
             Choice::OutOfSupport { needed, reachable } => {
-                assert!(needed.effective_sample_size.average < 10.0 && needed.lower_bound >= 1.2);
-                assert!(drawn_at < reachable && reachable < needed.lambda);
-                let sizes = samples.effective_sample_size(reachable).unwrap();
+                assert!(needed.effective_sample_size.average < 10.0 && needed.safety[0].lower_bound >= 1.2);
+                assert!(drawn_at[0] < reachable[0] && reachable[0] < needed.lambda[0]);
+                let sizes = samples.effective_sample_size(&reachable).unwrap();
                 assert!((sizes.average - 10.0).abs() < 1e-3, "{sizes:?}");
                 drawn_at = reachable;
             }
-            Choice::Unreachable { lower_bound } => panic!("unreachable beyond {lower_bound}"),
+            unreachable => panic!("{unreachable:?}"),
         }
     };
     let exact = problem.solve().unwrap().lambda[0];
-    println!(
-        "{draws} draws: λ = {:.3}, exactly {exact:.3}, E[g] = {:.3}",
-        chosen.lambda,
-        safety(&problem, chosen.lambda)
-    );
-    assert!(draws > 1 && safety(&problem, chosen.lambda) >= 1.2 && chosen.lambda < 1.5 * exact);
+    println!("{draws} draws: λ = {chosen:.3}, exactly {exact:.3}, E[g] = {:.3}", safety(&problem, chosen));
+    assert!(draws > 1 && safety(&problem, chosen) >= 1.2 && chosen < 1.5 * exact);
 }
 
 #[test]
 fn samples_with_little_to_choose_from_have_clear_results() {
     let bootstrap = bootstrap(0);
-    let samples = |scores: Table| Samples::new(scores, 0.5, 0.0).unwrap();
+    let samples = |scores: Table| Samples::new(vec![scores], 0.5).unwrap();
     // one answer per prompt, or equal ones: λ changes nothing
     for scores in [vec![vec![0.3]; 5], vec![vec![0.3; 4]; 5]] {
         let samples = samples(scores);
-        let answer = samples.choose(0.3, &bootstrap).unwrap();
-        assert!(matches!(answer, Choice::Chosen(estimate) if estimate.lambda == 0.0 && estimate.interval == [0.3; 2]));
-        let answer = samples.choose(0.4, &bootstrap).unwrap();
-        assert!(matches!(answer, Choice::Unreachable { lower_bound } if (lower_bound - 0.3).abs() < 1e-12));
+        let Choice::Chosen(estimate) = samples.choose(&[0.3], &bootstrap).unwrap() else { panic!() };
+        assert_eq!((estimate.lambda[0], estimate.safety[0].interval), (0.0, [0.3; 2]));
+        let Choice::Unreachable { weights, lower_bounds } = samples.choose(&[0.4], &bootstrap).unwrap() else {
+            panic!()
+        };
+        assert!(weights == [1.0] && (lower_bounds[0] - 0.3).abs() < 1e-12);
     }
     // the threshold of the safest answers is met by no finite λ, one just below it by a large one
     let two = samples(vec![vec![0.0, 1.0]; 5]);
-    assert!(matches!(two.choose(1.5, &bootstrap).unwrap(), Choice::Unreachable { lower_bound } if lower_bound == 1.0));
-    let Choice::OutOfSupport { needed, reachable } = two.choose(0.999, &bootstrap).unwrap() else { panic!() };
-    assert!((needed.lambda - 0.5 * 999f64.ln()).abs() < 1e-4 && reachable == 0.0);
+    for threshold in [1.0, 1.5] {
+        let choice = two.choose(&[threshold], &bootstrap).unwrap();
+        assert!(matches!(choice, Choice::Unreachable { lower_bounds, .. } if lower_bounds == [1.0]));
+    }
+    let Choice::OutOfSupport { needed, reachable } = two.choose(&[0.999], &bootstrap).unwrap() else { panic!() };
+    assert!((needed.lambda[0] - 0.5 * 999f64.ln()).abs() < 1e-4 && reachable == [0.0]);
     // values of any size
-    let large = Samples::new(vec![vec![-1e100, 1e100]; 3], 1e-3, 0.0).unwrap().estimate(1e100, &bootstrap).unwrap();
-    assert_eq!((large.safety, large.bias), (1e100, 0.0));
+    let large = Samples::new(vec![vec![vec![-1e100, 1e100]; 3]], 1e-3).unwrap().estimate(&[1e100], &bootstrap).unwrap();
+    assert_eq!((large.safety[0].value, large.bias[0]), (1e100, 0.0));
 }
 
 #[test]
 fn bad_samples_are_named() {
-    let fails = |scores: Table, beta: f64, drawn_at: f64, part: &str| {
-        let error = Samples::new(scores, beta, drawn_at).unwrap_err();
+    let fails = |scores: Vec<Table>, beta: f64, part: &str| {
+        let error = Samples::new(scores, beta).unwrap_err();
         assert!(matches!(error, engine::Error::Input(_)) && error.to_string().contains(part), "{error}");
     };
-    let good = vec![vec![0.0, 1.0]; 3];
-    fails(vec![], 0.5, 0.0, "0 prompts");
-    fails(vec![vec![0.0, 1.0]], 0.5, 0.0, "1 prompts");
-    fails(vec![vec![0.0], vec![]], 0.5, 0.0, "Prompt 2");
-    fails(vec![vec![0.0], vec![0.0, f64::NAN]], 0.5, 0.0, "prompt 2, answer 2 is NaN");
-    fails(vec![vec![f64::INFINITY], vec![0.0]], 0.5, 0.0, "prompt 1, answer 1 is inf");
-    fails(good.clone(), 0.0, 0.0, "β is 0.0");
-    fails(good.clone(), f64::NAN, 0.0, "β is NaN");
-    fails(good.clone(), 0.5, -1.0, "λ is -1.0");
-    let samples = Samples::new(good, 0.5, 0.0).unwrap();
-    assert!(samples.estimate(f64::INFINITY, &bootstrap(0)).unwrap_err().to_string().contains("λ is inf"));
-    assert!(samples.choose(f64::NAN, &bootstrap(0)).unwrap_err().to_string().contains("threshold is NaN"));
+    let good = || vec![vec![0.0, 1.0]; 3];
+    fails(vec![], 0.5, "no scores");
+    fails(vec![vec![]], 0.5, "0 prompts");
+    fails(vec![vec![vec![0.0, 1.0]]], 0.5, "1 prompts");
+    fails(vec![vec![vec![0.0], vec![]]], 0.5, "Prompt 2");
+    fails(vec![vec![vec![0.0], vec![0.0, f64::NAN]]], 0.5, "constraint 1 of prompt 2, answer 2 is NaN");
+    fails(vec![vec![vec![f64::INFINITY], vec![0.0]]], 0.5, "prompt 1, answer 1 is inf");
+    fails(vec![good(), vec![vec![0.0, 1.0]; 2]], 0.5, "constraint 2 is there for 2 prompts, but there are 3");
+    fails(vec![good(), vec![vec![0.0]; 3]], 0.5, "constraint 2 is there for 1 answers to prompt 1, but there are 2");
+    fails(vec![good()], 0.0, "β is 0.0");
+    fails(vec![good()], f64::NAN, "β is NaN");
+    let samples = Samples::new(vec![good()], 0.5).unwrap();
+    let says = |error: engine::Error, part: &str| assert!(error.to_string().contains(part), "{error}");
+    says(samples.clone().drawn_at(vec![-1.0]).unwrap_err(), "λ is -1.0");
+    says(
+        samples.clone().with_offsets(vec![vec![0.0, f64::NAN]; 3]).unwrap_err(),
+        "offset of prompt 1, answer 2 is NaN",
+    );
+    says(samples.clone().with_offsets(vec![vec![0.0, 0.0]; 2]).unwrap_err(), "offset is there for 2 prompts");
+    says(samples.estimate(&[f64::INFINITY], &bootstrap(0)).unwrap_err(), "λ is inf");
+    says(samples.estimate(&[0.0; 2], &bootstrap(0)).unwrap_err(), "2 multipliers λ for 1 constraints");
+    says(samples.choose(&[f64::NAN], &bootstrap(0)).unwrap_err(), "threshold of constraint 1 is NaN");
+    says(samples.choose(&[], &bootstrap(0)).unwrap_err(), "0 thresholds for 1 constraints");
+    says(samples.dual_minimum(&[2.0]).unwrap_err(), "largest value that any policy attains is 1");
+    let many = Samples::new(vec![good(); 51], 0.5).unwrap();
+    says(many.choose(&[0.0; 51], &bootstrap(0)).unwrap_err(), "51 constraints");
+    assert!(Samples::new(vec![good(); 50], 0.5).unwrap().choose(&[0.0; 50], &bootstrap(0)).is_ok());
+    says(bootstrap(0).mean(&[1.0]).unwrap_err(), "values of 1 prompts");
+    says(bootstrap(0).mean(&[1.0, f64::NAN]).unwrap_err(), "prompt 2 is NaN");
     for confidence in [0.4, 1.0, f64::NAN] {
         assert!(Bootstrap::new(confidence, 0).unwrap_err().to_string().contains("confidence"));
     }
@@ -268,8 +308,8 @@ fn a_certificate_is_wrong_as_often_as_it_may_be() {
         let error = Certificate::new(values, 0.0, 0.95).unwrap_err().to_string();
         assert!(error.contains(part), "{error}");
     };
-    fails(&[], "there are 0");
-    fails(&[1.0], "there are 1");
+    fails(&[], "values of 0 prompts");
+    fails(&[1.0], "values of 1 prompts");
     fails(&[1.0, f64::NAN], "prompt 2 is NaN");
     assert!(Certificate::new(&[1.0, 2.0], f64::NAN, 0.95).is_err() && Certificate::new(&[1.0, 2.0], 0.0, 2.0).is_err());
 }

@@ -45,22 +45,23 @@ impl Chosen {
     /// A threshold that is not finite, or log-probabilities that no policy can have.
     pub(super) fn new(world: &World, logps: &[Vec<f64>], beta: f64, threshold: f64, seed: u64) -> Result<Self> {
         let scores = world.sampled_values(logps, Metric::Safety, ANSWERS, seed)?;
-        let samples = Samples::new(scores, beta, 0.0)?;
+        let samples = Samples::new(vec![scores], beta)?;
         let bootstrap = Bootstrap::new(CONFIDENCE, seed)?;
-        let outcome = match samples.choose(threshold, &bootstrap)? {
-            Choice::Chosen(estimate) if estimate.lambda == 0.0 => Outcome::Lambda(estimate, None),
+        let outcome = match samples.choose(&[threshold], &bootstrap)? {
+            Choice::Chosen(estimate) if estimate.lambda[0] == 0.0 => Outcome::Lambda(estimate, None),
             Choice::Chosen(estimate) => {
-                let beta_over_lambda = short_below(beta / estimate.lambda);
-                Outcome::Lambda(samples.estimate(beta / beta_over_lambda, &bootstrap)?, Some(beta_over_lambda))
+                let beta_over_lambda = short_below(beta / estimate.lambda[0]);
+                Outcome::Lambda(samples.estimate(&[beta / beta_over_lambda], &bootstrap)?, Some(beta_over_lambda))
             }
             Choice::OutOfSupport { needed, reachable } => Outcome::Nothing(format!(
                 "λ = {:.3} seems to be needed, but there {ANSWERS} answers per prompt are worth only {:.1}, which is too few to \
-                 trust; they reach to λ = {reachable:.3}",
-                needed.lambda, needed.effective_sample_size.average
+                 trust; they reach to λ = {:.3}",
+                needed.lambda[0], needed.effective_sample_size.average, reachable[0]
             )),
-            Choice::Unreachable { lower_bound } => Outcome::Nothing(format!(
+            Choice::Unreachable { lower_bounds, .. } => Outcome::Nothing(format!(
                 "no λ meets it with these answers: the safest of {ANSWERS} answers to each prompt have a lower bound of \
-                 {lower_bound:.3}"
+                 {:.3}",
+                lower_bounds[0]
             )),
         };
         Ok(Self { threshold, outcome })
@@ -116,11 +117,11 @@ impl Chosen {
         let result = json!({
             "threshold": self.threshold,
             "confidence": CONFIDENCE,
-            "lambda": estimate.lambda,
+            "lambda": estimate.lambda[0],
             "beta_over_lambda": beta_over_lambda,
-            "estimate": estimate.safety,
-            "interval": estimate.interval,
-            "bias": estimate.bias,
+            "estimate": estimate.safety[0].value,
+            "interval": estimate.safety[0].interval,
+            "bias": estimate.bias[0],
             "effective_sample_size": estimate.effective_sample_size,
             "optimum_safety": optimum,
             "policy": policy,
@@ -129,13 +130,13 @@ impl Chosen {
             "upper_bound": certificate.upper_bound,
             "verdict": certificate.verdict,
         });
-        let mut text = format!("Constraint E[g*] ≥ {}: λ = {:.3}", self.threshold, estimate.lambda);
-        let [low, high] = estimate.interval;
+        let mut text = format!("Constraint E[g*] ≥ {}: λ = {:.3}", self.threshold, estimate.lambda[0]);
+        let [low, high] = estimate.safety[0].interval;
         let _ = write!(
             text,
             ". The exact tilt is estimated to have {:.3} ({low:.3} to {high:.3}) and has {optimum:.3} on held-out \
              prompts. The policy {policy}, trained for it, has {:.3} there (95 % bounds {:.3} and {:.3}): {}.",
-            estimate.safety,
+            estimate.safety[0].value,
             certificate.safety,
             certificate.lower_bound,
             certificate.upper_bound,
