@@ -231,14 +231,7 @@ impl Sequence {
             let blocks = vec![Vec::new(); pass.model.config.num_hidden_layers];
             vec![Cache { keys: blocks.clone(), values: blocks }; pass.adapters.len()]
         });
-        Self {
-            index,
-            caches: caches.collect(),
-            past: 0,
-            pending: prompt.to_vec(),
-            answer: Vec::new(),
-            rng,
-        }
+        Self { index, caches: caches.collect(), past: 0, pending: prompt.to_vec(), answer: Vec::new(), rng }
     }
 
     fn positions(&self) -> impl Iterator<Item = u32> + use<> {

@@ -177,10 +177,10 @@ impl<'a> Scorer<'a> {
         }
         let passes = self.decoders.iter_mut().zip(self.mixture.passes());
         let rows: Vec<Vec<f32>> = passes.map(|(decoder, pass)| decoder.mixed_rows(pass, batch)).collect();
-        let heads = rows.iter().zip(self.mixture.passes()).map(|(rows, Shared { model, .. })| Head {
-            rows,
-            weights: &model.weights[model.layout.head.clone()],
-        });
+        let heads = rows
+            .iter()
+            .zip(self.mixture.passes())
+            .map(|(rows, Shared { model, .. })| Head { rows, weights: &model.weights[model.layout.head.clone()] });
         batch.sum_responses(&logprob::mixed(&heads.collect::<Vec<_>>(), &batch.targets))
     }
 }
@@ -278,7 +278,8 @@ pub(crate) mod tests {
             let [a, b] = [adapter(a), b.and_then(adapter)].map(|adapter| Adapted { model: &model, adapter });
             Mixture::new(a, b, q).unwrap().hash()
         };
-        let all = [hash(0, Some(1), 0.5), hash(1, Some(0), 0.5), hash(0, Some(1), 0.4), hash(0, None, 0.5), model.hash()];
+        let all =
+            [hash(0, Some(1), 0.5), hash(1, Some(0), 0.5), hash(0, Some(1), 0.4), hash(0, None, 0.5), model.hash()];
         assert_eq!(std::collections::BTreeSet::from(all).len(), 5);
         assert_eq!(Mixture::from(&model).hash(), model.hash());
     }
