@@ -13,7 +13,7 @@ use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::rope::RopeTable;
-use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, swiglu};
+use crate::ops::{embedding, fit, logprob, lora, rmsnorm, swiglu};
 
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
@@ -200,7 +200,7 @@ impl Decoder {
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
         let parts = policies.adapters.len();
-        let pass = Pass::of_parts(&policies.model.weights, &policies.adapters);
+        let pass = Pass::generating(&policies.model.weights, &policies.adapters);
         self.check_weights(&pass);
         self.kept = None;
         self.tapes.resize_with(self.tapes.len().max(1), BlockTape::default);
@@ -223,7 +223,7 @@ impl Decoder {
         let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
         let vocab = self.layout.head.len() / d;
         let logits = fit(logits, wanted.len() * vocab);
-        linear::forward(normed, pass.base(&self.layout.head), logits, d, false);
+        pass.forward()(normed, pass.base(&self.layout.head), logits, d, false);
         logits
     }
 

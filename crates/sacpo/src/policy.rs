@@ -49,7 +49,7 @@ enum Mixed {
     /// B.
     Apart(Box<Checkpoint>),
     /// What makes A and B of the one base in memory; none for the base itself.
-    Shared([Option<Adapter>; 2]),
+    Shared(Box<[Option<Adapter>; 2]>),
 }
 
 impl From<Checkpoint> for Policy {
@@ -109,7 +109,7 @@ impl Policy {
         let is_base = |path: &Path| path.canonicalize().is_ok_and(|path| path == base);
         let second = if is_base(b) { None } else { Some(Adapter::load(b, &first.model.config)?) };
         let adapters = [if is_base(a) { None } else { Some(first.adapt(a)?) }, second];
-        Ok((Self { first, mixed: Some((Mixed::Shared(adapters), q)) }, tokenizer))
+        Ok((Self { first, mixed: Some((Mixed::Shared(Box::new(adapters)), q)) }, tokenizer))
     }
 
     /// The policy as the engine takes it.

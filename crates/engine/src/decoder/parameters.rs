@@ -40,6 +40,8 @@ pub(super) struct Pass<'a> {
     adapters: Vec<Option<&'a Adapter>>,
     /// The seed and the rows' keys.
     dropout: Option<(u64, &'a [u64])>,
+    /// Whether few rows may be computed in a way that rounds otherwise than that for many.
+    generates: bool,
 }
 
 impl<'a> Pass<'a> {
@@ -53,12 +55,17 @@ impl<'a> Pass<'a> {
             assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
             assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");
         }
-        Self { base, adapters: vec![adapter], dropout }
+        Self { base, adapters: vec![adapter], dropout, generates: false }
     }
 
     /// A pass without dropout that computes a part of its rows with each of the adapters, or with none.
     pub(super) fn of_parts(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
-        Self { base, adapters: adapters.to_vec(), dropout: None }
+        Self { base, adapters: adapters.to_vec(), dropout: None, generates: false }
+    }
+
+    /// As [`of_parts`](Self::of_parts), for generation.
+    pub(super) fn generating(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
+        Self { generates: true, ..Self::of_parts(base, adapters) }
     }
 
     /// The weights of the model at a place.
@@ -70,7 +77,17 @@ impl<'a> Pass<'a> {
     pub(super) fn linear(&self, block: &BlockLayout, index: usize, product: Product) -> Linear<'a> {
         let range = block.product(product).clone();
         let at = |adapter: &Option<&'a Adapter>| adapter.and_then(|adapter| adapter.at(index, product, self.dropout));
-        Linear { w: &self.base[range.clone()], range, low_ranks: self.adapters.iter().map(at).collect() }
+        Linear {
+            w: &self.base[range.clone()],
+            range,
+            low_ranks: self.adapters.iter().map(at).collect(),
+            forward: self.forward(),
+        }
+    }
+
+    /// The matrix product of this pass.
+    pub(super) fn forward(&self) -> Forward {
+        if self.generates { linear::forward_few } else { linear::forward }
     }
 
     /// The gradient that this pass adds to.
@@ -84,6 +101,9 @@ impl<'a> Pass<'a> {
         if adapter.is_some() { Gradient::Adapter(gradient) } else { Gradient::Base(gradient) }
     }
 }
+
+/// [`linear::forward`] or another that computes the same.
+type Forward = fn(&[f32], &[f32], &mut [f32], usize, bool);
 
 /// Where a backward pass adds the gradient, in the layout of what is trained.
 pub(super) enum Gradient<'g> {
@@ -116,6 +136,7 @@ pub(super) struct Linear<'a> {
     range: Range<usize>,
     /// One for each part of the rows.
     low_ranks: Vec<Option<LowRank<'a>>>,
+    forward: Forward,
 }
 
 impl Linear<'_> {
@@ -126,7 +147,7 @@ impl Linear<'_> {
         if let [Some(low_rank)] = self.low_ranks.as_slice() {
             return low_rank.forward(x, self.w, y, add, scratch);
         }
-        linear::forward(x, self.w, y, inputs, add);
+        (self.forward)(x, self.w, y, inputs, add);
         let parts = self.low_ranks.len();
         let parts = x.chunks_exact(x.len() / parts).zip(y.chunks_exact_mut(y.len() / parts)).zip(&self.low_ranks);
         for ((x, y), low_rank) in parts {
