@@ -96,6 +96,26 @@ impl PackedBatch {
         self.responses.push(start..self.targets.len());
     }
 
+    /// The same examples several times, all of them once before any of them again.
+    pub(crate) fn repeated(&self, times: usize) -> Self {
+        let mut all = Self::default();
+        for _ in 0..times {
+            let (row, target) = (all.rows(), all.targets.len());
+            let moved = |range: &Range<usize>, by: usize| range.start + by..range.end + by;
+            all.tokens.extend(&self.tokens);
+            all.positions.extend(&self.positions);
+            all.segments.extend(self.segments.iter().map(|segment| Segment {
+                rows: moved(&segment.rows, row),
+                prompt: segment.prompt.as_ref().map(|prompt| moved(prompt, row)),
+            }));
+            all.scored_rows.extend(self.scored_rows.iter().map(|scored| scored + row as u32));
+            all.targets.extend(&self.targets);
+            all.responses.extend(self.responses.iter().map(|response| moved(response, target)));
+            all.row_keys.extend(&self.row_keys);
+        }
+        all
+    }
+
     /// Number of tokens that the decoder computes.
     pub fn rows(&self) -> usize {
         self.tokens.len()
@@ -142,6 +162,19 @@ mod tests {
         assert_eq!(packed_rows(2, &[3, 1]) + packed_rows(1, &[2]), batch.rows());
         assert_eq!(batch.sum_responses(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), [6.0, 4.0, 11.0]);
         assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]);
+    }
+
+    #[test]
+    fn a_repeated_batch_is_its_examples_pushed_again() {
+        let pushed = |times: usize| {
+            let mut batch = PackedBatch::default();
+            for _ in 0..times {
+                batch.push_keyed(0, &[5, 6], &[&[7, 8, 2], &[9]]);
+                batch.push_keyed(1, &[4], &[&[3, 2]]);
+            }
+            batch
+        };
+        assert_eq!(format!("{:?}", pushed(1).repeated(3)), format!("{:?}", pushed(3)));
     }
 
     #[test]

@@ -9,10 +9,11 @@ mod divergence;
 mod parameters;
 
 use crate::batch::PackedBatch;
+use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::rope::RopeTable;
-use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, swiglu};
+use crate::ops::{embedding, fit, logprob, lora, rmsnorm, swiglu};
 
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
@@ -185,42 +186,44 @@ impl Decoder {
         logps
     }
 
-    /// The logits `[wanted, vocab]` of the wanted rows, for tokens that continue the sequences of a cache.
+    /// The logits `[wanted, vocab]` of the wanted tokens, for tokens that continue the sequences of a cache: the weighted
+    /// sum of the policies' logits.
     ///
+    /// The rows of the pass, and the cache's spans, are all tokens under the first policy, then all under the next.
     /// Keeps nothing for a backward pass; the cache takes each block's keys and values.
     pub(crate) fn infer(
         &mut self,
-        weights: &[f32],
+        policies: &Shared<'_>,
         tokens: &[u32],
         positions: &[u32],
         wanted: &[usize],
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
-        let pass = Pass::of_base(weights);
+        let parts = policies.adapters.len();
+        let pass = Pass::generating(&policies.model.weights, &policies.adapters);
         self.check_weights(&pass);
         self.kept = None;
         self.tapes.resize_with(self.tapes.len().max(1), BlockTape::default);
         let d = self.hidden;
         let mut x = std::mem::take(&mut self.x);
-        let rows = fit(&mut x, tokens.len() * d);
-        embedding::forward(&weights[self.layout.embedding.clone()], tokens, rows, d);
+        let all = parts * tokens.len();
+        let rows = fit(&mut x, all * d);
+        embedding::forward(pass.base(&self.layout.embedding), &tokens.repeat(parts), rows, d);
+        let positions = positions.repeat(parts);
         let mut tape = std::mem::take(&mut self.tapes[0]);
         for index in 0..self.layout.blocks.len() {
-            self.block_forward(&pass, index, &cache.spans(index), positions, rows, &mut tape);
-            cache.store(index, &tape.qkv[..tokens.len() * self.heads.qkv_width()]);
+            self.block_forward(&pass, index, &cache.spans(index), &positions, rows, &mut tape);
+            cache.store(index, &tape.qkv[..all * self.heads.qkv_width()]);
         }
         self.tapes[0] = tape;
+        self.x = x;
+        let of_part = |part: usize| wanted.iter().map(move |&row| (part * tokens.len() + row) as u32);
+        self.gather_normed(&pass, &(0..parts).flat_map(of_part).collect::<Vec<_>>());
         let Scratch { logits, head, .. } = &mut self.scratch;
-        let chosen = fit(&mut head.x, wanted.len() * d);
-        for (to, &row) in chosen.chunks_exact_mut(d).zip(wanted) {
-            to.copy_from_slice(&rows[row * d..(row + 1) * d]);
-        }
-        let (normed, r) = (fit(&mut head.normed, wanted.len() * d), fit(&mut head.r, wanted.len()));
-        rmsnorm::forward(chosen, &weights[self.layout.final_norm.clone()], self.eps, normed, r);
+        let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
         let vocab = self.layout.head.len() / d;
         let logits = fit(logits, wanted.len() * vocab);
-        linear::forward(normed, &weights[self.layout.head.clone()], logits, d, false);
-        self.x = x;
+        pass.forward()(normed, pass.base(&self.layout.head), logits, d, false);
         logits
     }
 

@@ -121,9 +121,8 @@ pub fn generate<'a>(
     check_prompts(&policy, prompts)?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let positions = context.min(longest.saturating_add(options.max_new_tokens));
-    let mut decoders: Vec<Decoder> = policy.models().map(|model| Decoder::new(model, positions)).collect();
-    let blocks: Vec<usize> = policy.models().map(|model| model.config.num_hidden_layers).collect();
-    let mut mixed = Vec::new();
+    let mut decoders: Vec<Decoder> = policy.passes().iter().map(|pass| Decoder::new(pass.model, positions)).collect();
+    let mut sum = Vec::new();
     let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
     let mut waiting = prompts.iter().enumerate();
     let mut active: Vec<Sequence> = Vec::new();
@@ -131,7 +130,7 @@ pub fn generate<'a>(
     loop {
         while active.len() < options.batch_size {
             let Some((index, prompt)) = waiting.next() else { break };
-            active.push(Sequence::new(index, prompt, &blocks, options.seed));
+            active.push(Sequence::new(index, prompt, &policy, options.seed));
         }
         if active.is_empty() {
             break;
@@ -140,14 +139,14 @@ pub fn generate<'a>(
         let positions: Vec<u32> = active.iter().flat_map(Sequence::positions).collect();
         let mut end = 0;
         let last_rows: Vec<usize> = active.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
-        let parts = decoders.iter_mut().zip(policy.models()).enumerate();
-        let each: Vec<&[f32]> = parts
-            .map(|(part, (decoder, model))| {
-                let mut cache = PartCache { heads: decoder.heads(), part, sequences: &mut active };
-                decoder.infer(&model.weights, &tokens, &positions, &last_rows, &mut cache)
+        let passes = decoders.iter_mut().zip(policy.passes()).enumerate();
+        let each: Vec<&[f32]> = passes
+            .map(|(index, (decoder, pass))| {
+                let mut cache = PassCache { heads: decoder.heads(), pass: index, sequences: &mut active };
+                decoder.infer(pass, &tokens, &positions, &last_rows, &mut cache)
             })
             .collect();
-        let logits = policy.logits(&each, &mut mixed);
+        let logits = policy.logits(&each, &mut sum);
         let mut still = Vec::with_capacity(active.len());
         for (mut sequence, logits) in active.drain(..).zip(logits.chunks_exact(policy.vocab_size())) {
             sequence.past += sequence.pending.len();
@@ -207,8 +206,8 @@ fn check_prompt(policy: &Mixture<'_>, prompt: &[u32], index: usize) -> Result<()
 /// A sequence in generation.
 struct Sequence {
     index: usize,
-    /// What each model of the policy keeps of past tokens.
-    caches: Vec<Cache>,
+    /// For each pass of the policy, what each of its policies keeps of past tokens.
+    caches: Vec<Vec<Cache>>,
     past: usize,
     /// Tokens that the model has not seen yet: the prompt, then one token at a time.
     pending: Vec<u32>,
@@ -217,27 +216,22 @@ struct Sequence {
 }
 
 /// Keys and values of past tokens, per block `[past, key_value_width]`.
+#[derive(Clone)]
 struct Cache {
     keys: Vec<Vec<f32>>,
     values: Vec<Vec<f32>>,
 }
 
 impl Sequence {
-    /// A sequence that no model has seen yet; `blocks` are the numbers of blocks of the models.
-    fn new(index: usize, prompt: &[u32], blocks: &[usize], seed: u64) -> Self {
+    /// A sequence that the policy has not seen yet.
+    fn new(index: usize, prompt: &[u32], policy: &Mixture<'_>, seed: u64) -> Self {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         rng.set_stream(index as u64);
-        Self {
-            index,
-            caches: blocks
-                .iter()
-                .map(|&blocks| Cache { keys: vec![Vec::new(); blocks], values: vec![Vec::new(); blocks] })
-                .collect(),
-            past: 0,
-            pending: prompt.to_vec(),
-            answer: Vec::new(),
-            rng,
-        }
+        let caches = policy.passes().iter().map(|pass| {
+            let blocks = vec![Vec::new(); pass.model.config.num_hidden_layers];
+            vec![Cache { keys: blocks.clone(), values: blocks }; pass.adapters.len()]
+        });
+        Self { index, caches: caches.collect(), past: 0, pending: prompt.to_vec(), answer: Vec::new(), rng }
     }
 
     fn positions(&self) -> impl Iterator<Item = u32> + use<> {
@@ -274,21 +268,29 @@ impl Sequence {
     }
 }
 
-/// The sequences of one forward pass of one model; their pending tokens are the rows.
-struct PartCache<'s> {
+/// The sequences of one forward pass; its rows are their pending tokens, under one policy after the other.
+struct PassCache<'s> {
     heads: Heads,
-    /// The place of the model in the policy.
-    part: usize,
+    /// The place of the pass in the mixture.
+    pass: usize,
     sequences: &'s mut [Sequence],
 }
 
-impl KeyValueCache for PartCache<'_> {
+impl PassCache<'_> {
+    /// Number of policies of the pass.
+    fn policies(&self) -> usize {
+        self.sequences.first().map_or(0, |sequence| sequence.caches[self.pass].len())
+    }
+}
+
+impl KeyValueCache for PassCache<'_> {
     fn spans(&self, block: usize) -> Vec<Span<'_>> {
         let mut end = 0;
-        let spans = self.sequences.iter().map(|s| {
+        let of_policies = (0..self.policies()).flat_map(|policy| self.sequences.iter().map(move |s| (policy, s)));
+        let spans = of_policies.map(|(policy, s)| {
             let start = end;
             end += s.pending.len();
-            let Cache { keys, values } = &s.caches[self.part];
+            let Cache { keys, values } = &s.caches[self.pass][policy];
             Span { rows: start..end, prefix: Prefix::Cache { keys: &keys[block], values: &values[block] } }
         });
         spans.collect()
@@ -297,11 +299,13 @@ impl KeyValueCache for PartCache<'_> {
     fn store(&mut self, block: usize, qkv: &[f32]) {
         let (q, kv) = (self.heads.query_width(), self.heads.key_value_width());
         let mut rows = qkv.chunks_exact(self.heads.qkv_width());
-        for sequence in &mut *self.sequences {
-            let cache = &mut sequence.caches[self.part];
-            for row in rows.by_ref().take(sequence.pending.len()) {
-                cache.keys[block].extend_from_slice(&row[q..q + kv]);
-                cache.values[block].extend_from_slice(&row[q + kv..]);
+        for policy in 0..self.policies() {
+            for sequence in &mut *self.sequences {
+                let cache = &mut sequence.caches[self.pass][policy];
+                for row in rows.by_ref().take(sequence.pending.len()) {
+                    cache.keys[block].extend_from_slice(&row[q..q + kv]);
+                    cache.values[block].extend_from_slice(&row[q + kv..]);
+                }
             }
         }
     }
@@ -355,8 +359,9 @@ fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Opti
 mod tests {
     use super::*;
     use crate::batch::PackedBatch;
+    use crate::mixture::tests::adapted;
     use crate::model::tests::tiny_config;
-    use crate::{Model, Scorer};
+    use crate::{Adapted, Model, Scorer};
 
     fn text(tokens: &[u32]) -> Result<String> {
         Ok(tokens.iter().map(|t| format!("<{t}>")).collect())
@@ -428,6 +433,26 @@ mod tests {
                 let logps = Scorer::new(mixture.clone(), 32).logps(&batch);
                 assert_eq!((0..11).max_by(|&a, &b| logps[a].total_cmp(&logps[b])), Some(token as usize));
                 so_far.push(token);
+            }
+        }
+    }
+
+    #[test]
+    fn adapters_of_one_model_in_one_pass_answer_as_the_models_that_they_make() {
+        let (model, adapters) = adapted();
+        let with = |index: usize| Adapted { model: &model, adapter: Some(&adapters[index].0) };
+        let pairs: [(Adapted<'_>, Adapted<'_>, [&Model; 2]); 3] = [
+            (with(0), with(1), [&adapters[0].1, &adapters[1].1]),
+            ((&model).into(), with(1), [&model, &adapters[1].1]),
+            (with(2), with(0), [&adapters[2].1, &adapters[0].1]),
+        ];
+        for (a, b, folded) in pairs {
+            let apart = Mixture::new(folded[0], folded[1], 0.4).unwrap();
+            for (temperature, batch_size) in [(0.0, 1), (0.0, 3), (1.0, 1), (1.0, 3)] {
+                let options =
+                    SamplingOptions { max_new_tokens: 9, temperature, batch_size, ..SamplingOptions::default() };
+                let run = |policy| generate(policy, &prompts(), &options, &text, &mut |_| Ok(())).unwrap();
+                assert_eq!(run(Mixture::new(a, b, 0.4).unwrap()), run(apart.clone()));
             }
         }
     }

@@ -25,7 +25,7 @@ pub use config::{ModelConfig, RopeScaling};
 pub use decoder::{Decoder, Head, Keep, Parameters};
 pub use error::{Error, Result};
 pub use lora::{Adapter, LoraOptions, Projection};
-pub use mixture::{Mixture, Scorer};
+pub use mixture::{Adapted, Mixture, Scorer};
 pub use model::{Layout, Model, ModelHash, ParamSpec};
 pub use tokenizer::Tokenizer;
 

@@ -155,6 +155,9 @@ pub(crate) struct Logps {
     /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PolicyName,
+    /// Allow q outside 0 to 1 in mix(A, B, q), which leads beyond the models.
+    #[arg(long)]
+    pub(crate) extrapolate: bool,
     /// Preference pairs, .jsonl, .jsonl.gz or .json.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
@@ -257,6 +260,9 @@ pub(crate) struct Generate {
     /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PolicyName,
+    /// Allow q outside 0 to 1 in mix(A, B, q), which leads beyond the models.
+    #[arg(long)]
+    pub(crate) extrapolate: bool,
     /// A prompt; may be given several times.
     #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "prompts")]
     pub(crate) prompt: Vec<String>,

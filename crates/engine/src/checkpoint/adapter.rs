@@ -8,12 +8,10 @@ use serde_json::{Map, Value, json};
 
 use super::fields::Fields;
 use super::hf::{Tensors, write_json};
-use super::{AdapterSummary, Checkpoint, Description, GenerationConfig, atomic, refuse_to_replace, write_safetensors};
+use super::{AdapterSummary, Description, atomic, refuse_to_replace, write_safetensors};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, LoraOptions, Projection};
-use crate::model::Model;
-use crate::tokenizer::Tokenizer;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -66,7 +64,7 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Writes a PEFT folder. `base` is where PEFT, and [`Checkpoint::load`], find the model that it adapts. The folder
+    /// Writes a PEFT folder. `base` is where PEFT, and [`Checkpoint::load`](crate::Checkpoint::load), find the model that it adapts. The folder
     /// appears, or replaces an older adapter, only when it is complete and on the disk.
     ///
     /// # Errors
@@ -89,17 +87,6 @@ impl Adapter {
 /// Whether a folder holds an adapter and no model of its own.
 pub(super) fn is_adapter(folder: &Path) -> bool {
     folder.join(CONFIG).is_file() && !folder.join("config.json").exists()
-}
-
-/// Reads the base model of an adapter folder and folds the adapter into it. A tokenizer in the folder goes before the
-/// base model's.
-pub(super) fn load_folded(folder: &Path) -> Result<(Model, Tokenizer, GenerationConfig)> {
-    let Checkpoint { mut model, mut tokenizer, generation } = Checkpoint::load(&base_of(folder)?)?;
-    Adapter::load(folder, &model.config)?.fold_into(&mut model);
-    if folder.join("tokenizer.json").exists() {
-        tokenizer = Tokenizer::from_folder(folder)?;
-    }
-    Ok((model, tokenizer, generation))
 }
 
 /// Describes an adapter folder and the base model that it names.

@@ -20,6 +20,7 @@ pub use hf::StreamedModel;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
+use crate::lora::Adapter;
 use crate::model::{Model, ParamSpec};
 use crate::tokenizer::Tokenizer;
 
@@ -49,10 +50,28 @@ impl Checkpoint {
         let (mut model, tokenizer, mut generation) = match format(path)? {
             Format::Gguf => gguf::load(path)?,
             Format::Folder => (hf::load_model(path)?, Tokenizer::from_folder(path)?, hf::load_generation(path)?),
-            Format::Adapter => adapter::load_folded(path)?,
+            Format::Adapter => {
+                let mut base = Self::load(&adapter::base_of(path)?)?;
+                base.adapt(path)?.fold_into(&mut base.model);
+                return Ok(base);
+            }
         };
         agree(&mut model.config, &tokenizer, &mut generation, path)?;
         Ok(Self { model, tokenizer, generation })
+    }
+
+    /// Reads the adapter of a PEFT folder of which this is the base model, and leaves the weights alone. A tokenizer in the
+    /// folder goes before the base model's.
+    ///
+    /// # Errors
+    /// As [`Adapter::load`], and as [`Checkpoint::load`] for the tokenizer.
+    pub fn adapt(&mut self, folder: &Path) -> Result<Adapter> {
+        let adapter = Adapter::load(folder, &self.model.config)?;
+        if folder.join("tokenizer.json").exists() {
+            self.tokenizer = Tokenizer::from_folder(folder)?;
+        }
+        agree(&mut self.model.config, &self.tokenizer, &mut self.generation, folder)?;
+        Ok(adapter)
     }
 
     /// Writes a Hugging Face folder with f32 weights that this crate and `transformers` load. The folder appears, or

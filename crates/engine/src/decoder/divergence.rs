@@ -3,6 +3,7 @@
 
 use super::{Decoder, Head, Keep, Parameters, Pass, Scratch};
 use crate::batch::PackedBatch;
+use crate::mixture::Shared;
 use crate::ops::{divergence, fit};
 
 impl Decoder {
@@ -10,11 +11,22 @@ impl Decoder {
     ///
     /// Those of a reference, with its vocabulary head, are the [`Head`] that a policy of the same shape is compared with.
     pub fn head_rows(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f32> {
-        let pass = Pass::of_base(weights);
-        self.run_blocks(&pass, batch, None);
+        self.scored_rows(&Pass::of_parts(weights, &[None]), batch)
+    }
+
+    /// As [`head_rows`](Self::head_rows), of several policies of one model at once: the weighted sum of their rows.
+    pub(crate) fn mixed_rows(&mut self, policies: &Shared<'_>, batch: &PackedBatch) -> Vec<f32> {
+        let pass = Pass::of_parts(&policies.model.weights, &policies.adapters);
+        let mut rows = self.scored_rows(&pass, &batch.repeated(policies.adapters.len()));
+        policies.weighted_sum(&mut rows).to_vec()
+    }
+
+    /// The normalised final hidden rows that predict the scored tokens of the batch.
+    fn scored_rows(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Vec<f32> {
+        self.run_blocks(pass, batch, None);
         let mut all = Vec::with_capacity(batch.scored_rows.len() * self.hidden);
         for rows in batch.scored_rows.chunks(self.divergence_chunk(batch)) {
-            self.gather_normed(&pass, rows);
+            self.gather_normed(pass, rows);
             all.extend_from_slice(&self.scratch.head.normed[..rows.len() * self.hidden]);
         }
         all

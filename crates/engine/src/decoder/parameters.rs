@@ -32,12 +32,16 @@ impl<'a> From<&'a Vec<f32>> for Parameters<'a> {
 }
 
 /// The parameters of one pass over the rows of one batch.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Pass<'a> {
     pub(super) base: &'a [f32],
-    adapter: Option<&'a Adapter>,
+    /// What adapts the model for each part of the rows: they fall into as many equal parts, one after the other. A pass
+    /// that trains has one.
+    adapters: Vec<Option<&'a Adapter>>,
     /// The seed and the rows' keys.
     dropout: Option<(u64, &'a [u64])>,
+    /// Whether few rows may be computed in a way that rounds otherwise than that for many.
+    generates: bool,
 }
 
 impl<'a> Pass<'a> {
@@ -51,12 +55,17 @@ impl<'a> Pass<'a> {
             assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
             assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");
         }
-        Self { base, adapter, dropout }
+        Self { base, adapters: vec![adapter], dropout, generates: false }
     }
 
-    /// A pass without an adapter.
-    pub(super) fn of_base(base: &'a [f32]) -> Self {
-        Self { base, adapter: None, dropout: None }
+    /// A pass without dropout that computes a part of its rows with each of the adapters, or with none.
+    pub(super) fn of_parts(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
+        Self { base, adapters: adapters.to_vec(), dropout: None, generates: false }
+    }
+
+    /// As [`of_parts`](Self::of_parts), for generation.
+    pub(super) fn generating(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
+        Self { generates: true, ..Self::of_parts(base, adapters) }
     }
 
     /// The weights of the model at a place.
@@ -67,8 +76,18 @@ impl<'a> Pass<'a> {
     /// A product of block `index`.
     pub(super) fn linear(&self, block: &BlockLayout, index: usize, product: Product) -> Linear<'a> {
         let range = block.product(product).clone();
-        let low_rank = self.adapter.and_then(|adapter| adapter.at(index, product, self.dropout));
-        Linear { w: &self.base[range.clone()], range, low_rank }
+        let at = |adapter: &Option<&'a Adapter>| adapter.and_then(|adapter| adapter.at(index, product, self.dropout));
+        Linear {
+            w: &self.base[range.clone()],
+            range,
+            low_ranks: self.adapters.iter().map(at).collect(),
+            forward: self.forward(),
+        }
+    }
+
+    /// The matrix product of this pass.
+    pub(super) fn forward(&self) -> Forward {
+        if self.generates { linear::forward_few } else { linear::forward }
     }
 
     /// The gradient that this pass adds to.
@@ -76,11 +95,15 @@ impl<'a> Pass<'a> {
     /// # Panics
     /// If it does not have the layout of what is trained.
     pub(super) fn gradient<'g>(&self, gradient: &'g mut [f32]) -> Gradient<'g> {
-        let len = self.adapter.map_or(self.base.len(), |adapter| adapter.layout.len);
+        let adapter = only(&self.adapters);
+        let len = adapter.map_or(self.base.len(), |adapter| adapter.layout.len);
         assert_eq!(gradient.len(), len, "the gradient does not fit what is trained");
-        if self.adapter.is_some() { Gradient::Adapter(gradient) } else { Gradient::Base(gradient) }
+        if adapter.is_some() { Gradient::Adapter(gradient) } else { Gradient::Base(gradient) }
     }
 }
+
+/// [`linear::forward`] or another that computes the same.
+type Forward = fn(&[f32], &[f32], &mut [f32], usize, bool);
 
 /// Where a backward pass adds the gradient, in the layout of what is trained.
 pub(super) enum Gradient<'g> {
@@ -98,25 +121,45 @@ impl Gradient<'_> {
     }
 }
 
+/// What adapts all rows of a pass that trains.
+///
+/// # Panics
+/// If the rows are in several parts.
+fn only<T>(parts: &[Option<T>]) -> Option<&T> {
+    let [only] = parts else { panic!("a pass over several policies has no gradient") };
+    only.as_ref()
+}
+
 /// A matrix product of a block, adapted or not. x `[n, inputs]`, y `[n, outputs]`.
 pub(super) struct Linear<'a> {
     w: &'a [f32],
     range: Range<usize>,
-    low_rank: Option<LowRank<'a>>,
+    /// One for each part of the rows.
+    low_ranks: Vec<Option<LowRank<'a>>>,
+    forward: Forward,
 }
 
 impl Linear<'_> {
     /// y = x·Wᵀ, or y += x·Wᵀ with `add`.
+    ///
+    /// Several parts of the rows share the product with W, and what adapts each comes on top.
     pub(super) fn forward(&self, x: &[f32], y: &mut [f32], inputs: usize, add: bool, scratch: &mut Scratch) {
-        match &self.low_rank {
-            None => linear::forward(x, self.w, y, inputs, add),
-            Some(low_rank) => low_rank.forward(x, self.w, y, add, scratch),
+        if let [Some(low_rank)] = self.low_ranks.as_slice() {
+            return low_rank.forward(x, self.w, y, add, scratch);
+        }
+        (self.forward)(x, self.w, y, inputs, add);
+        let parts = self.low_ranks.len();
+        let parts = x.chunks_exact(x.len() / parts).zip(y.chunks_exact_mut(y.len() / parts)).zip(&self.low_ranks);
+        for ((x, y), low_rank) in parts {
+            if let Some(low_rank) = low_rank {
+                low_rank.add_forward(x, y, scratch);
+            }
         }
     }
 
     /// dx = dy·W.
     pub(super) fn backward_input(&self, dy: &[f32], dx: &mut [f32], inputs: usize, scratch: &mut Scratch) {
-        match &self.low_rank {
+        match only(&self.low_ranks) {
             None => linear::backward_input(dy, self.w, dx, inputs),
             Some(low_rank) => low_rank.backward_input(dy, self.w, dx, scratch),
         }
@@ -131,7 +174,7 @@ impl Linear<'_> {
         gradient: &mut Gradient<'_>,
         scratch: &mut Scratch,
     ) {
-        match (gradient, &self.low_rank) {
+        match (gradient, only(&self.low_ranks)) {
             (Gradient::Base(gradient), _) => {
                 linear::backward_weight(dy, x, &mut gradient[self.range.clone()], inputs);
             }

@@ -36,22 +36,22 @@ pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f3
     .collect()
 }
 
-/// Log-probabilities of `targets` under the softmax of the weighted sum of several heads' logits. Every head has as many
-/// rows as there are targets, and the same vocabulary.
-pub(crate) fn mixed(heads: &[(Head<'_>, f32)], targets: &[u32]) -> Vec<f32> {
-    let vocab = heads.first().map_or(1, |(head, _)| shape(head.rows, head.weights, targets).1);
+/// Log-probabilities of `targets` under the softmax of the sum of several heads' logits. Every head has as many rows as
+/// there are targets, and the same vocabulary.
+pub(crate) fn mixed(heads: &[Head<'_>], targets: &[u32]) -> Vec<f32> {
+    let vocab = heads.first().map_or(1, |head| shape(head.rows, head.weights, targets).1);
     let chunk = even_chunk(targets.len(), 2 * vocab);
     let (mut sum, mut logits) = (Vec::new(), Vec::new());
     let mut logps = Vec::with_capacity(targets.len());
     for (index, targets) in targets.chunks(chunk).enumerate() {
         let sum = fit(&mut sum, targets.len() * vocab);
         sum.fill(0.0);
-        for (head, weight) in heads {
+        for head in heads {
             let width = head.weights.len() / vocab;
             let rows = &head.rows[index * chunk * width..][..targets.len() * width];
             let logits = compute_logits(rows, head.weights, width, vocab, &mut logits);
             sum.par_chunks_mut(vocab).zip(logits.par_chunks(vocab)).for_each(|(sum, logits)| {
-                sum.iter_mut().zip(logits).for_each(|(sum, logit)| *sum = weight.mul_add(*logit, *sum));
+                sum.iter_mut().zip(logits).for_each(|(sum, logit)| *sum += logit);
             });
         }
         let rows = sum.par_chunks_mut(vocab).zip(targets);

@@ -65,7 +65,16 @@ impl<'a> LowRank<'a> {
             return linear::forward(x, self.merged(w, &mut scratch.weight), y, inputs, add);
         }
         linear::forward(x, w, y, inputs, add);
-        let outputs = w.len() / inputs;
+        self.add_forward(x, y, scratch);
+    }
+
+    /// y += s·drop(x)·Aᵀ·Bᵀ. x `[n, inputs]`, y `[n, outputs]`.
+    ///
+    /// # Panics
+    /// With DoRA, whose W is no sum of this and another.
+    pub(crate) fn add_forward(&self, x: &[f32], y: &mut [f32], scratch: &mut Scratch) {
+        assert!(!self.is_dora(), "DoRA is no update that can be added");
+        let outputs = y.len() / (x.len() / self.inputs());
         let u = self.down(x, &mut scratch.u, &mut scratch.dropped);
         for (index, target) in self.site.targets.iter().enumerate() {
             let b = View::rows(self.b(index), self.rank);

@@ -42,7 +42,7 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         Some(path) => data::read_prompts(path)?,
         None => options.prompt.iter().map(|text| Prompt::Text(text.clone())).collect(),
     };
-    let policy = Policy::load(&options.model)?;
+    let policy = Policy::load(&options.model, options.extrapolate)?;
     let has_template = policy.first.tokenizer.has_chat_template();
     if options.system.is_some() && !has_template {
         return Err(Error::input(

@@ -37,7 +37,7 @@ struct Response {
 pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     start_threads(global, None)?;
     let file = data::read_pairs(&options.data, options.format, &options.metric, false)?;
-    let policy = Policy::load(&options.model)?;
+    let policy = Policy::load(&options.model, options.extrapolate)?;
     let (tokenizer, mixture) = (&policy.first.tokenizer, policy.mixture()?);
     let context = mixture.context();
     let render = RenderOptions {
