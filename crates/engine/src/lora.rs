@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
-use crate::model::{Model, ParamSpec, Product, hash_weights};
+use crate::model::{Layout, Model, ParamSpec, Product, hash_weights};
 use crate::ops::dora;
 use crate::ops::dropout::{Dropout, mix};
 use crate::ops::lora::{LowRank, Site, Target};
@@ -324,6 +324,23 @@ impl Adapter {
         }
     }
 
+    /// Replaces rows of a tensor of the model, `first` and those after it, by those that the adapter makes of them.
+    pub(crate) fn fold_rows_into(&self, layout: &Layout, spec: &ParamSpec, first: usize, rows: &mut [f32]) {
+        for (index, block) in layout.blocks.iter().enumerate() {
+            for product in Product::ALL {
+                let range = block.product(product);
+                let Some(low_rank) = self.at(index, product, None).filter(|_| range.contains(&spec.range.start)) else {
+                    continue;
+                };
+                let row = (spec.range.start - range.start) / spec.shape[1];
+                let target = low_rank.site.targets.iter().position(|target| target.columns.start == row);
+                if let Some(target) = target {
+                    low_rank.merge_rows(target, first, rows);
+                }
+            }
+        }
+    }
+
     /// One adapter that does what all of them do together: the ranks add up, and B takes the scales.
     ///
     /// # Errors
@@ -332,6 +349,18 @@ impl Adapter {
     /// # Panics
     /// If one was made for a model of another shape than `config`.
     pub fn stack(config: &ModelConfig, adapters: &[&Self]) -> Result<Self> {
+        Self::weighted_sum(config, adapters, &vec![1.0; adapters.len()])
+    }
+
+    /// As [`stack`](Self::stack), of the adapters' updates times `coefficients`, one for each: Σ cᵢ·sᵢ·Bᵢ·Aᵢ. What PEFT's
+    /// `add_weighted_adapter` calls `cat`.
+    ///
+    /// # Errors
+    /// As [`stack`](Self::stack).
+    ///
+    /// # Panics
+    /// As [`stack`](Self::stack).
+    pub fn weighted_sum(config: &ModelConfig, adapters: &[&Self], coefficients: &[f64]) -> Result<Self> {
         if adapters.iter().any(|adapter| adapter.options.dora) {
             return Err(Error::input(
                 "An adapter with DoRA cannot be stacked: it scales what lies below it. Fold it into its model instead.",
@@ -347,7 +376,7 @@ impl Adapter {
         let mut stacked = Self::zeros(config, options);
         for to in &stacked.layout.specs {
             let mut first = 0;
-            for Self { options, layout, weights } in adapters {
+            for (Self { options, layout, weights }, coefficient) in adapters.iter().zip(coefficients) {
                 // where an adapter has no such factor, its part stays zero
                 if let Some(from) = layout.specs.iter().find(|from| from.name == to.name) {
                     let (width, of_a) = (to.shape[1], to.name.ends_with(A));
@@ -356,7 +385,8 @@ impl Adapter {
                         to[first * width..][..from.len()].copy_from_slice(from);
                     } else {
                         for (to, from) in to.chunks_exact_mut(rank).zip(from.chunks_exact(options.rank)) {
-                            let scaled = from.iter().map(|b| (options.scale() * f64::from(*b)) as f32);
+                            let scale = coefficient * options.scale();
+                            let scaled = from.iter().map(|b| (scale * f64::from(*b)) as f32);
                             to[first..].iter_mut().zip(scaled).for_each(|(to, b)| *to = b);
                         }
                     }

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use common::{names, tiny_config, tokenizer};
-use engine::checkpoint::{Checkpoint, GenerationConfig, describe, load_model};
+use engine::checkpoint::{Checkpoint, GenerationConfig, StreamedModel, describe, load_model};
 use engine::{Adapter, Decoder, Keep, LoraOptions, Model, ModelConfig, PackedBatch, Parameters, Projection};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -163,6 +163,33 @@ fn an_adapter_folder_is_a_model() {
         assert!(Checkpoint::load(&folder).unwrap().model.weights == model.weights);
         fs::copy(folder.join("adapter_config.json"), parent.path().join("base/adapter_config.json")).unwrap();
         assert!(Checkpoint::load(&parent.path().join("base")).unwrap().model.weights != model.weights);
+    }
+}
+
+#[test]
+fn a_streamed_adapter_is_the_folded_model_bit_for_bit() {
+    let some = vec![Projection::VProj, Projection::GateProj, Projection::DownProj];
+    for options in [
+        LoraOptions { rank: 3, ..LoraOptions::default() },
+        LoraOptions { rank: 2, targets: some, ..LoraOptions::default() },
+        LoraOptions { rank: 2, dora: true, ..LoraOptions::default() },
+    ] {
+        let (parent, model, _) = saved(options);
+        let folder = parent.path().join("adapter");
+        let folded = Checkpoint::load(&folder).unwrap();
+        let (mut streamed, tokenizer, generation) = StreamedModel::open(&folder).unwrap();
+        assert!(folded.model.weights != model.weights);
+        assert_eq!((&streamed.config, &streamed.path), (&folded.model.config, &folder));
+        assert_eq!((tokenizer.hash(), generation), (folded.tokenizer.hash(), folded.generation));
+        let mut part = Vec::new();
+        for (tensor, spec) in model.layout.specs.iter().enumerate().rev() {
+            // parts that start and end within rows
+            for start in (0..spec.range.len()).step_by(101) {
+                let range = start..spec.range.len().min(start + 150);
+                streamed.read(tensor, range.clone(), &mut part).unwrap();
+                assert!(part == folded.model.weights[spec.range.clone()][range], "{}", spec.name);
+            }
+        }
     }
 }
 

@@ -312,8 +312,9 @@ pub(crate) struct Generate {
     sacpo merge --q 0.5 runs/hh/steps/helpful/checkpoint runs/hh/steps/harmless/checkpoint merged\n  \
     sacpo merge --weight 2 --weight 1 --weight 1 A B C merged\n  \
     sacpo merge --method ties --base models/SmolLM2 --density 0.2 A B merged\n\n\
-    Models are folders in Hugging Face's layout. `sacpo model convert` makes one of a .gguf file or an adapter. Tokenizer \
-    and config are those of the base, or of the first model. docs/merging.md has the formulas.")]
+    Models are folders in Hugging Face's layout, or adapters of one; `sacpo model convert` makes one of a .gguf file. \
+    Adapters of one base make an adapter by linear and task-arithmetic, without DoRA, and else a model. Tokenizer and \
+    config are those of the base, or of the first model. docs/merging.md has the formulas.")]
 pub(crate) struct Merge {
     /// The models, two or more (one or more with a base), then the folder to write.
     #[arg(num_args = 2.., required = true, value_names = ["MODEL", "OUT"])]

@@ -10,7 +10,7 @@ use std::path::Path;
 use common::*;
 use engine::checkpoint::Checkpoint;
 use engine::tokenizer::Tokenizer;
-use engine::{Adapter, LoraOptions, Model, ModelConfig};
+use engine::{Adapter, LoraOptions, Model, ModelConfig, Projection};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -141,6 +141,92 @@ fn random_choices_follow_the_seed_and_nothing_else() {
     assert!((share - 0.5).abs() < 5.0 * (0.25 / changed as f64).sqrt(), "{share} of {changed}");
 }
 
+/// An adapter of `base` as training leaves it, and the model that it makes.
+fn adapter(folder: &TempDir, name: &str, base: &str, options: LoraOptions, seed: u64) -> [String; 2] {
+    let mut adapter = Adapter::new(&load(base).model, options, seed).unwrap();
+    let shift = |i: usize| 0.01 * ((i + seed as usize) % 5) as f32;
+    adapter.weights.iter_mut().enumerate().for_each(|(i, weight)| *weight += shift(i));
+    adapter.save(Path::new(base), &folder.path().join(name)).unwrap();
+    let folded = at(folder, &format!("{name}-folded"));
+    done(&["model", "convert", &at(folder, name), &folded]);
+    [at(folder, name), folded]
+}
+
+/// Adapters of the base: of all matrices, and of some with another scale.
+fn adapters(folder: &TempDir, base: &str) -> [[String; 2]; 2] {
+    let all = LoraOptions { rank: 4, ..LoraOptions::default() };
+    let targets = vec![Projection::QProj, Projection::UpProj];
+    let some = LoraOptions { rank: 2, alpha: 3.0, rank_stabilized: true, targets, ..LoraOptions::default() };
+    [adapter(folder, "first", base, all, 1), adapter(folder, "second", base, some, 2)]
+}
+
+#[test]
+fn adapters_of_one_base_make_an_adapter_of_it() {
+    let (folder, base) = (folder(), material().base());
+    let [[a, a_folded], [b, b_folded]] = adapters(&folder, &base);
+    let over_base = ["--method", "task-arithmetic", "--base", &base];
+    let cases: [&[&str]; 6] = [
+        &["--q", "0.3"],
+        &["--q", "0"],
+        &["--q=-0.5", "--extrapolate"],
+        &["--weight", "0.4", "--weight", "0.6", "--normalise", "false"],
+        &[&over_base[..], &["--weight", "0.8", "--weight=-0.5"]].concat(),
+        &[&over_base[..], &["--weight", "3", "--weight", "1", "--normalise", "true"]].concat(),
+    ];
+    for arguments in cases {
+        let out = at(&folder, "adapter");
+        let told = json(&[&["merge"], arguments, &[&a, &b, &out]].concat());
+        assert_eq!(told["adapter"], json!({"base": &base, "rank": 6}), "{arguments:?}");
+        let parameters = json(&["model", "inspect", &out])["adapter"]["parameters"].clone();
+        assert_eq!((&told["parameters"], &told["base"]), (&parameters, &json!(null)));
+        let hash = |path: &str| Adapter::load(Path::new(path), &load(&base).model.config).unwrap().hash();
+        assert_eq!(told["models"], json!([{"path": &a, "hash": hash(&a)}, {"path": &b, "hash": hash(&b)}]));
+        let folded = merged(&folder, &[arguments, &[&a_folded, &b_folded]].concat());
+        for (adapted, folded) in load(&out).model.weights.iter().zip(&folded) {
+            assert!((adapted - folded).abs() < 1e-6, "{arguments:?}: {adapted} by the adapter, {folded} of the models");
+        }
+        fs::remove_dir_all(&out).unwrap();
+    }
+    // a tokenizer of the first goes before the base's
+    fs::copy(format!("{base}/tokenizer.json"), format!("{a}/tokenizer.json")).unwrap();
+    fs::write(format!("{a}/tokenizer_config.json"), json!({"chat_template": "{{ messages[0].content }}"}).to_string())
+        .unwrap();
+    let out = at(&folder, "templated");
+    done(&["merge", &a, &b, &out]);
+    assert!(load(&out).tokenizer.has_chat_template() && load(&out).tokenizer.hash() == load(&a).tokenizer.hash());
+}
+
+#[test]
+fn other_merges_of_adapters_are_those_of_the_models_that_they_make() {
+    let (folder, base) = (folder(), material().base());
+    let [[a, a_folded], [b, b_folded]] = adapters(&folder, &base);
+    let [dora, dora_folded] =
+        adapter(&folder, "dora", &base, LoraOptions { rank: 2, dora: true, ..LoraOptions::default() }, 3);
+    // trained in a second step, on what the first made
+    let [next, next_folded] = adapter(&folder, "next", &a_folded, LoraOptions { rank: 2, ..LoraOptions::default() }, 4);
+    let over_base = |method: &'static str| ["--base", &base, "--method", method];
+    let cases: [(&[&str], [&str; 2], [&str; 2]); 9] = [
+        (&["--method", "slerp", "--q", "0.3"], [&a, &b], [&a_folded, &b_folded]),
+        (&["--normalise", "false"], [&a, &b], [&a_folded, &b_folded]),
+        (&["--q", "0.3"], [&a, &dora], [&a_folded, &dora_folded]),
+        (&["--q", "0.3"], [&a, &b_folded], [&a_folded, &b_folded]),
+        (&["--q", "0.3"], [&a, &next], [&a_folded, &next_folded]),
+        (&["--method", "task-arithmetic", "--base", &a], [&b, &next], [&b_folded, &next_folded]),
+        (&[&over_base("ties")[..], &["--density", "0.3"]].concat(), [&a, &b], [&a_folded, &b_folded]),
+        (&[&over_base("dare-linear")[..], &["--density", "0.3"]].concat(), [&a, &b], [&a_folded, &b_folded]),
+        (&over_base("task-arithmetic"), [&a, &dora], [&a_folded, &dora_folded]),
+    ];
+    for (arguments, adapters, folded) in cases {
+        let out = at(&folder, "out");
+        let told = json(&[&["merge"], arguments, &adapters, &[&out]].concat());
+        assert_eq!(told["adapter"], json!(null), "{arguments:?}");
+        assert_eq!(told["models"][0]["hash"], json!(load(folded[0]).model.hash()));
+        fs::remove_dir_all(&out).unwrap();
+        let of_adapters = merged(&folder, &[arguments, &adapters].concat());
+        assert!(of_adapters == merged(&folder, &[arguments, &folded].concat()), "{arguments:?}");
+    }
+}
+
 #[test]
 fn options_that_do_not_fit_are_refused() {
     let folder = folder();
@@ -207,11 +293,23 @@ fn models_that_do_not_fit_are_refused() {
     });
     refused(&words, &["The token 9 is", "entirely-new", "share a vocabulary"]);
 
-    let mut adapter = Adapter::new(&load(&base).model, LoraOptions::default(), 1).unwrap();
-    adapter.weights.fill(0.01);
-    adapter.save(Path::new(&base), &folder.path().join("adapter")).unwrap();
-    refused(&at(&folder, "adapter"), &["is an adapter", "sacpo model convert"]);
-    refused(&file(&folder, "model.gguf", "GGUF"), &["is a GGUF file", "sacpo model convert"]);
+    let gguf = file(&folder, "model.gguf", "GGUF");
+    refused(&gguf, &["is a GGUF file", "sacpo model convert"]);
+    let save = |name: &str, base: &str, weight: f32| {
+        let mut adapter = Adapter::new(&load(&material().base()).model, LoraOptions::default(), 1).unwrap();
+        adapter.weights.fill(weight);
+        adapter.save(Path::new(base), &folder.path().join(name)).unwrap();
+        at(&folder, name)
+    };
+    let of_gguf = save("of-gguf", &gguf, 0.1);
+    refused(&of_gguf, &["of-gguf is an adapter of a GGUF file", "sacpo model convert"]);
+    let (fine, broken) = (save("fine-adapter", &base, 0.1), save("broken-adapter", &base, f32::NAN));
+    let message = fails(2, &["merge", &fine, &broken, &out]);
+    says(&message, &["broken-adapter", "layers.0.self_attn.q_proj.lora_A.weight", "not finite"]);
+    refused(&broken, &["broken-adapter", "model.layers.0.self_attn.q_proj.weight", "not finite"]);
+    let huge = save("huge-adapter", &base, 3e38);
+    let message = fails(1, &["merge", "--method", "task-arithmetic", "--base", &base, &huge, &out]);
+    says(&message, &["too large for f32", "smaller weights"]);
 
     let broken = model(&folder, "broken", 1, |checkpoint| {
         let norm = checkpoint.model.layout.final_norm.start;

@@ -4,6 +4,7 @@
 //! the safe step after it: (1 − q)·θ_r + q·θ_safe. [`Method`] lists the ways to merge, [`merge`] does it, a part of a
 //! tensor at a time.
 
+mod adapters;
 mod arithmetic;
 #[cfg(test)]
 mod parity;
@@ -12,7 +13,7 @@ mod trim;
 
 use engine::{Error, Result};
 
-pub use stream::{Input, Merged, merge};
+pub use stream::{Input, Merged, MergedAdapter, merge};
 
 /// A way to merge. Below, wᵢ are the weights, θᵢ the models, and δᵢ = θᵢ − θ_base their task vectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

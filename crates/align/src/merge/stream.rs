@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::arithmetic::{Angle, TaskVectors, linear};
 use super::trim::{Random, Select, Trim};
-use super::{Method, Options};
+use super::{Method, Options, adapters};
 
 /// Numbers of each model in memory at once.
 const PART: usize = 1 << 18;
@@ -20,12 +20,23 @@ const PART: usize = 1 << 18;
 pub struct Merged {
     /// The models, in the order given.
     pub models: Vec<Input>,
-    /// What task vectors start from.
+    /// What task vectors start from, where the result is a model.
     pub base: Option<Input>,
     /// Number of tensors.
     pub tensors: usize,
     /// Number of weights.
     pub parameters: usize,
+    /// Where the result is an adapter.
+    pub adapter: Option<MergedAdapter>,
+}
+
+/// An adapter that a merge made.
+#[derive(Debug, Clone, Serialize)]
+pub struct MergedAdapter {
+    /// The model that it adapts.
+    pub base: PathBuf,
+    /// The sum of the ranks.
+    pub rank: usize,
 }
 
 /// A model that went into a merge.
@@ -33,12 +44,16 @@ pub struct Merged {
 pub struct Input {
     /// Where it is.
     pub path: PathBuf,
-    /// [`engine::Model::hash`] of it.
+    /// [`engine::Model::hash`] of it; [`engine::Adapter::hash`] where the result is an adapter.
     pub hash: String,
 }
 
 /// Merges models, in Hugging Face's layout, into the new checkpoint `out`, with f32 weights. Shape, tokenizer and defaults
 /// for generation are those of the base, or of the first model where there is no base.
+///
+/// A PEFT folder stands for the model that the adapter makes of its base. Where all models are adapters of one base, and
+/// the merge is that base and a weighted sum of their updates, `out` is an adapter of it instead, whose rank is the sum of
+/// theirs: linear merges whose weights add up to 1, and task arithmetic over that base, without DoRA.
 ///
 /// A part of a tensor of each model is in memory at a time, whatever the size of the models. `progress` is told now and
 /// then how many of how many weights are done.
@@ -57,6 +72,13 @@ pub fn merge(
     options.validate(models.len(), base.is_some())?;
     let paths: Vec<&Path> = base.into_iter().chain(models.iter().map(PathBuf::as_path)).collect();
     let (mut inputs, tokenizer, generation) = Inputs::open(&paths)?;
+    if let Some(below) = adapters::common_base(&inputs, options) {
+        // of task arithmetic it is the base's already
+        let has_own = base.is_none() && paths[0].join("tokenizer.json").exists();
+        let merged = adapters::merge(&inputs, options, below, has_own.then_some(&tokenizer), out)?;
+        progress(merged.parameters, merged.parameters)?;
+        return Ok(merged);
+    }
     let config = inputs.models[0].model.config.clone();
     let (tensors, parameters) = (inputs.models[0].model.layout.specs.len(), inputs.models[0].model.layout.len);
     let mut tensor = 0;
@@ -83,16 +105,16 @@ pub fn merge(
     let mut inputs =
         inputs.models.into_iter().map(|Source { model, hash }| Input { path: model.path, hash: hash.finish() });
     let base = base.and_then(|_| inputs.next());
-    Ok(Merged { models: inputs.collect(), base, tensors, parameters })
+    Ok(Merged { models: inputs.collect(), base, tensors, parameters, adapter: None })
 }
 
 /// The models of a merge, the base first if there is one.
-struct Inputs {
-    models: Vec<Source>,
+pub(super) struct Inputs {
+    pub(super) models: Vec<Source>,
 }
 
-struct Source {
-    model: StreamedModel,
+pub(super) struct Source {
+    pub(super) model: StreamedModel,
     /// Of what was merged so far.
     hash: ModelHash,
 }
@@ -120,15 +142,19 @@ impl Inputs {
             if part.iter().all(|value| value.is_finite()) {
                 return Ok(part);
             }
-            Err(Error::input(format!(
-                "In {} the tensor {} holds numbers that are not finite. The model was damaged in training or on the \
-                 disk; merge another checkpoint of it.",
-                model.path.display(),
-                model.layout.specs[tensor].name
-            )))
+            Err(not_finite(&model.path, &model.layout.specs[tensor].name))
         };
         self.models.par_iter_mut().map(read).collect()
     }
+}
+
+/// The error for a model that was damaged.
+pub(super) fn not_finite(model: &Path, tensor: &str) -> Error {
+    Error::input(format!(
+        "In {} the tensor {tensor} holds numbers that are not finite. The model was damaged in training or on the disk; \
+         merge another checkpoint of it.",
+        model.display()
+    ))
 }
 
 /// A tensor's numbers, a part at a time.

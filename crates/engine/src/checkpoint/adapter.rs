@@ -12,6 +12,7 @@ use super::{AdapterSummary, Description, atomic, refuse_to_replace, write_safete
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::lora::{Adapter, LoraOptions, Projection};
+use crate::tokenizer::Tokenizer;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
@@ -71,8 +72,17 @@ impl Adapter {
     /// [`Error::Io`] when the disk fails; [`Error::Input`] when `folder` exists and is something else than an adapter,
     /// which would be lost.
     pub fn save(&self, base: &Path, folder: &Path) -> Result<()> {
+        self.save_with(None, base, folder)
+    }
+
+    /// As [`save`](Self::save), with a tokenizer that goes before the base model's.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_with(&self, tokenizer: Option<&Tokenizer>, base: &Path, folder: &Path) -> Result<()> {
         refuse_to_replace(folder, CONFIG)?;
         atomic::write_folder(folder, |new| {
+            tokenizer.map_or(Ok(()), |tokenizer| tokenizer.save(new))?;
             write_json(&new.join(CONFIG), to_json(&self.options, base))?;
             let specs = self.layout.specs.iter();
             let tensors: Vec<_> = specs
@@ -87,6 +97,11 @@ impl Adapter {
 /// Whether a folder holds an adapter and no model of its own.
 pub(super) fn is_adapter(folder: &Path) -> bool {
     folder.join(CONFIG).is_file() && !folder.join("config.json").exists()
+}
+
+/// The tokenizer that an adapter folder may have.
+pub(super) fn own_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
+    folder.join("tokenizer.json").exists().then(|| Tokenizer::from_folder(folder)).transpose()
 }
 
 /// Describes an adapter folder and the base model that it names.

@@ -67,8 +67,8 @@ impl Checkpoint {
     /// As [`Adapter::load`], and as [`Checkpoint::load`] for the tokenizer.
     pub fn adapt(&mut self, folder: &Path) -> Result<Adapter> {
         let adapter = Adapter::load(folder, &self.model.config)?;
-        if folder.join("tokenizer.json").exists() {
-            self.tokenizer = Tokenizer::from_folder(folder)?;
+        if let Some(tokenizer) = adapter::own_tokenizer(folder)? {
+            self.tokenizer = tokenizer;
         }
         agree(&mut self.model.config, &self.tokenizer, &mut self.generation, folder)?;
         Ok(adapter)

@@ -134,20 +134,26 @@ impl<'a> LowRank<'a> {
     pub(crate) fn merge(&self, w: &mut [f32]) {
         let inputs = self.inputs();
         for (index, target) in self.site.targets.iter().enumerate() {
-            let rows = &mut w[target.columns.start * inputs..target.columns.end * inputs];
-            rows.par_chunks_mut(inputs).enumerate().for_each(|(row, w)| {
-                dispatch(
-                    #[inline(always)]
-                    || {
-                        self.add_update(index, row, w);
-                        if let Some(m) = self.weights[target.magnitude.clone()].get(row) {
-                            let factor = dora::ratio(*m, dot(w, w).sqrt());
-                            w.iter_mut().for_each(|w| *w *= factor);
-                        }
-                    },
-                );
-            });
+            self.merge_rows(index, 0, &mut w[target.columns.start * inputs..target.columns.end * inputs]);
         }
+    }
+
+    /// As [`merge`](Self::merge), of the rows `w` of one target, of which `first` is the first.
+    pub(crate) fn merge_rows(&self, index: usize, first: usize, w: &mut [f32]) {
+        let magnitudes = &self.weights[self.site.targets[index].magnitude.clone()];
+        w.par_chunks_mut(self.inputs()).enumerate().for_each(|(row, w)| {
+            let row = first + row;
+            dispatch(
+                #[inline(always)]
+                || {
+                    self.add_update(index, row, w);
+                    if let Some(m) = magnitudes.get(row) {
+                        let factor = dora::ratio(*m, dot(w, w).sqrt());
+                        w.iter_mut().for_each(|w| *w *= factor);
+                    }
+                },
+            );
+        });
     }
 
     /// Adds a row of s·B·A to that row of a target's W.

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use align::merge::{self, Merged, Options};
+use align::merge::{self, Merged, MergedAdapter, Options};
 use engine::{Error, Result, memory};
 use serde::Serialize;
 
@@ -43,10 +43,14 @@ pub(super) fn run(command: &Merge, global: Global) -> Result<()> {
     })?;
     bar.finish_and_clear();
     let seconds = start.elapsed().as_secs_f64();
-    let Merged { tensors, parameters, .. } = merged;
+    let Merged { tensors, parameters, ref adapter, .. } = merged;
+    let what = match adapter {
+        None => "a model".to_owned(),
+        Some(MergedAdapter { base, rank }) => format!("an adapter of rank {rank} on {}", base.display()),
+    };
     let method = options.method;
     ui::say(format!(
-        "Merged {} models by {} into {}: {parameters} parameters in {tensors} tensors, {seconds:.1} s.",
+        "Merged {} models by {} into {}, {what}: {parameters} parameters in {tensors} tensors, {seconds:.1} s.",
         models.len(),
         method.name(),
         out.display()
