@@ -13,7 +13,7 @@ use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::rope::RopeTable;
-use crate::ops::{embedding, fit, logprob, lora, rmsnorm, swiglu};
+use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, swiglu};
 
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
@@ -189,7 +189,9 @@ impl Decoder {
     /// The logits `[wanted, vocab]` of the wanted tokens, for tokens that continue the sequences of a cache: the weighted
     /// sum of the policies' logits.
     ///
-    /// The rows of the pass, and the cache's spans, are all tokens under the first policy, then all under the next.
+    /// The rows of the pass, and the cache's spans, are all tokens under the first policy, then all under the next. The bits
+    /// of a sequence's logits do not depend on what is computed with it, as long as either every sequence has one token or
+    /// every one has more.
     /// Keeps nothing for a backward pass; the cache takes each block's keys and values.
     pub(crate) fn infer(
         &mut self,
@@ -200,7 +202,8 @@ impl Decoder {
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
         let parts = policies.adapters.len();
-        let pass = Pass::generating(&policies.model.weights, &policies.adapters);
+        let pass = Pass::of_parts(&policies.model.weights, &policies.adapters);
+        let pass = if wanted.len() == tokens.len() { pass.rowwise() } else { pass };
         self.check_weights(&pass);
         self.kept = None;
         self.tapes.resize_with(self.tapes.len().max(1), BlockTape::default);
@@ -223,7 +226,7 @@ impl Decoder {
         let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
         let vocab = self.layout.head.len() / d;
         let logits = fit(logits, wanted.len() * vocab);
-        pass.forward()(normed, pass.base(&self.layout.head), logits, d, false);
+        linear::forward_rowwise(normed, pass.base(&self.layout.head), logits, d, false);
         logits
     }
 

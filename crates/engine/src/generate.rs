@@ -135,28 +135,21 @@ pub fn generate<'a>(
         if active.is_empty() {
             break;
         }
-        let tokens: Vec<u32> = active.iter().flat_map(|s| s.pending.clone()).collect();
-        let positions: Vec<u32> = active.iter().flat_map(Sequence::positions).collect();
-        let mut end = 0;
-        let last_rows: Vec<usize> = active.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
-        let passes = decoders.iter_mut().zip(policy.passes()).enumerate();
-        let each: Vec<&[f32]> = passes
-            .map(|(index, (decoder, pass))| {
-                let mut cache = PassCache { heads: decoder.heads(), pass: index, sequences: &mut active };
-                decoder.infer(pass, &tokens, &positions, &last_rows, &mut cache)
-            })
-            .collect();
-        let logits = policy.logits(&each, &mut sum);
+        // prompts by themselves, so that the bits of an answer do not depend on which others are in progress
+        active.sort_by_key(|sequence| sequence.pending.len() > 1);
+        let first_prompt = active.partition_point(|sequence| sequence.pending.len() == 1);
+        let (next, prompts) = active.split_at_mut(first_prompt);
+        let mut tokens = Vec::new();
+        for sequences in [next, prompts] {
+            if !sequences.is_empty() {
+                let logits = next_logits(&policy, &mut decoders, sequences, &mut sum);
+                for (sequence, logits) in sequences.iter_mut().zip(logits.chunks_exact(policy.vocab_size())) {
+                    tokens.push(sequence.choose(logits, options)?);
+                }
+            }
+        }
         let mut still = Vec::with_capacity(active.len());
-        for (mut sequence, logits) in active.drain(..).zip(logits.chunks_exact(policy.vocab_size())) {
-            sequence.past += sequence.pending.len();
-            let token = choose(logits, options, &mut sequence.rng).ok_or_else(|| {
-                Error::Failed(format!(
-                    "The model's logits for prompt {} are not numbers. Its weights are damaged, or training diverged: \
-                     check the checkpoint.",
-                    sequence.index + 1
-                ))
-            })?;
+        for (mut sequence, token) in active.into_iter().zip(tokens) {
             match sequence.accept(token, options, context, decode)? {
                 Some(answer) => {
                     answers[sequence.index] = Some(answer);
@@ -169,6 +162,29 @@ pub fn generate<'a>(
         active = still;
     }
     Ok(answers.into_iter().flatten().collect())
+}
+
+/// The logits `[sequence, vocab]` of the token after those that are pending, which join the sequences' caches; `sum` is
+/// memory for them. All sequences have one pending token, or all have more.
+fn next_logits<'l>(
+    policy: &Mixture<'_>,
+    decoders: &'l mut [Decoder],
+    sequences: &mut [Sequence],
+    sum: &'l mut Vec<f32>,
+) -> &'l [f32] {
+    let tokens: Vec<u32> = sequences.iter().flat_map(|s| s.pending.clone()).collect();
+    let positions: Vec<u32> = sequences.iter().flat_map(Sequence::positions).collect();
+    let mut end = 0;
+    let last_rows: Vec<usize> = sequences.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
+    let passes = decoders.iter_mut().zip(policy.passes()).enumerate();
+    let each: Vec<&[f32]> = passes
+        .map(|(index, (decoder, pass))| {
+            let mut cache = PassCache { heads: decoder.heads(), pass: index, sequences: &mut *sequences };
+            decoder.infer(pass, &tokens, &positions, &last_rows, &mut cache)
+        })
+        .collect();
+    sequences.iter_mut().for_each(|sequence| sequence.past += sequence.pending.len());
+    policy.logits(&each, sum)
 }
 
 /// Refuses prompts that the policy cannot continue.
@@ -236,6 +252,20 @@ impl Sequence {
 
     fn positions(&self) -> impl Iterator<Item = u32> + use<> {
         (self.past as u32)..(self.past + self.pending.len()) as u32
+    }
+
+    /// The next token.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] for logits that are not numbers.
+    fn choose(&mut self, logits: &[f32], options: &SamplingOptions) -> Result<u32> {
+        choose(logits, options, &mut self.rng).ok_or_else(|| {
+            Error::Failed(format!(
+                "The model's logits for prompt {} are not numbers. Its weights are damaged, or training diverged: check the \
+                 checkpoint.",
+                self.index + 1
+            ))
+        })
     }
 
     /// Takes the next token; returns the answer when it is complete.
@@ -361,7 +391,7 @@ mod tests {
     use crate::batch::PackedBatch;
     use crate::mixture::tests::adapted;
     use crate::model::tests::tiny_config;
-    use crate::{Adapted, Model, Scorer};
+    use crate::{Adapted, Adapter, LoraOptions, Model, ModelConfig, Scorer};
 
     fn text(tokens: &[u32]) -> Result<String> {
         Ok(tokens.iter().map(|t| format!("<{t}>")).collect())
@@ -409,6 +439,41 @@ mod tests {
             let alone = run(&model, &prompts(), &options(1));
             assert_eq!(alone, run(&model, &prompts(), &options(2)));
             assert_eq!(alone, run(&model, &prompts(), &options(16)));
+        }
+    }
+
+    /// Sums over more numbers than a register holds, of which other orders would show in the last bits.
+    #[test]
+    fn the_bits_of_logits_do_not_depend_on_what_is_generated_with_them() {
+        let shape = ModelConfig { hidden_size: 96, intermediate_size: 160, vocab_size: 300, ..tiny_config() };
+        let model = Model::random(shape, 0.3, 5);
+        let adapters = [3, 20].map(|rank| {
+            let mut adapter = Adapter::new(&model, LoraOptions { rank, ..LoraOptions::default() }, 1).unwrap();
+            adapter.weights.iter_mut().enumerate().for_each(|(i, weight)| *weight += 0.01 * (i % 7) as f32);
+            adapter
+        });
+        let [a, b] = adapters.each_ref().map(|adapter| Adapted { model: &model, adapter: Some(adapter) });
+        let others: Vec<Vec<u32>> = (0..40).map(|i| (0..i % 5 + 2).map(|j| 3 * i + j).collect()).collect();
+        for policy in [(&model).into(), Mixture::new(a, b, 0.4).unwrap()] {
+            // of a prompt, and of the two tokens after it
+            let logits = |others: &[Vec<u32>]| -> Vec<Vec<u32>> {
+                let mut decoders = [Decoder::new(&model, 16)];
+                let prompts = std::iter::once(&[7, 8, 9][..]).chain(others.iter().map(Vec::as_slice));
+                let mut sequences: Vec<Sequence> =
+                    prompts.enumerate().map(|(index, prompt)| Sequence::new(index, prompt, &policy, 0)).collect();
+                let mut all = Vec::new();
+                for token in [11, 12, 13] {
+                    let mut sum = Vec::new();
+                    let logits = next_logits(&policy, &mut decoders, &mut sequences, &mut sum);
+                    all.push(logits[..300].iter().map(|logit| logit.to_bits()).collect());
+                    sequences.iter_mut().for_each(|sequence| sequence.pending = vec![token]);
+                }
+                all
+            };
+            let alone = logits(&[]);
+            for count in [1, 3, 15, 16, 40] {
+                assert!(alone == logits(&others[..count]), "with {count} others");
+            }
         }
     }
 

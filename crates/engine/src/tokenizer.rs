@@ -32,6 +32,14 @@ struct SpecialToken {
 }
 
 impl Tokenizer {
+    /// The tokenizer of a folder that need not have one, such as an adapter's.
+    ///
+    /// # Errors
+    /// As [`from_folder`](Self::from_folder).
+    pub fn found_in(dir: &Path) -> Result<Option<Self>> {
+        dir.join("tokenizer.json").exists().then(|| Self::from_folder(dir)).transpose()
+    }
+
     /// Reads `tokenizer.json`, `tokenizer_config.json` (if there) and the chat template: `chat_template.jinja` if
     /// there, else the one in `tokenizer_config.json`, where of several the one named `default` is taken.
     ///

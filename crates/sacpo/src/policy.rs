@@ -102,10 +102,7 @@ impl Policy {
     /// The mixture of two policies over `base`, and the hash of B's tokenizer.
     fn load_shared(base: &Path, a: &Path, b: &Path, q: f64) -> Result<(Self, String)> {
         let mut first = Checkpoint::load(base)?;
-        let tokenizer = match b.join("tokenizer.json").exists() {
-            true => Tokenizer::from_folder(b)?.hash(),
-            false => first.tokenizer.hash(),
-        };
+        let tokenizer = Tokenizer::found_in(b)?.as_ref().unwrap_or(&first.tokenizer).hash();
         let is_base = |path: &Path| path.canonicalize().is_ok_and(|path| path == base);
         let second = if is_base(b) { None } else { Some(Adapter::load(b, &first.model.config)?) };
         let adapters = [if is_base(a) { None } else { Some(first.adapt(a)?) }, second];

@@ -65,8 +65,8 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// Writes a PEFT folder. `base` is where PEFT, and [`Checkpoint::load`](crate::Checkpoint::load), find the model that it adapts. The folder
-    /// appears, or replaces an older adapter, only when it is complete and on the disk.
+    /// Writes a PEFT folder. `base` is where PEFT, and [`Checkpoint::load`](crate::Checkpoint::load), find the model that it
+    /// adapts. The folder appears, or replaces an older adapter, only when it is complete and on the disk.
     ///
     /// # Errors
     /// [`Error::Io`] when the disk fails; [`Error::Input`] when `folder` exists and is something else than an adapter,
@@ -97,11 +97,6 @@ impl Adapter {
 /// Whether a folder holds an adapter and no model of its own.
 pub(super) fn is_adapter(folder: &Path) -> bool {
     folder.join(CONFIG).is_file() && !folder.join("config.json").exists()
-}
-
-/// The tokenizer that an adapter folder may have.
-pub(super) fn own_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
-    folder.join("tokenizer.json").exists().then(|| Tokenizer::from_folder(folder)).transpose()
 }
 
 /// Describes an adapter folder and the base model that it names.

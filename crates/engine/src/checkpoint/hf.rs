@@ -56,10 +56,7 @@ pub(super) fn save(
 pub(super) fn describe(folder: &Path) -> Result<Description> {
     let config = load_config(folder)?;
     let tensors = Tensors::open(folder)?;
-    let tokenizer = match folder.join("tokenizer.json").exists() {
-        true => Some(TokenizerSummary::new(&Tokenizer::from_folder(folder)?)),
-        false => None,
-    };
+    let tokenizer = Tokenizer::found_in(folder)?.as_ref().map(TokenizerSummary::new);
     Ok(Description::new("Hugging Face folder", &config, tensors.by_type(), tensors.file_bytes(), tokenizer))
 }
 

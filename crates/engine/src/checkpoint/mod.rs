@@ -67,7 +67,7 @@ impl Checkpoint {
     /// As [`Adapter::load`], and as [`Checkpoint::load`] for the tokenizer.
     pub fn adapt(&mut self, folder: &Path) -> Result<Adapter> {
         let adapter = Adapter::load(folder, &self.model.config)?;
-        if let Some(tokenizer) = adapter::own_tokenizer(folder)? {
+        if let Some(tokenizer) = Tokenizer::found_in(folder)? {
             self.tokenizer = tokenizer;
         }
         agree(&mut self.model.config, &self.tokenizer, &mut self.generation, folder)?;

@@ -40,8 +40,8 @@ pub(super) struct Pass<'a> {
     adapters: Vec<Option<&'a Adapter>>,
     /// The seed and the rows' keys.
     dropout: Option<(u64, &'a [u64])>,
-    /// Whether few rows may be computed in a way that rounds otherwise than that for many.
-    generates: bool,
+    /// Whether every row is computed by itself, so that its bits do not depend on how many there are.
+    rowwise: bool,
 }
 
 impl<'a> Pass<'a> {
@@ -55,17 +55,17 @@ impl<'a> Pass<'a> {
             assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
             assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");
         }
-        Self { base, adapters: vec![adapter], dropout, generates: false }
+        Self { base, adapters: vec![adapter], dropout, rowwise: false }
     }
 
     /// A pass without dropout that computes a part of its rows with each of the adapters, or with none.
     pub(super) fn of_parts(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
-        Self { base, adapters: adapters.to_vec(), dropout: None, generates: false }
+        Self { base, adapters: adapters.to_vec(), dropout: None, rowwise: false }
     }
 
-    /// As [`of_parts`](Self::of_parts), for generation.
-    pub(super) fn generating(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
-        Self { generates: true, ..Self::of_parts(base, adapters) }
+    /// The same pass with every row computed by itself, which suits few rows.
+    pub(super) fn rowwise(self) -> Self {
+        Self { rowwise: true, ..self }
     }
 
     /// The weights of the model at a place.
@@ -81,13 +81,8 @@ impl<'a> Pass<'a> {
             w: &self.base[range.clone()],
             range,
             low_ranks: self.adapters.iter().map(at).collect(),
-            forward: self.forward(),
+            rowwise: self.rowwise,
         }
-    }
-
-    /// The matrix product of this pass.
-    pub(super) fn forward(&self) -> Forward {
-        if self.generates { linear::forward_few } else { linear::forward }
     }
 
     /// The gradient that this pass adds to.
@@ -101,9 +96,6 @@ impl<'a> Pass<'a> {
         if adapter.is_some() { Gradient::Adapter(gradient) } else { Gradient::Base(gradient) }
     }
 }
-
-/// [`linear::forward`] or another that computes the same.
-type Forward = fn(&[f32], &[f32], &mut [f32], usize, bool);
 
 /// Where a backward pass adds the gradient, in the layout of what is trained.
 pub(super) enum Gradient<'g> {
@@ -136,7 +128,8 @@ pub(super) struct Linear<'a> {
     range: Range<usize>,
     /// One for each part of the rows.
     low_ranks: Vec<Option<LowRank<'a>>>,
-    forward: Forward,
+    /// As in [`Pass`].
+    rowwise: bool,
 }
 
 impl Linear<'_> {
@@ -145,14 +138,14 @@ impl Linear<'_> {
     /// Several parts of the rows share the product with W, and what adapts each comes on top.
     pub(super) fn forward(&self, x: &[f32], y: &mut [f32], inputs: usize, add: bool, scratch: &mut Scratch) {
         if let [Some(low_rank)] = self.low_ranks.as_slice() {
-            return low_rank.forward(x, self.w, y, add, scratch);
+            return low_rank.forward(x, self.w, y, add, self.rowwise, scratch);
         }
-        (self.forward)(x, self.w, y, inputs, add);
+        linear::forward_as(self.rowwise)(x, self.w, y, inputs, add);
         let parts = self.low_ranks.len();
         let parts = x.chunks_exact(x.len() / parts).zip(y.chunks_exact_mut(y.len() / parts)).zip(&self.low_ranks);
         for ((x, y), low_rank) in parts {
             if let Some(low_rank) = low_rank {
-                low_rank.add_forward(x, y, scratch);
+                low_rank.add_forward(x, y, self.rowwise, scratch);
             }
         }
     }

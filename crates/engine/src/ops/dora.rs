@@ -33,7 +33,7 @@ pub(super) fn backward_weight(
     let y = fit(y, dy.len());
     linear::forward(x, w, y, inputs, false);
     let dy_y = column_dots(dy, y, outputs);
-    let u = low_rank.down(x, u, dropped);
+    let u = low_rank.down(x, false, u, dropped);
     let mut scaled_b = Vec::with_capacity(low_rank.site.targets.len());
     for (index, target) in low_rank.site.targets.iter().enumerate() {
         let b = low_rank.b(index);

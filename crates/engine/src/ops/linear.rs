@@ -6,17 +6,21 @@ use std::ops::Range;
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
-use super::simd::{dispatch, dot};
+use super::simd::{dispatch, dot, dot4};
 
 /// Up to this many results `gemm` takes each as one dot product, if both factors have the summed elements next to each
 /// other; its larger kernels sum in another order.
 const DOT_PRODUCTS: usize = 256;
 
+/// `gemm` sums products of up to 64 rows and 64 columns in blocks of 512, and others in equal blocks of 512 or more.
+const SMALL: usize = 64;
+const SUMMED_AT_ONCE: usize = 512;
+
+/// Rows of W that a task of [`forward_rowwise`] takes.
+const TOGETHER: usize = 64;
+
 /// Products below this many multiplications run on the calling thread: waking others costs more.
 const PARALLEL_FROM: usize = 1 << 19;
-
-/// Up to this many rows [`forward_few`] goes its own way: measured, twice as many take as long either way.
-const FEW: usize = 16;
 
 /// A read-only matrix inside a larger allocation.
 #[derive(Clone, Copy)]
@@ -160,9 +164,16 @@ pub(crate) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, ad
     } else {
         b
     };
+    // whoever has few columns may have few rows or many, and is to be summed alike
+    let block = if n <= SMALL { SUMMED_AT_ONCE } else { k };
     let threads = if m * n * k < PARALLEL_FROM { Parallelism::None } else { Parallelism::Rayon(0) };
-    // SAFETY: a view's elements lie within its slice; `out` is borrowed mutably, so nothing else touches its slice.
-    unsafe { multiply([m, n, k], a.matrix(), b.matrix(), out.data.as_mut_ptr(), out.row_stride, scale, add, threads) }
+    for start in (0..k.max(1)).step_by(block.max(1)) {
+        let summed = start..k.min(start + block);
+        let (a, b) = (a.columns(summed.clone()), b.transposed().columns(summed.clone()).transposed());
+        let (shape, add) = ([m, n, summed.len()], add || start > 0);
+        // SAFETY: a view's elements lie within its slice; `out` is borrowed mutably, so nothing else touches its slice.
+        unsafe { multiply(shape, a.matrix(), b.matrix(), out.data.as_mut_ptr(), out.row_stride, scale, add, threads) }
+    }
 }
 
 /// The number of rows of `x`, which has `width` columns.
@@ -177,23 +188,34 @@ pub(crate) fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: b
     product(x, w.transposed(), ViewMut::rows(y, w.shape[0]), 1.0, add);
 }
 
-/// As [`forward`], in less time for few rows, whose sums have another order than those of many.
+/// As [`forward`], with every row computed by itself: its bits do not depend on how many rows there are.
 ///
-/// A general product first copies W into blocks, which pays when many rows use each block. Here W is read once, as it lies.
-pub(crate) fn forward_few(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
+/// W is read once, as it lies, where the general product first copies it into blocks, which pays when many rows use each
+/// block: this is the faster one for few rows.
+pub(crate) fn forward_rowwise(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
     let (n, outputs) = (rows(x, inputs), rows(w, inputs));
-    // one row is no problem for the general product
-    if !(2..=FEW).contains(&n) {
-        return forward(x, w, y, inputs, add);
-    }
     assert_eq!(y.len(), n * outputs, "the output does not have the shape of the product");
+    if n == 0 {
+        return;
+    }
     let mut columns = vec![0.0; y.len()];
-    columns.par_chunks_mut(n).zip(w.par_chunks(inputs)).with_min_len(64).for_each(|(column, w)| {
+    columns.par_chunks_mut(TOGETHER * n).zip(w.par_chunks(TOGETHER * inputs)).for_each(|(columns, w)| {
         dispatch(
             #[inline(always)]
             || {
-                for (y, x) in column.iter_mut().zip(x.chunks_exact(inputs)) {
-                    *y = dot(x, w);
+                let (whole, rest) = w.split_at(w.len() / inputs / 4 * 4 * inputs);
+                let (of_whole, of_rest) = columns.split_at_mut(whole.len() / inputs * n);
+                for (columns, w) in of_whole.chunks_exact_mut(4 * n).zip(whole.chunks_exact(4 * inputs)) {
+                    let w: [&[f32]; 4] = std::array::from_fn(|i| &w[i * inputs..][..inputs]);
+                    for (j, x) in x.chunks_exact(inputs).enumerate() {
+                        let [y0, y1, y2, y3] = dot4(w, x);
+                        (columns[j], columns[n + j], columns[2 * n + j], columns[3 * n + j]) = (y0, y1, y2, y3);
+                    }
+                }
+                for (column, w) in of_rest.chunks_exact_mut(n).zip(rest.chunks_exact(inputs)) {
+                    for (y, x) in column.iter_mut().zip(x.chunks_exact(inputs)) {
+                        *y = dot(x, w);
+                    }
                 }
             },
         );
@@ -203,6 +225,11 @@ pub(crate) fn forward_few(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, ad
             *y = column[row] + if add { *y } else { 0.0 };
         }
     }
+}
+
+/// [`forward_rowwise`] or [`forward`].
+pub(crate) fn forward_as(rowwise: bool) -> fn(&[f32], &[f32], &mut [f32], usize, bool) {
+    if rowwise { forward_rowwise } else { forward }
 }
 
 /// dx = dy·W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
@@ -255,15 +282,34 @@ mod tests {
     }
 
     #[test]
-    fn few_rows_are_those_of_many() {
-        for (n, inputs, outputs) in [(1, 24, 40), (2, 577, 129), (3, 5, 300), (FEW, 64, 33), (FEW + 1, 64, 33)] {
+    fn from_two_rows_on_a_row_does_not_depend_on_how_many_there_are() {
+        for (n, k) in [(1, 700), (3, 40), (8, 576), (48, 1100), (64, 1536), (65, 576), (300, 20)] {
+            let (x, w) = (random(200 * k, 1), random(n * k, 2));
+            let of_rows = |m: usize| {
+                let mut y = vec![0.0; m * n];
+                forward(&x[..m * k], &w, &mut y, k, false);
+                y
+            };
+            let all = of_rows(200);
+            for m in [2, 3, 16, 63, 64, 65, 100] {
+                assert!(of_rows(m) == all[..m * n], "{m} rows of {n} columns, sums of {k}");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_by_themselves_are_those_of_the_product_and_keep_their_bits() {
+        for (n, inputs, outputs) in [(1, 24, 40), (2, 577, 129), (3, 5, 300), (4, 16, 8), (33, 64, 34)] {
             let (x, w, start) = (random(n * inputs, 1), random(inputs * outputs, 2), random(n * outputs, 3));
             for add in [false, true] {
-                let (mut many, mut few) = (start.clone(), start.clone());
-                forward(&x, &w, &mut many, inputs, add);
-                forward_few(&x, &w, &mut few, inputs, add);
-                let largest = many.iter().fold(0f32, |m, y| m.max(y.abs()));
-                assert!(many.iter().zip(&few).all(|(many, few)| (many - few).abs() < 1e-6 * largest));
+                let (mut together, mut rowwise) = (start.clone(), start.clone());
+                forward(&x, &w, &mut together, inputs, add);
+                forward_rowwise(&x, &w, &mut rowwise, inputs, add);
+                let largest = together.iter().fold(0f32, |m, y| m.max(y.abs()));
+                assert!(together.iter().zip(&rowwise).all(|(a, b)| (a - b).abs() < 1e-6 * largest));
+                let mut last = start[(n - 1) * outputs..].to_vec();
+                forward_rowwise(&x[(n - 1) * inputs..], &w, &mut last, inputs, add);
+                assert!(last == rowwise[(n - 1) * outputs..]);
             }
         }
     }

@@ -59,28 +59,49 @@ impl<'a> LowRank<'a> {
     /// y = x·Wᵀ with the adapted W, or y += with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
     ///
     /// With B = 0, and with DoRA's m as the norms of W besides, y has the bits that it has without an adapter.
-    pub(crate) fn forward(&self, x: &[f32], w: &[f32], y: &mut [f32], add: bool, scratch: &mut Scratch) {
-        let inputs = self.inputs();
+    pub(crate) fn forward(&self, x: &[f32], w: &[f32], y: &mut [f32], add: bool, rowwise: bool, scratch: &mut Scratch) {
+        let (inputs, product) = (self.inputs(), linear::forward_as(rowwise));
         if self.is_dora() {
-            return linear::forward(x, self.merged(w, &mut scratch.weight), y, inputs, add);
+            return product(x, self.merged(w, &mut scratch.weight), y, inputs, add);
         }
-        linear::forward(x, w, y, inputs, add);
-        self.add_forward(x, y, scratch);
+        product(x, w, y, inputs, add);
+        self.add_forward(x, y, rowwise, scratch);
     }
 
-    /// y += s·drop(x)·Aᵀ·Bᵀ. x `[n, inputs]`, y `[n, outputs]`.
+    /// y += s·drop(x)·Aᵀ·Bᵀ. x `[n, inputs]`, y `[n, outputs]`. With `rowwise`, the bits of a row do not depend on n.
     ///
     /// # Panics
     /// With DoRA, whose W is no sum of this and another.
-    pub(crate) fn add_forward(&self, x: &[f32], y: &mut [f32], scratch: &mut Scratch) {
+    pub(crate) fn add_forward(&self, x: &[f32], y: &mut [f32], rowwise: bool, scratch: &mut Scratch) {
         assert!(!self.is_dora(), "DoRA is no update that can be added");
         let outputs = y.len() / (x.len() / self.inputs());
-        let u = self.down(x, &mut scratch.u, &mut scratch.dropped);
+        let u = self.down(x, rowwise, &mut scratch.u, &mut scratch.dropped);
+        if rowwise {
+            return self.add_up_rowwise(&scratch.u, y, outputs);
+        }
         for (index, target) in self.site.targets.iter().enumerate() {
             let b = View::rows(self.b(index), self.rank);
             let y = ViewMut::rows(y, outputs).columns(target.columns.clone());
             product(u.columns(self.part(index)), b.transposed(), y, self.scale, true);
         }
+    }
+
+    /// y += s·u·Bᵀ of all targets, one row after the other.
+    fn add_up_rowwise(&self, u: &[f32], y: &mut [f32], outputs: usize) {
+        y.par_chunks_exact_mut(outputs).zip(u.par_chunks_exact(self.width())).for_each(|(y, u)| {
+            dispatch(
+                #[inline(always)]
+                || {
+                    for (index, target) in self.site.targets.iter().enumerate() {
+                        let (u, rows) = (&u[self.part(index)], self.b(index).chunks_exact(self.rank));
+                        // loops, since what closures of iterators compute may be left to a slower instruction set
+                        for (y, b) in y[target.columns.clone()].iter_mut().zip(rows) {
+                            *y += self.scale * dot(u, b);
+                        }
+                    }
+                },
+            );
+        });
     }
 
     /// dx = dy·W with the adapted W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
@@ -118,7 +139,7 @@ impl<'a> LowRank<'a> {
         let inputs = self.inputs();
         let outputs = w.len() / inputs;
         let Scratch { u, d_u, dropped, .. } = scratch;
-        let u = self.down(x, u, dropped);
+        let u = self.down(x, false, u, dropped);
         for (index, target) in self.site.targets.iter().enumerate() {
             let dy = View::rows(dy, outputs).columns(target.columns.clone());
             let d_b = ViewMut::rows(&mut gradient[target.b.clone()], self.rank);
@@ -183,7 +204,7 @@ impl<'a> LowRank<'a> {
     }
 
     /// u = drop(x)·Aᵀ of all targets, `[n, targets·rank]`; leaves drop(x) in `dropped` if there is dropout.
-    pub(super) fn down<'u>(&self, x: &[f32], u: &'u mut Vec<f32>, dropped: &mut Vec<f32>) -> View<'u> {
+    pub(super) fn down<'u>(&self, x: &[f32], rowwise: bool, u: &'u mut Vec<f32>, dropped: &mut Vec<f32>) -> View<'u> {
         let (inputs, width) = (self.inputs(), self.width());
         let x = match self.dropout {
             None => x,
@@ -194,7 +215,7 @@ impl<'a> LowRank<'a> {
             }
         };
         let u = fit(u, x.len() / inputs * width);
-        linear::forward(x, &self.weights[self.site.a.clone()], u, inputs, false);
+        linear::forward_as(rowwise)(x, &self.weights[self.site.a.clone()], u, inputs, false);
         View::rows(u, width)
     }
 
@@ -266,7 +287,7 @@ mod tests {
             let adapted = LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout };
             let run = |x: &[f32], weights: &[f32]| {
                 let mut y = vec![0.0; dy.len()];
-                LowRank { weights, ..adapted }.forward(x, &w, &mut y, false, &mut scratch.borrow_mut());
+                LowRank { weights, ..adapted }.forward(x, &w, &mut y, false, false, &mut scratch.borrow_mut());
                 y
             };
             let (mut dx, mut gradient) = (vec![0.0; x.len()], vec![0.0; weights.len()]);
@@ -302,7 +323,7 @@ mod tests {
         let low_rank = LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout: None };
         let (x, w, dy) = (random(5 * 7, 2), vec![0.0; 8 * 7], random(5 * 8, 4));
         let (mut y, mut gradient) = (vec![1.0; dy.len()], vec![0.0; weights.len()]);
-        low_rank.forward(&x, &w, &mut y, false, &mut Scratch::default());
+        low_rank.forward(&x, &w, &mut y, false, false, &mut Scratch::default());
         assert_eq!(y, [0.0; 40]);
         low_rank.backward_weight(&dy, &x, &w, &mut gradient, &mut Scratch::default());
         assert!(gradient.iter().all(|g| g.is_finite()));

@@ -62,6 +62,27 @@ pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     lanes.iter().sum::<f32>() + tail
 }
 
+/// [`dot`] of each of four with b, to the last bit, in which b is read once and no sum waits for another.
+#[inline(always)]
+pub(crate) fn dot4(a: [&[f32]; 4], b: &[f32]) -> [f32; 4] {
+    let ([a0, a1, a2, a3], (b_body, b_tail)) = (a.map(|a| a.as_chunks::<LANES>()), b.as_chunks::<LANES>());
+    // named apart, so that each stays in a register
+    let [mut l0, mut l1, mut l2, mut l3] = [[0f32; LANES]; 4];
+    for ((((y, x0), x1), x2), x3) in b_body.iter().zip(a0.0).zip(a1.0).zip(a2.0).zip(a3.0) {
+        for j in 0..LANES {
+            l0[j] = x0[j].mul_add(y[j], l0[j]);
+            l1[j] = x1[j].mul_add(y[j], l1[j]);
+            l2[j] = x2[j].mul_add(y[j], l2[j]);
+            l3[j] = x3[j].mul_add(y[j], l3[j]);
+        }
+    }
+    let sum = |lanes: [f32; LANES], a_tail: &[f32]| -> f32 {
+        let tail: f32 = a_tail.iter().zip(b_tail).map(|(&x, &y)| x * y).sum();
+        lanes.iter().sum::<f32>() + tail
+    };
+    [sum(l0, a0.1), sum(l1, a1.1), sum(l2, a2.1), sum(l3, a3.1)]
+}
+
 /// Σᵢ aᵢ·bᵢ·cᵢ.
 #[inline(always)]
 pub(crate) fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
@@ -175,6 +196,9 @@ mod tests {
         assert_eq!(max(&a), 6.0);
         assert_eq!(dot(&a, &a), a.iter().map(|x| x * x).sum::<f32>());
         assert_eq!(dot3(&a, &a, &a), a.iter().map(|x| x * x * x).sum::<f32>());
+        let rows: [Vec<f32>; 4] = std::array::from_fn(|i| a.iter().map(|x| (x * 0.37 + i as f32).sin()).collect());
+        let rows = rows.each_ref().map(Vec::as_slice);
+        assert_eq!(dot4(rows, rows[3]), rows.map(|row| dot(row, rows[3])));
         let mut e = a.clone();
         let sum = dispatch(|| exp_sum(&mut e, 0.5, 1.0));
         let expected: f64 = a.iter().map(|&x| (f64::from(x) * 0.5 - 1.0).exp()).sum();

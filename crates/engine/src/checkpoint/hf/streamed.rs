@@ -66,7 +66,7 @@ impl StreamedModel {
         if base != path {
             model.adapter = Some(Adapter::load(path, &model.config)?);
             model.path = path.to_owned();
-            tokenizer = adapter::own_tokenizer(path)?.unwrap_or(tokenizer);
+            tokenizer = Tokenizer::found_in(path)?.unwrap_or(tokenizer);
             agree(&mut model.config, &tokenizer, &mut generation, path)?;
         }
         Ok((model, tokenizer, generation))
