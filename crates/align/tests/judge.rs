@@ -2,17 +2,22 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::collections::HashSet;
 use std::path::Path;
 
-use align::data::{TokenizedPair, margins, set_margins};
+use align::data::{
+    LongPrompts, Prompt, RenderOptions, TemplateTail, TokenizedPair, margins, set_margins, tokenize_pairs,
+};
 use align::judge::{Judge, relative_to};
 use align::objective::Pairwise;
 use align::sequences::Sequences;
 use align::task::{Preferences, Scored, Task};
 use align::world::{EOS, Metric, UNKNOWN, World};
+use common::pair;
 use engine::checkpoint::load_model;
-use engine::{Mixture, Model, ModelConfig, PackedBatch, Scorer};
+use engine::{Mixture, Model, ModelConfig, PackedBatch, Scorer, Tokenizer};
 
 /// Models of one small shape with random weights.
 fn models<const N: usize>() -> [Model; N] {
@@ -143,6 +148,30 @@ fn the_quickstart_judge_knows_every_answer_and_nothing_else() {
             assert!(found.iter().all(|score| *score == metric.outside()), "{}: {found:?}", prompt.text);
         }
     }
+}
+
+/// Pairs on their way from text to tokens stay what the judge knows, but for those that are cut.
+#[test]
+fn tokenised_pairs_of_the_world_have_the_values_of_their_texts() {
+    let world = World::new(0);
+    let drawn = world.preference_pairs(Metric::Safety, 500, 1);
+    let pairs: Vec<_> = drawn.iter().map(|p| pair(Prompt::Text(p.prompt.clone()), &p.chosen, &p.rejected)).collect();
+    let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None).unwrap();
+    let options = RenderOptions { max_length: 26, template_tail: TemplateTail::Drop, long_prompts: LongPrompts::Error };
+    let tokenized = tokenize_pairs(&pairs, "pairs.jsonl".as_ref(), &tokenizer, &options).unwrap();
+    let items: Vec<_> = tokenized.rows.iter().map(TokenizedPair::sequences).collect();
+    let found = scores(&Judge::Quickstart { world: &world, metric: Metric::Safety }, &items, None);
+    let mut cut = 0;
+    for ((pair, item), scores) in drawn.iter().zip(&items).zip(&found) {
+        let prompt = world.train_prompts.iter().find(|prompt| prompt.text == pair.prompt).unwrap();
+        for ((text, tokens), score) in [&pair.chosen, &pair.rejected].into_iter().zip(&item.responses).zip(scores) {
+            let value = world.answers(prompt).iter().find(|answer| answer.text == *text).unwrap().safety;
+            let whole = tokens.ends_with(&[EOS]);
+            cut += usize::from(!whole);
+            assert_eq!(*score, if whole { value } else { Metric::Safety.outside() }, "{text}");
+        }
+    }
+    assert!(cut == tokenized.truncated_responses && (50..500).contains(&cut), "{cut} responses are cut");
 }
 
 #[test]
