@@ -82,7 +82,7 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
             folder.write(file, &curves_svg(title, metric, &curves)?)?;
         }
     }
-    let table = validation_table(recipe, &outcome.policies);
+    let table = validation_table(&metrics, &outcome.policies);
     let seconds = start.elapsed().as_secs_f64();
     folder.write("summary.md", &summary(recipe, &outcome, &table, &answers, seconds))?;
     let result = json!({
@@ -161,10 +161,10 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
     let mut all = Vec::new();
     let mut lines = String::new();
     for policy in &outcome.policies {
-        let checkpoint = Checkpoint::load(&policy.path)?;
-        let prompts = prompts_for(&checkpoint, recipe);
+        let loaded = policy.load()?;
+        let prompts = prompts_for(&loaded.first, recipe);
         let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name()));
-        all.push(answer(&checkpoint.into(), &prompts, &sampling, &mut ui::advance(&bar))?);
+        all.push(answer(&loaded, &prompts, &sampling, &mut ui::advance(&bar))?);
         bar.finish_and_clear();
     }
     for (policy, answers) in outcome.policies.iter().zip(&all) {
@@ -217,6 +217,9 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
          in nats. Likelihood accuracy: share of pairs whose chosen response is likelier than the rejected one. Of labelled \
          responses, every desirable one makes a pair with every undesirable one.\n"
     );
+    if let Some(constraint) = &outcome.constraint {
+        let _ = writeln!(page, "\n## Constraint\n\n{}", constraint.text());
+    }
     if !answers.is_empty() {
         page.push_str("\n## Answers\n");
     }

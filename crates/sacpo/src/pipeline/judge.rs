@@ -41,7 +41,7 @@ pub(super) fn scores(
         return Err(Error::input(format!("The metric `{metric}` has no judge. Add a `[[judge]]` for it.")));
     };
     let bar = ui::bar(items.len() as u64, &format!("{metric} judged"));
-    let mut ask = |judge: Judge<'_>| {
+    let ask = |judge: Judge<'_>| {
         judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar))
     };
     let scores = match &judge.source {
@@ -53,7 +53,7 @@ pub(super) fn scores(
             let model = load_trained(&run.policies[planned + 1])?;
             let start = parent.map(|parent| load_trained(&run.policies[parent + 1])).transpose()?;
             let start = start.as_ref().unwrap_or(&run.base.model);
-            ask(Judge::Implicit { policy: &model, start, temperature: beta })
+            ask(Judge::Implicit { policy: (&model).into(), start: start.into(), temperature: beta })
         }
         JudgeSource::Quickstart(metric) => {
             ask(Judge::Quickstart { world: &World::new(run.recipe.run.seed), metric: *metric })
@@ -76,14 +76,6 @@ pub(super) fn margins(
     micro_batch_tokens: usize,
 ) -> Result<Vec<f64>> {
     let items: Vec<Sequences<'_>> = pairs.iter().map(TokenizedPair::sequences).collect();
-    let mut margins = vec![0.0; pairs.len()];
-    for (metric, weight) in weights {
-        let scores = scores(run, metric, &items, micro_batch_tokens)?;
-        for (margin, pair) in margins.iter_mut().zip(&scores) {
-            if let [chosen, rejected] = pair[..] {
-                *margin += weight * (chosen - rejected);
-            }
-        }
-    }
-    Ok(margins)
+    let scores = weights.keys().map(|metric| scores(run, metric, &items, micro_batch_tokens));
+    Ok(align::data::margins(&scores.collect::<Result<Vec<_>>>()?, &weights.values().copied().collect::<Vec<_>>()))
 }

@@ -28,7 +28,7 @@ struct Manifest<'a> {
 struct Machine {
     system: &'static str,
     architecture: &'static str,
-    instruction_set: &'static str,
+    instruction_set: String,
     threads: usize,
     memory_bytes: Option<usize>,
 }
@@ -51,7 +51,7 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     recipe.run.out = PathBuf::new();
     (recipe.run.threads, recipe.run.memory_gib) = (None, None);
     let mut hasher = blake3::Hasher::new();
-    for part in [env!("CARGO_PKG_VERSION"), engine::instruction_set(), &recipe.to_toml()?, &inputs.base.model.hash()] {
+    for part in [env!("CARGO_PKG_VERSION"), &engine::instruction_set(), &recipe.to_toml()?, &inputs.base.model.hash()] {
         hasher.update(part.as_bytes()).update(b"\n");
     }
     hasher.update(inputs.base.tokenizer.hash().as_bytes());
