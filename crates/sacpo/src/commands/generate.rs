@@ -5,7 +5,7 @@ use engine::generate::{Answer, SamplingOptions};
 use engine::{Error, Result};
 use serde::Serialize;
 
-use super::{print_json, start_threads};
+use super::print_json;
 use crate::answers::{answer, as_chat};
 use crate::cli::{Generate, Global};
 use crate::policy::Policy;
@@ -24,7 +24,6 @@ struct Answered<'a> {
 }
 
 pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
-    start_threads(global, None)?;
     let sampling = SamplingOptions {
         max_new_tokens: options.max_new_tokens,
         temperature: options.temperature,

@@ -15,7 +15,7 @@ use engine::{Error, Model, ModelConfig, PackedBatch, Result, RopeScaling, Scorer
 use evaluate::frontier::{Metrics, Point, frontier_svg, table};
 use serde_json::{Value, json};
 
-use super::{print_json, start_threads};
+use super::print_json;
 use crate::cli::{Global, Quickstart, Size};
 use crate::interrupt;
 use crate::pipeline::{self, RunFolder};
@@ -46,7 +46,6 @@ impl Amounts {
 
 pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let start = Instant::now();
-    start_threads(global, None)?;
     let amounts = Amounts::of(options.size);
     let folder = RunFolder::open(&options.out)?;
     claim(&folder, options)?;

@@ -12,7 +12,7 @@ use engine::{Error, Result};
 use evaluate::curves::{Series, curves_svg};
 use serde_json::{Value, json};
 
-use super::{print_json, start_threads};
+use super::{on_threads, print_json};
 use crate::answers::{answer, as_chat, tokenize};
 use crate::cli::{Global, Run, Train};
 use crate::pipeline::{self, Outcome, Policy, RunFolder, manifest};
@@ -22,11 +22,11 @@ use sacpo::recipe::Recipe;
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
     let mut overrides = options.set.clone();
     overrides.extend(options.seed.map(|seed| format!("run.seed={seed}")));
-    carry_out(&Recipe::load(&options.recipe, &overrides)?, global)
+    on_its_threads(&Recipe::load(&options.recipe, &overrides)?, global)
 }
 
 pub(super) fn train(options: &Train, global: Global) -> Result<()> {
-    carry_out(&recipe_of(options)?, global)
+    on_its_threads(&recipe_of(options)?, global)
 }
 
 /// The recipe of one step that the options describe.
@@ -54,9 +54,12 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
     Recipe::parse(&toml, Path::new("command line"), &options.set)
 }
 
+fn on_its_threads(recipe: &Recipe, global: Global) -> Result<()> {
+    on_threads(global.threads.or(recipe.run.threads), || carry_out(recipe, global))
+}
+
 fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     let start = Instant::now();
-    start_threads(global, recipe.run.threads)?;
     let inputs = pipeline::prepare(recipe)?;
     // now rather than after hours of training
     tokenize(&inputs.base.tokenizer, &(&inputs.base.model).into(), &prompts_for(&inputs.base, recipe))

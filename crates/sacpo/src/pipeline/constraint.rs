@@ -2,7 +2,7 @@
 //!
 //! From answers of the policy that the first constrained step starts from, λ is chosen; a policy is made of it; and its own
 //! answers to the same prompts say whether it meets the thresholds. If not, or if it is much safer than asked for, the next λ
-//! is chosen from its answers, corrected by what training has made of the last one. The last word has a certificate
+//! is chosen from its answers, the step to it divided by the share of the last prediction that came true. The last word has a certificate
 //! on prompts that were used for nothing else.
 
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use super::Run;
 use crate::ui;
 use sacpo::recipe::{ChoiceOptions, Merging, Realise, short};
 
-/// Of what a policy gained, the least share of what was predicted that a correction reckons with.
+/// The least share of a predicted gain that the next step reckons with; the greatest is its inverse.
 const LEAST_GAIN: f64 = 0.25;
 
 /// What came of the constraints.
@@ -172,8 +172,11 @@ fn metrics<'r>(run: &Run<'r>) -> Vec<&'r str> {
 impl Search<'_, '_> {
     /// Tries λ after λ, until one is good; says why the last one is not, if it is not.
     fn shots(&mut self) -> Result<(Vec<Shot>, Option<String>)> {
-        let first = self.first_samples()?;
-        let mut samples = first.clone();
+        let mut samples = self.first_samples()?;
+        // what the policy that answers are from scores itself
+        let mut scored = samples.estimate(&vec![0.0; self.thresholds.len()], &self.bootstrap)?.safety;
+        // of what was predicted for the last policy, the share by which it moved
+        let mut gains = vec![1.0; self.thresholds.len()];
         let mut shots: Vec<Shot> = Vec::new();
         loop {
             let wanted = match samples.choose(&self.thresholds, &self.bootstrap)? {
@@ -198,7 +201,9 @@ impl Search<'_, '_> {
                     return Ok((shots, Some(reason)));
                 }
             };
-            let wanted = self.corrected(&first, &shots, wanted)?;
+            let from = shots.last().map_or_else(|| vec![0.0; wanted.len()], |shot| shot.lambda.clone());
+            let steps = from.iter().zip(wanted.iter().zip(&gains));
+            let wanted: Vec<f64> = steps.map(|(from, (to, gain))| (from + (to - from) / gain).max(0.0)).collect();
             let (index, lambda) = match self.realise(&wanted)? {
                 Realised::Policy { index, lambda } => (index, lambda),
                 Realised::Beyond(reason) => return Ok((shots, Some(reason))),
@@ -210,6 +215,11 @@ impl Search<'_, '_> {
             let Estimate { safety, bias, effective_sample_size, .. } = samples.estimate(&lambda, &self.bootstrap)?;
             samples = self.samples_of(index, &lambda)?;
             let measured = samples.estimate(&lambda, &self.bootstrap)?.safety;
+            for (i, gain) in gains.iter_mut().enumerate() {
+                let share = (measured[i].value - scored[i].value) / (safety[i].value - scored[i].value);
+                *gain = if share.is_finite() { share.clamp(LEAST_GAIN, 1.0 / LEAST_GAIN) } else { 1.0 };
+            }
+            scored.clone_from(&measured);
             let shot = Shot {
                 policy: self.run.policies[index].name().to_owned(),
                 lambda,
@@ -260,20 +270,6 @@ impl Search<'_, '_> {
     fn samples_of(&self, index: usize, lambda: &[f64]) -> Result<Samples> {
         let scores = self.prompts.scores(self.run, &self.run.policies[index], &metrics(self.run))?;
         Samples::new(scores, self.beta)?.drawn_at(lambda.to_vec())
-    }
-
-    /// The next λ when `wanted` would be right if policies were exactly what λ asks for: the step from the last λ is divided
-    /// by the share of the predicted gain that the last policy has made real.
-    fn corrected(&self, first: &Samples, shots: &[Shot], wanted: Vec<f64>) -> Result<Vec<f64>> {
-        let Some(last) = shots.last() else { return Ok(wanted) };
-        let [before, predicted] = [vec![0.0; wanted.len()], last.lambda.clone()].map(|l| first.estimate(&l, &self.bootstrap));
-        let (before, predicted) = (before?.safety, predicted?.safety);
-        let next = wanted.iter().enumerate().map(|(i, &wanted)| {
-            let gain = (last.measured[i].value - before[i].value) / (predicted[i].value - before[i].value);
-            let gain = if gain.is_finite() { gain.clamp(LEAST_GAIN, 1.0 / LEAST_GAIN) } else { 1.0 };
-            (last.lambda[i] + (wanted - last.lambda[i]) / gain).max(0.0)
-        });
-        Ok(next.collect())
     }
 
     /// Makes the policy of a λ, or of one that is a little larger and has few digits.

@@ -80,7 +80,7 @@ pub struct ChoiceOptions {
     pub answers: usize,
     /// The length of an answer at most, in tokens, ≥ 1. Default 128.
     pub max_new_tokens: usize,
-    /// Policies that are made one after the other at most, each from what was measured of those before, ≥ 1. Default 3.
+    /// Policies that are made one after the other at most, each from what was measured of those before, ≥ 1. Default 4.
     pub shots: usize,
 }
 
@@ -211,7 +211,7 @@ impl ChoiceOptions {
             max_prompts: section.count("max_prompts", 2)?.unwrap_or(200),
             answers: section.count("answers", 1)?.unwrap_or(64),
             max_new_tokens: section.count("max_new_tokens", 1)?.unwrap_or(128),
-            shots: section.count("shots", 1)?.unwrap_or(3),
+            shots: section.count("shots", 1)?.unwrap_or(4),
         })
     }
 }
