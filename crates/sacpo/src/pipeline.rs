@@ -31,8 +31,8 @@ use data::{load_data, warn_of_objectives};
 use engine::checkpoint::{Checkpoint, describe};
 use engine::{Error, LoraOptions, Model, ModelConfig, Result};
 pub(crate) use folder::RunFolder;
-pub(crate) use record::Provenance;
 use record::Made;
+pub(crate) use record::Provenance;
 use train::Training;
 
 use crate::policy::{self, PolicyName};

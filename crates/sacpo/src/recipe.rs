@@ -16,8 +16,8 @@ mod tree;
 use std::ops::Bound::{self, Excluded, Unbounded};
 use std::path::{Path, PathBuf};
 
-use blend::{MERGE_KEYS, MIX_KEYS};
 pub use blend::{Blend, Merging, PolicyRef};
+use blend::{MERGE_KEYS, MIX_KEYS};
 use constraint::CONSTRAINT_KEYS;
 pub use constraint::{ChoiceOptions, Constraint, Realise, StepRef};
 use engine::{Error, Result};
@@ -38,7 +38,8 @@ const MAX_POLICIES: usize = 1000;
 /// Greater than 0.
 const POSITIVE: (Bound<f64>, Bound<f64>) = (Excluded(0.0), Unbounded);
 
-const ROOT_KEYS: &[&str] = &["model", "run", "data", "train", "step", "merge", "mix", "judge", "constraint", "evaluate"];
+const ROOT_KEYS: &[&str] =
+    &["model", "run", "data", "train", "step", "merge", "mix", "judge", "constraint", "evaluate"];
 const MODEL_KEYS: &[&str] = &["base"];
 const RUN_KEYS: &[&str] = &["out", "seed", "threads", "memory_gib"];
 const EVALUATE_KEYS: &[&str] = &["prompts", "max_new_tokens"];
@@ -239,7 +240,8 @@ impl Recipe {
     /// Checks that every metric that needs a judge has one, which is trained before it is asked.
     fn check_judges(&self, steps: &[Section<'_>], constraints: &[Section<'_>]) -> Result<()> {
         let plan = self.plan().steps;
-        let check = |metric: &str, section: &Section<'_>, before: usize| match self.judge(metric) {
+        let check = |metric: &str, section: &Section<'_>, before: usize| {
+            match self.judge(metric) {
             None => Err(section.error(&format!(
                 "The metric `{metric}` has no judge. Add a `[[judge]]` with `metric = \"{metric}\"` and `policy` or `quickstart`."
             ))),
@@ -252,6 +254,7 @@ impl Recipe {
                 )))
             }
             Some(_) => Ok(()),
+        }
         };
         for (number, (step, section)) in self.steps.iter().zip(steps).enumerate() {
             for metric in step.relabel.iter().chain(&step.margin).flat_map(|weights| weights.keys()) {

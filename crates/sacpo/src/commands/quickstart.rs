@@ -117,7 +117,11 @@ fn details(policies: &[Judged<'_>]) -> String {
         let distance = distance.map_or("–".to_owned(), |distance| format!("{distance:.3}"));
         table += &format!(
             "| {} | {:.3} | {:.3} | {:.3} | {:.3} | {distance} |\n",
-            policy.name(), worth.safety, worth.risky_reward, worth.harmless_refusal, worth.outside
+            policy.name(),
+            worth.safety,
+            worth.risky_reward,
+            worth.harmless_refusal,
+            worth.outside
         );
     }
     table
@@ -313,7 +317,8 @@ fn exact(
         };
         let optimum = optimum.iter().sum::<f64>() / optimum.len() as f64;
         result["exact"] = json!({"safety": worth.safety, "optimum_safety": optimum});
-        text += &format!(" Its exact E[g*] there is {:.3}; that of the optimum for its λ is {optimum:.3}.", worth.safety);
+        text +=
+            &format!(" Its exact E[g*] there is {:.3}; that of the optimum for its λ is {optimum:.3}.", worth.safety);
     }
     Ok((result, text))
 }

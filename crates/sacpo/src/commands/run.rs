@@ -101,7 +101,10 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
         return print_json(&result);
     }
     let verdict = outcome.constraint.map(|outcome| format!("\n{}\n", outcome.text())).unwrap_or_default();
-    ui::print(format!("{table}{verdict}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display()))
+    ui::print(format!(
+        "{table}{verdict}\nAll of it, with answers side by side: {}",
+        folder.path.join("summary.md").display()
+    ))
 }
 
 fn policy_json(policy: &Policy, metrics: &[&str]) -> Value {

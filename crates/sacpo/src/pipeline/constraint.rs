@@ -12,10 +12,10 @@ use align::choose::{Bootstrap, Certificate, Choice, Estimate, Mean, Samples, Ver
 use engine::Result;
 use serde::Serialize;
 
+use super::Run;
 use super::blend::Between;
 use super::sample::Prompts;
 use super::train::Training;
-use super::Run;
 use crate::ui;
 use sacpo::recipe::{ChoiceOptions, Merging, Realise, short};
 
@@ -139,10 +139,17 @@ pub(super) fn meet(run: &mut Run<'_>) -> Result<Option<Outcome>> {
         }
         None => vec![None; thresholds.len()],
     };
-    let constraints: Vec<Met> = run.recipe.constraints.iter().zip(certificates).enumerate().map(|(i, (c, certificate))| {
-        let lambda = best.as_ref().map(|shot| shot.lambda[i]);
-        Met { metric: c.metric.clone(), threshold: c.at_least, lambda, certificate }
-    }).collect();
+    let constraints: Vec<Met> = run
+        .recipe
+        .constraints
+        .iter()
+        .zip(certificates)
+        .enumerate()
+        .map(|(i, (c, certificate))| {
+            let lambda = best.as_ref().map(|shot| shot.lambda[i]);
+            Met { metric: c.metric.clone(), threshold: c.at_least, lambda, certificate }
+        })
+        .collect();
     let known: Vec<Certificate> = constraints.iter().filter_map(|met| met.certificate).collect();
     let policy = best.as_ref().map(|shot| &run.policies[shot.index]);
     let outcome = Outcome {
@@ -243,7 +250,8 @@ impl Search<'_, '_> {
                 return Ok((shots, None));
             }
             if shots.len() == self.choice.shots {
-                let reason = format!("after {} policies none meets the constraint closely. Raise constraint.shots", shots.len());
+                let reason =
+                    format!("after {} policies none meets the constraint closely. Raise constraint.shots", shots.len());
                 return Ok((shots, Some(reason)));
             }
         }
@@ -283,7 +291,8 @@ impl Search<'_, '_> {
             let metric = self.run.recipe.constraints[0].metric.clone();
             let relabel = weights.iter().map(|(m, w)| (m.clone(), *w)).chain([(metric, lambda)]).collect();
             let name = format!("{}-{}", self.run.recipe.steps[steps[0]].name, short(lambda));
-            let training = Training { name, step: steps[0], parent: self.start, beta: self.beta, relabel: Some(relabel) };
+            let training =
+                Training { name, step: steps[0], parent: self.start, beta: self.beta, relabel: Some(relabel) };
             return Ok(Realised::Policy { index: self.run.make(training)?, lambda: vec![lambda] });
         }
         let merging = match self.choice.realise {
@@ -297,7 +306,11 @@ impl Search<'_, '_> {
                     }
                     let temperature = rounded_down(self.beta / wanted);
                     lambda.push(self.beta / temperature);
-                    let prefix = if index == self.start { String::new() } else { format!("{}-", self.run.policies[index].name()) };
+                    let prefix = if index == self.start {
+                        String::new()
+                    } else {
+                        format!("{}-", self.run.policies[index].name())
+                    };
                     let name = format!("{prefix}{}-{}", self.run.recipe.steps[step].name, short(temperature));
                     index = self.run.make(Training { name, step, parent: index, beta: temperature, relabel: None })?;
                 }
@@ -351,7 +364,8 @@ impl Outcome {
             let _ = write!(text, "{} E[{}] ≥ {}", if number == 0 { "" } else { "," }, met.metric, met.threshold);
         }
         let Some(policy) = &self.policy else {
-            let _ = write!(text, ": undecided, no policy was made for it; {}.", self.reason.as_deref().unwrap_or_default());
+            let _ =
+                write!(text, ": undecided, no policy was made for it; {}.", self.reason.as_deref().unwrap_or_default());
             return text;
         };
         let _ = write!(text, ": {}. The policy {policy}", self.verdict.name());

@@ -3,6 +3,7 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
+use align::trainer::discard_state;
 use engine::checkpoint::atomic;
 use engine::{Error, Result};
 
@@ -55,7 +56,12 @@ fn remove_leftovers(run: &Path) -> Result<()> {
         // no entries where there is no such folder yet
         let policies = std::fs::read_dir(run.join(folder)).into_iter().flatten().flatten();
         let folders = policies.map(|entry| entry.path()).filter(|path| path.is_dir());
-        folders.into_iter().try_for_each(|path| atomic::remove_leftovers(&path))?;
+        for path in folders {
+            atomic::remove_leftovers(&path)?;
+            if path.join("policy.json").exists() {
+                discard_state(&path)?;
+            }
+        }
     }
     Ok(())
 }

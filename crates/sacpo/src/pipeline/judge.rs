@@ -31,19 +31,13 @@ pub(super) fn identity(run: &Run<'_>, metric: &str, hash: &dyn Fn(usize) -> Opti
 ///
 /// # Errors
 /// A metric without a judge; prompts that the judge does not know; those of [`Judge::scores`].
-pub(super) fn scores(
-    run: &Run<'_>,
-    metric: &str,
-    items: &[Sequences<'_>],
-    micro_batch_tokens: usize,
-) -> Result<Table> {
+pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro_batch_tokens: usize) -> Result<Table> {
     let Some(judge) = run.recipe.judge(metric) else {
         return Err(Error::input(format!("The metric `{metric}` has no judge. Add a `[[judge]]` for it.")));
     };
     let bar = ui::bar(items.len() as u64, &format!("{metric} judged"));
-    let ask = |judge: Judge<'_>| {
-        judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar))
-    };
+    let ask =
+        |judge: Judge<'_>| judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar));
     let scores = match &judge.source {
         JudgeSource::Policy(policy) => {
             let Some(planned) = policy.planned else {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use engine::checkpoint::load_model;
 use engine::{Result, memory};
 use serde::Serialize;
 use serde_json::Value;
@@ -61,12 +62,20 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     Ok(hasher.finalize().to_hex().to_string())
 }
 
-/// The results of a run with this key, if the folder holds it finished and with all its checkpoints.
+/// The results of a run with this key, if the folder holds it finished and with all its checkpoints as they were made.
 pub(crate) fn finished(folder: &RunFolder, key: &str) -> Option<Value> {
-    let read = |name: &str| -> Option<Value> { serde_json::from_slice(&std::fs::read(folder.path.join(name)).ok()?).ok() };
-    let results = (read("manifest.json")?["key"] == key).then(|| read("results.json"))??;
-    let whole = |policy: &Value| policy["checkpoint"].as_str().is_none_or(|path| Path::new(path).exists());
-    results["policies"].as_array()?.iter().all(whole).then_some(results)
+    let read =
+        |name: &str| -> Option<Value> { serde_json::from_slice(&std::fs::read(folder.path.join(name)).ok()?).ok() };
+    let (manifest, results) = (read("manifest.json")?, read("results.json")?);
+    // the base model is part of the key
+    let made = |policy: &Value| policy["made_by"] == "training" || policy["made_by"] == "merge";
+    let whole = |policy: &Value| {
+        let result = results["policies"].as_array()?.iter().find(|result| result["name"] == policy["policy"])?;
+        let model = load_model(Path::new(result["checkpoint"].as_str()?)).ok()?;
+        (policy["model"] == model.hash()).then_some(())
+    };
+    let mut policies = manifest["policies"].as_array()?.iter().filter(|policy| made(policy));
+    (manifest["key"] == key && policies.all(|policy| whole(policy).is_some())).then_some(results)
 }
 
 /// Says that the run is finished, in its folder.

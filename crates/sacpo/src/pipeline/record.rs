@@ -25,7 +25,9 @@ pub(crate) struct Provenance {
 #[serde(tag = "made_by", rename_all = "snake_case")]
 pub(crate) enum Made {
     /// The base model.
-    Given { path: PathBuf },
+    Given {
+        path: PathBuf,
+    },
     /// By a step.
     Training {
         step: String,

@@ -63,7 +63,8 @@ impl Prompts {
                 path.display()
             )));
         }
-        let kinds = [(choosing, "prompts", "choose λ from", 0), (held_out, "held_out_prompts", "judge the policy on", 1)];
+        let kinds =
+            [(choosing, "prompts", "choose λ from", 0), (held_out, "held_out_prompts", "judge the policy on", 1)];
         let checked = kinds.map(|(mut tokens, key, purpose, stream)| {
             tokens.truncate(choice.max_prompts);
             if tokens.len() < 2 {
@@ -140,7 +141,12 @@ impl Prompts {
             .collect();
         let mut kept: Vec<Option<Answers>> = places.iter().map(|path| read_kept(path)).collect();
         if kept.iter().any(Option::is_none) {
-            ui::say(format!("  {} answers of {} to each of {} prompts.", self.answers, policy.name(), self.tokens.len()));
+            ui::say(format!(
+                "  {} answers of {} to each of {} prompts.",
+                self.answers,
+                policy.name(),
+                self.tokens.len()
+            ));
             let loaded = policy.load()?;
             let total = blocks.iter().map(|block| block.len() * self.answers).sum::<usize>();
             let bar = ui::bar(total as u64, &format!("answers of {}", policy.name()));
@@ -155,10 +161,12 @@ impl Prompts {
                         seed: self.options.seed.wrapping_add((number as u64) << 32),
                         ..self.options.clone()
                     };
-                    let drawn = generate(loaded.mixture()?, &repeated, &options, &|_| Ok(String::new()), &mut |done| {
-                        advance(before + done)
-                    })?;
-                    let tokens: Vec<Vec<u32>> = drawn.into_iter().map(|answer| ended(answer.tokens, answer.end)).collect();
+                    let drawn =
+                        generate(loaded.mixture()?, &repeated, &options, &|_| Ok(String::new()), &mut |done| {
+                            advance(before + done)
+                        })?;
+                    let tokens: Vec<Vec<u32>> =
+                        drawn.into_iter().map(|answer| ended(answer.tokens, answer.end)).collect();
                     let answers: Answers = tokens.chunks(self.answers).map(<[_]>::to_vec).collect();
                     keep(&places[number], &answers)?;
                     kept[number] = Some(answers);

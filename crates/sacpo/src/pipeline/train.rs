@@ -96,8 +96,6 @@ impl Training {
             }
             None => self.train(run)?,
         };
-        // a killed process may have left it beside a finished policy
-        discard_state(&self.folder(run))?;
         Ok(Policy {
             step: Some(self.step(run).name.clone()),
             beta_over_lambda: (self.parent != 0).then_some(self.beta),
@@ -214,6 +212,7 @@ impl Training {
             adapter.save(model_below, &folder.join(ADAPTER))?;
         }
         record.write(&folder, &folder.join("checkpoint"))?;
+        discard_state(&folder)?;
         if let Some(last) = records.last() {
             ui::say(format!("  {} steps in {seconds:.0} s; the last batch's loss was {:.4}.", last.step, last.loss));
         }
@@ -253,7 +252,10 @@ pub(super) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainO
 /// The model of a trained policy, which must be the one that was trained.
 pub(super) fn load_trained(policy: &Policy) -> Result<Model> {
     let PolicyName::Model(path) = &policy.source else {
-        return Err(Error::Failed(format!("The policy `{}` is a mixture and has no weights of its own.", policy.name())));
+        return Err(Error::Failed(format!(
+            "The policy `{}` is a mixture and has no weights of its own.",
+            policy.name()
+        )));
     };
     let loaded = Checkpoint::load(path).map_err(|error| {
         Error::input(format!(

@@ -124,7 +124,8 @@ impl Sweep<'_> {
         if let Some(step) = self.steps.iter().position(|step| step.name == name) {
             return self.strongest(section, key, step);
         }
-        let names = self.plan.iter().map(|policy| policy.name.as_str()).chain(self.steps.iter().map(|s| s.name.as_str()));
+        let names =
+            self.plan.iter().map(|policy| policy.name.as_str()).chain(self.steps.iter().map(|s| s.name.as_str()));
         let meant = nearest(name, names).map(|meant| format!(" Did you mean `{meant}`?")).unwrap_or_default();
         Err(section.error(&format!("`{key}` names `{name}`, which is no policy and no step of this recipe.{meant}")))
     }

@@ -10,16 +10,8 @@ use super::section::Section;
 use super::step::Step;
 
 /// The keys of the first constraint, which are for all of them.
-const CHOICE_KEYS: &[&str] = &[
-    "confidence",
-    "realise",
-    "prompts",
-    "held_out_prompts",
-    "max_prompts",
-    "answers",
-    "max_new_tokens",
-    "shots",
-];
+const CHOICE_KEYS: &[&str] =
+    &["confidence", "realise", "prompts", "held_out_prompts", "max_prompts", "answers", "max_new_tokens", "shots"];
 pub(super) const CONSTRAINT_KEYS: &[&str] = &[
     "metric",
     "at_least",
@@ -109,7 +101,8 @@ impl Constraint {
         let at_least = section.required("at_least", section.number("at_least", ..)?, "at_least = 0.0")?;
         let step = match section.text("step")? {
             Some(name) => steps.iter().position(|step| step.name == name).ok_or_else(|| {
-                section.error(&format!("`step` names `{name}`, which is no step of this recipe. Write the name of one."))
+                section
+                    .error(&format!("`step` names `{name}`, which is no step of this recipe. Write the name of one."))
             }),
             None => steps.iter().rposition(|step| step.metric == metric).ok_or_else(|| {
                 section.error(&format!(

@@ -86,9 +86,8 @@ pub(super) fn expand(steps: &[Step], constraints: &[Constraint]) -> Vec<PlannedS
         let labels_open = constraints.iter().any(|c| c.step.index == number && c.weighs_labels(steps));
         let values = if labels_open { &[] } else { step.temperature.values() };
         let (among, alone) = (parents.len() > 1, values.len() == 1);
-        let of_parent = |&parent| {
-            values.iter().map(move |&beta| PlannedStep::new(number, step, parent, among, beta, alone))
-        };
+        let of_parent =
+            |&parent| values.iter().map(move |&beta| PlannedStep::new(number, step, parent, among, beta, alone));
         let policies: Vec<PlannedStep> = parents.iter().flat_map(of_parent).collect();
         plan.extend(policies);
     }

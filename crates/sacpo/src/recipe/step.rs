@@ -103,7 +103,12 @@ pub enum Temperature {
 
 impl Step {
     /// Reads a step; `above` are the steps before it.
-    pub(super) fn read(section: &Section<'_>, above: &[Self], data: &DataOptions, train: &TrainOptions) -> Result<Self> {
+    pub(super) fn read(
+        section: &Section<'_>,
+        above: &[Self],
+        data: &DataOptions,
+        train: &TrainOptions,
+    ) -> Result<Self> {
         let metric = section.required("metric", section.text("metric")?, "metric = \"helpfulness\"")?;
         let name = section.text("name")?.unwrap_or_else(|| metric.clone());
         check_name(section, "step", &name)?;
