@@ -1,5 +1,6 @@
 //! Prompts of a constraint, and answers that policies draw for them.
 
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use align::data::{self, Prompt};
@@ -65,8 +66,8 @@ impl Prompts {
         }
         let kinds =
             [(choosing, "prompts", "choose λ from", 0), (held_out, "held_out_prompts", "judge the policy on", 1)];
-        let checked = kinds.map(|(mut tokens, key, purpose, stream)| {
-            tokens.truncate(choice.max_prompts);
+        let checked = kinds.map(|(tokens, key, purpose, stream)| {
+            let tokens = some_of(tokens, choice.max_prompts, run.recipe.run.seed);
             if tokens.len() < 2 {
                 return Err(Error::input(format!(
                     "The constraint has {} different prompts to {purpose}, but needs two or more; a hundred are usual. Set \
@@ -208,8 +209,17 @@ fn read(run: &Run<'_>, path: &Path) -> Result<Vec<Vec<u32>>> {
 
 /// Different prompts in their order, without those of `others`.
 fn different(prompts: Vec<Vec<u32>>, others: &[Vec<u32>]) -> Vec<Vec<u32>> {
-    let mut seen: std::collections::HashSet<Vec<u32>> = others.iter().cloned().collect();
+    let mut seen: HashSet<Vec<u32>> = others.iter().cloned().collect();
     prompts.into_iter().filter(|prompt| seen.insert(prompt.clone())).collect()
+}
+
+/// So many prompts at most, drawn by `seed`, in their order: the first ones of a file may be of one kind.
+fn some_of(mut prompts: Vec<Vec<u32>>, most: usize, seed: u64) -> Vec<Vec<u32>> {
+    let drawn = |prompt: &Vec<u32>| blake3::hash(format!("{seed} {prompt:?}").as_bytes()).as_bytes().to_owned();
+    if let Some(beyond) = prompts.iter().map(drawn).collect::<BTreeSet<_>>().into_iter().nth(most) {
+        prompts.retain(|prompt| drawn(prompt) < beyond);
+    }
+    prompts
 }
 
 /// The different answers in order.

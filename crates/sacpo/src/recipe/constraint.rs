@@ -66,7 +66,7 @@ pub struct ChoiceOptions {
     pub prompts: Option<PathBuf>,
     /// The file of the prompts on which the policy is judged at the end. Default: the step's held-out prompts.
     pub held_out_prompts: Option<PathBuf>,
-    /// The number of different prompts of each kind at most, ≥ 2: the first of the file. Default 200.
+    /// The number of different prompts of each kind at most, ≥ 2, drawn by the seed. Default 200.
     pub max_prompts: usize,
     /// Answers that are drawn for each prompt, ≥ 1. Default 64.
     pub answers: usize,
