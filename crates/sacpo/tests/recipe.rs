@@ -93,7 +93,7 @@ fn every_key_arrives_where_it_belongs() {
     assert_eq!((train.max_grad_norm, train.micro_batch_tokens), (2.0, 4096));
     assert_eq!(train.save_every, 5);
     assert_eq!((helpful.name.as_str(), helpful.parameters.label_smoothing), ("helpful", Some(0.1)));
-    assert_eq!(helpful.temperature, Temperature::Beta(0.1));
+    assert_eq!(helpful.temperature, Temperature::Beta(vec![0.1]));
     assert_eq!((harmless.name.as_str(), harmless.format), ("harmlessness", None));
     assert_eq!(harmless.temperature, Temperature::BetaOverLambda(vec![0.1, 0.05]));
     assert_eq!(
@@ -121,13 +121,13 @@ fn defaults_fill_a_small_recipe() {
     let recipe = parse(SMALL, &[]).unwrap();
     assert_eq!(recipe.run.out, PathBuf::from("runs/recipe"), "named after the file");
     assert_eq!(recipe.steps[0].name, "helpfulness");
-    assert_eq!(recipe.steps[0].temperature, Temperature::Beta(1.0), "a whole number is a number");
+    assert_eq!(recipe.steps[0].temperature, Temperature::Beta(vec![1.0]), "a whole number is a number");
     assert!(recipe.evaluate.prompts.is_empty());
 }
 
 /// The plan as `name < parent @ temperature`.
 fn planned(text: &str) -> Vec<String> {
-    let plan = parse(text, &[]).unwrap().plan();
+    let plan = parse(text, &[]).unwrap().plan().steps;
     let parent = |i: Option<usize>| i.map_or("base", |i| plan[i].name.as_str());
     plan.iter().map(|p| format!("{} < {} @ {}", p.name, parent(p.parent), p.beta)).collect()
 }
@@ -146,7 +146,7 @@ fn sweeps_expand_into_policies_with_parents() {
             "harmlessness-0.05-honesty-1e-9 < harmlessness-0.05 @ 0.000000001"
         ]
     );
-    let plan = parse(WHOLE, &[]).unwrap().plan();
+    let plan = parse(WHOLE, &[]).unwrap().plan().steps;
     assert_eq!(plan.iter().map(|p| p.beta_over_lambda()).collect::<Vec<_>>(), [None, Some(0.1), Some(0.05)]);
     assert_eq!(plan.iter().map(|p| p.step).collect::<Vec<_>>(), [0, 1, 1]);
 }
@@ -165,7 +165,7 @@ fn overrides_replace_and_add() {
         ],
     )
     .unwrap();
-    assert_eq!(recipe.steps[0].temperature, Temperature::Beta(0.05));
+    assert_eq!(recipe.steps[0].temperature, Temperature::Beta(vec![0.05]));
     assert_eq!(recipe.steps[0].train.epochs, 5, "the last one wins, in a section that the file lacks");
     assert_eq!(recipe.run.out, PathBuf::from("runs/a=b"), "text needs no quotes and may hold an equals sign");
     assert_eq!(

@@ -194,7 +194,7 @@ fn prompts_for(checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<Prompt> {
 fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Series>> {
     let trained = outcome.policies.iter().filter(|policy| policy.step.is_some());
     let series = trained.map(|policy| {
-        let path = folder.path.join("steps").join(&policy.name()).join("metrics.jsonl");
+        let path = folder.path.join("steps").join(policy.name()).join("metrics.jsonl");
         Ok(Series { name: policy.name().to_owned(), points: read_metric(&path, metric)? })
     });
     let series: Vec<Series> = series.collect::<Result<_>>()?;

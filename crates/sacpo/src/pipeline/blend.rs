@@ -62,7 +62,7 @@ impl Between {
             extrapolate: self.extrapolate,
         };
         let ends = [a, b].map(|policy| policy.path().cloned().unwrap_or_default());
-        let below = base.path().filter(|_| method.needs_base()).map(|path| Path::new(path));
+        let below = base.path().filter(|_| method.needs_base()).map(Path::new);
         let bar = ui::bar(0, "weights");
         merge::merge(&ends, below, &options, &checkpoint, &mut |done, total| {
             bar.set_length(total as u64);
