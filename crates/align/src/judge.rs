@@ -89,22 +89,6 @@ impl Judge<'_> {
             }
         }
     }
-
-    /// A hash of everything that decides the scores, but for rounding, which may differ between processors: 64 hexadecimal
-    /// digits.
-    pub fn key(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        match self {
-            Self::Implicit { policy, start, temperature } => {
-                hasher.update(format!("implicit {temperature:?} {} / {}", policy.hash(), start.hash()).as_bytes());
-            }
-            Self::Quickstart { world, metric } => {
-                hasher.update(format!("quickstart {metric:?}").as_bytes());
-                world.by_tokens().hash_into(*metric, &mut hasher);
-            }
-        }
-        hasher.finalize().to_hex().to_string()
-    }
 }
 
 /// Subtracts from the scores of every prompt the mean score of a base policy's answers to it, `[prompt][answer]` both.

@@ -99,28 +99,6 @@ fn models_of_different_vocabularies_are_no_implicit_reward() {
 }
 
 #[test]
-fn keys_name_policies_temperature_world_and_metric() {
-    let [a, b] = models();
-    let implicit = |policy: &Model, start: &Model, temperature| {
-        Judge::Implicit { policy: policy.into(), start: start.into(), temperature }.key()
-    };
-    let quickstart = |seed, metric| Judge::Quickstart { world: &World::new(seed), metric }.key();
-    let mixed = Judge::Implicit { policy: Mixture::new(&a, &b, 0.5).unwrap(), start: (&a).into(), temperature: 0.1 };
-    let all = [
-        implicit(&a, &b, 0.1),
-        implicit(&b, &a, 0.1),
-        implicit(&a, &b, 0.2),
-        implicit(&a, &a, 0.1),
-        mixed.key(),
-        quickstart(0, Metric::Reward),
-        quickstart(0, Metric::Safety),
-    ];
-    assert_eq!(HashSet::from(all.clone()).len(), all.len());
-    assert_eq!(implicit(&a, &b, 0.1), all[0]);
-    assert_eq!(quickstart(1, Metric::Safety), all[6], "the split changes no score");
-}
-
-#[test]
 fn the_quickstart_judge_knows_every_answer_and_nothing_else() {
     let world = World::new(2);
     for metric in [Metric::Reward, Metric::Safety] {

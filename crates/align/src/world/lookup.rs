@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Answer, Metric, Prompt, World};
-use crate::sequences::Sequences;
+use super::{Answer, Prompt, World};
 
 /// The prompts and answers of a world by their tokens. Made by [`World::by_tokens`].
 #[derive(Debug, Clone)]
@@ -34,18 +33,5 @@ impl<'w> ByTokens<'w> {
     /// of no answer to this prompt.
     pub fn answer(&self, prompt: &Prompt, tokens: &[u32]) -> Option<&'w Answer> {
         self.answers[prompt.topic].get(tokens).copied()
-    }
-
-    /// Adds every prompt, answer and value to a hash. Which prompts are held out does not matter to it.
-    pub(crate) fn hash_into(&self, metric: Metric, hasher: &mut blake3::Hasher) {
-        hasher.update(&metric.outside().to_le_bytes());
-        for (tokens, prompt) in &self.prompts {
-            let answers = &self.answers[prompt.topic];
-            let responses = answers.keys().map(Vec::as_slice).collect();
-            Sequences { prompt: tokens, responses, row: 0 }.hash_into(hasher);
-            answers.values().for_each(|answer| {
-                hasher.update(&answer.value(metric).to_le_bytes());
-            });
-        }
     }
 }
