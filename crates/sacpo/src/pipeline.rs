@@ -239,7 +239,8 @@ impl Run<'_> {
 
     /// The index of the policy of a training, which is done unless it is complete.
     fn make(&mut self, training: Training) -> Result<usize> {
-        if let Some(index) = self.policies.iter().position(|policy| policy.name() == training.name) {
+        let same = |policy: &Policy| policy.origin == Some((training.beta, training.parent));
+        if let Some(index) = self.made(&training.name, same)? {
             return Ok(index);
         }
         self.policies.push(training.policy(self)?);
@@ -248,7 +249,13 @@ impl Run<'_> {
 
     /// The index of a policy between two others, whose weights are merged or whose logits are mixed.
     fn add_between(&mut self, between: Between, merging: Option<Merging>) -> Result<usize> {
-        if let Some(index) = self.policies.iter().position(|policy| policy.name() == between.name) {
+        let from = between.ends.map(|end| self.policies[end].provenance.clone());
+        let same = |policy: &Policy| {
+            policy.provenance.from == from
+                && policy.q == Some(between.q)
+                && policy.path().is_some() == merging.is_some()
+        };
+        if let Some(index) = self.made(&between.name, same)? {
             return Ok(index);
         }
         self.policies.push(match merging {
@@ -256,6 +263,20 @@ impl Run<'_> {
             None => between.mixed(self),
         });
         Ok(self.policies.len() - 1)
+    }
+
+    /// The index of the policy of this name, if there is one.
+    ///
+    /// # Errors
+    /// If it is not the `same` as is asked for: a constraint has found a value whose policy has the name of another one.
+    fn made(&self, name: &str, same: impl Fn(&Policy) -> bool) -> Result<Option<usize>> {
+        match self.policies.iter().position(|policy| policy.name() == name) {
+            Some(index) if !same(&self.policies[index]) => Err(Error::input(format!(
+                "Two policies would be called `{name}`: one of the recipe's and one that its constraint asks for. Give the step, \
+                 merge or mixture of the first another `name`."
+            ))),
+            found => Ok(found),
+        }
     }
 
     /// The index of the one policy that a constrained step starts from.
