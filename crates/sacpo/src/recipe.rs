@@ -220,11 +220,11 @@ impl Recipe {
     fn check_values(&self, sections: &[Section<'_>]) -> Result<()> {
         let chosen = |step: usize| self.constraints.iter().any(|constraint| constraint.step.index == step);
         for (number, (step, section)) in self.steps.iter().zip(sections).enumerate() {
-            if step.temperature.values().is_empty() && !chosen(number) {
+            if step.temperature.is_open() && !chosen(number) {
                 section.required::<()>("beta_over_lambda", None, "beta_over_lambda = 0.1")?;
             }
             let unknown = |origin: usize| {
-                let open = self.steps[origin].temperature.values().is_empty();
+                let open = self.steps[origin].temperature.is_open();
                 open || self.constraints.iter().any(|c| c.step.index == origin && c.weighs_labels(&self.steps))
             };
             if step.from.step.is_some_and(unknown) && !chosen(number) {

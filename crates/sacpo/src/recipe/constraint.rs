@@ -168,7 +168,7 @@ impl Constraint {
                  for several.",
             ));
         }
-        if realise != Realise::Train && step.temperature.values().is_empty() {
+        if realise != Realise::Train && step.temperature.is_open() {
             return Err(section.error(&format!(
                 "The step `{}` has no policy to mix or merge with. Give it a `beta_over_lambda` that is small enough to meet the \
                  constraint.",

@@ -54,7 +54,7 @@ pub struct Step {
     #[serde(flatten)]
     pub parameters: objective::Options,
     /// `beta` or `beta_over_lambda`.
-    #[serde(flatten)]
+    #[serde(flatten, skip_serializing_if = "Temperature::is_open")]
     pub temperature: Temperature,
     /// The file of preference pairs.
     pub data: PathBuf,
@@ -223,6 +223,11 @@ impl Temperature {
         match self {
             Self::Beta(values) | Self::BetaOverLambda(values) => values,
         }
+    }
+
+    /// Whether there is no value yet, and a constraint must give it.
+    pub fn is_open(&self) -> bool {
+        self.values().is_empty()
     }
 }
 
