@@ -98,6 +98,9 @@ pub struct Answer {
     pub text: String,
     /// Why the answer ended.
     pub finish: Finish,
+    /// The end token, if one ended the answer.
+    #[serde(skip)]
+    pub end: Option<u32>,
 }
 
 /// Generates one answer per prompt, in the order of the prompts.
@@ -294,7 +297,7 @@ impl Sequence {
         let finish = if ended || stopped_at.is_some() { Finish::Stop } else { Finish::Length };
         let tokens = std::mem::take(&mut self.answer);
         let text = stopped_at.map_or_else(|| decode(&tokens), Ok)?;
-        Ok(Some(Answer { tokens, text, finish }))
+        Ok(Some(Answer { tokens, text, finish, end: ended.then_some(token) }))
     }
 }
 

@@ -1,9 +1,9 @@
 //! `sacpo`: align language models under safety constraints, step by step.
 
+mod answers;
 mod cli;
 mod commands;
 mod interrupt;
-mod load;
 mod pipeline;
 mod policy;
 mod ui;

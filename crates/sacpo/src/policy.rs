@@ -1,5 +1,6 @@
 //! Policies as people name them: a model, or two mixed at decode time.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -13,6 +14,15 @@ pub(crate) enum PolicyName {
     Model(PathBuf),
     /// Logits (1 − q)·A + q·B.
     Mix { a: PathBuf, b: PathBuf, q: f64 },
+}
+
+impl fmt::Display for PolicyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Model(path) => write!(f, "{}", path.display()),
+            Self::Mix { a, b, q } => write!(f, "mix({}, {}, {q})", a.display(), b.display()),
+        }
+    }
 }
 
 impl FromStr for PolicyName {

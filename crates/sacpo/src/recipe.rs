@@ -4,20 +4,33 @@
 //! defaults are filled in. [`Recipe::plan`] expands the steps into the policies to train. The keys are
 //! described for users in `docs/recipes.md`.
 
+mod blend;
+mod constraint;
+mod judge;
 mod options;
+mod plan;
 mod section;
+mod step;
 mod tree;
 
 use std::ops::Bound::{self, Excluded, Unbounded};
 use std::path::{Path, PathBuf};
 
-use align::data::Format;
-use align::objective::{self, Objective};
+pub use blend::{Blend, Merging, PolicyRef};
+use blend::{MERGE_KEYS, MIX_KEYS};
+use constraint::CONSTRAINT_KEYS;
+pub use constraint::{ChoiceOptions, Constraint, Realise, StepRef};
 use engine::{Error, Result};
+use judge::JUDGE_KEYS;
+pub use judge::{Judge, JudgeSource};
 use options::{DATA_KEYS, TRAIN_KEYS};
 pub use options::{DataOptions, PreviousAdapter, TrainOptions};
+use plan::Sweep;
+pub use plan::{Plan, PlannedBlend, PlannedStep, short};
 use section::Section;
 use serde::Serialize;
+use step::STEP_KEYS;
+pub use step::{BASE, Origin, Step, Temperature};
 
 /// Sweeps multiply along the chain; a recipe that asks for more policies than this is a mistake.
 const MAX_POLICIES: usize = 1000;
@@ -25,27 +38,10 @@ const MAX_POLICIES: usize = 1000;
 /// Greater than 0.
 const POSITIVE: (Bound<f64>, Bound<f64>) = (Excluded(0.0), Unbounded);
 
-const ROOT_KEYS: &[&str] = &["model", "run", "data", "train", "step", "evaluate"];
+const ROOT_KEYS: &[&str] =
+    &["model", "run", "data", "train", "step", "merge", "mix", "judge", "constraint", "evaluate"];
 const MODEL_KEYS: &[&str] = &["base"];
 const RUN_KEYS: &[&str] = &["out", "seed", "threads", "memory_gib"];
-/// The keys of a step beside those of `[data]` and `[train]`, which a step may override.
-const STEP_KEYS: &[&str] = &[
-    "name",
-    "metric",
-    "objective",
-    "label_smoothing",
-    "sum_logps",
-    "desirable_weight",
-    "undesirable_weight",
-    "gamma",
-    "alpha",
-    "delta",
-    "weight",
-    "beta",
-    "beta_over_lambda",
-    "data",
-    "format",
-];
 const EVALUATE_KEYS: &[&str] = &["prompts", "max_new_tokens"];
 const SECTIONS: &[(&str, &[&str])] = &[
     ("[model]", MODEL_KEYS),
@@ -53,6 +49,10 @@ const SECTIONS: &[(&str, &[&str])] = &[
     ("[data]", DATA_KEYS),
     ("[train]", TRAIN_KEYS),
     ("[[step]]", STEP_KEYS),
+    ("[merge]", MERGE_KEYS),
+    ("[mix]", MIX_KEYS),
+    ("[[judge]]", JUDGE_KEYS),
+    ("[constraint]", CONSTRAINT_KEYS),
     ("[evaluate]", EVALUATE_KEYS),
 ];
 
@@ -68,6 +68,18 @@ pub struct Recipe {
     /// The alignment steps in their order, at least one. Each holds its own `[data]` and `[train]` options.
     #[serde(rename = "step")]
     pub steps: Vec<Step>,
+    /// Merges of policies, P-SACPO and others.
+    #[serde(rename = "merge", skip_serializing_if = "Vec::is_empty")]
+    pub merges: Vec<Blend>,
+    /// Mixtures of policies at decode time.
+    #[serde(rename = "mix", skip_serializing_if = "Vec::is_empty")]
+    pub mixes: Vec<Blend>,
+    /// Who scores answers and pairs, at most one for each metric.
+    #[serde(rename = "judge", skip_serializing_if = "Vec::is_empty")]
+    pub judges: Vec<Judge>,
+    /// What a policy must meet, in the order of the steps that see to it.
+    #[serde(rename = "constraint", skip_serializing_if = "Vec::is_empty")]
+    pub constraints: Vec<Constraint>,
     /// What to ask every policy when training is done.
     pub evaluate: Evaluate,
 }
@@ -92,43 +104,6 @@ pub struct Run {
     pub memory_gib: Option<f64>,
 }
 
-/// `[[step]]`: one preference alignment, which starts from and is referenced to the policy before it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Step {
-    /// The name of the step and, with the value of a sweep, of its policies. Default: the metric.
-    pub name: String,
-    /// The metric that the data's preferences are about, such as `helpfulness` or `harmlessness`.
-    pub metric: String,
-    /// The name of the loss. Default: `dpo`.
-    pub objective: &'static str,
-    /// The parameters of the loss beside its temperature.
-    #[serde(flatten)]
-    pub parameters: objective::Options,
-    /// `beta` or `beta_over_lambda`.
-    #[serde(flatten)]
-    pub temperature: Temperature,
-    /// The file of preference pairs.
-    pub data: PathBuf,
-    /// The schema of the file. Default: found from its first row.
-    pub format: Option<Format>,
-    /// The `[data]` options of this step.
-    #[serde(flatten)]
-    pub data_options: DataOptions,
-    /// The `[train]` options of this step.
-    #[serde(flatten)]
-    pub train: TrainOptions,
-}
-
-/// The temperature of a step's objective: how strongly it is held to its reference.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Temperature {
-    /// The first step's β, > 0.
-    Beta(f64),
-    /// A later step's β/λ, each > 0: one policy for each value.
-    BetaOverLambda(Vec<f64>),
-}
-
 /// `[evaluate]`: what to ask every policy when training is done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Evaluate {
@@ -136,26 +111,6 @@ pub struct Evaluate {
     pub prompts: Vec<String>,
     /// The length of an answer at most, in tokens, ≥ 1. Default 64.
     pub max_new_tokens: usize,
-}
-
-/// One policy to train.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct PlannedStep {
-    /// The policy's name, unique in the plan and fit for a folder's name.
-    pub name: String,
-    /// The index of its step in [`Recipe::steps`].
-    pub step: usize,
-    /// The index in the plan of the policy that it starts from and is referenced to; `None`: the base model.
-    pub parent: Option<usize>,
-    /// The temperature that its objective is given: β in the first step, β/λ in a later one.
-    pub beta: f64,
-}
-
-impl PlannedStep {
-    /// β/λ of a policy of a later step; `None` in the first step, which has no λ.
-    pub fn beta_over_lambda(&self) -> Option<f64> {
-        self.parent.map(|_| self.beta)
-    }
 }
 
 impl Recipe {
@@ -195,22 +150,50 @@ impl Recipe {
         root.only(ROOT_KEYS, SECTIONS)?;
         let data = DataOptions::read(&known(root.section("data")?, DATA_KEYS)?, &DataOptions::default())?;
         let train = TrainOptions::read(&known(root.section("train")?, TRAIN_KEYS)?, &TrainOptions::default())?;
-        let steps = root.sections("step")?;
+        let sections = root.sections("step")?;
         let step_keys = [STEP_KEYS, DATA_KEYS, TRAIN_KEYS].concat();
+        let mut steps: Vec<Step> = Vec::new();
+        for section in &sections {
+            section.only(&step_keys, SECTIONS)?;
+            steps.push(Step::read(section, &steps, &data, &train)?);
+        }
+        let model = BaseModel::read(&known(root.section("model")?, MODEL_KEYS)?)?;
+        check_steps(&steps, &sections, &name)?;
+        let constraint_sections = several(&root, "constraint", CONSTRAINT_KEYS)?;
+        let mut constraints: Vec<Constraint> = Vec::new();
+        for section in &constraint_sections {
+            constraints.push(Constraint::read(section, &constraints, &steps)?);
+        }
+        let plan = plan::expand(&steps, &constraints);
+        let trained = Sweep { steps: &steps, plan: &plan };
+        let blends = |key, keys: &[&str], merges| -> Result<Vec<(Blend, Section<'_>)>> {
+            let read = |section| Ok((Blend::read(&section, merges, &trained)?, section));
+            several(&root, key, keys)?.into_iter().map(read).collect()
+        };
+        let (merges, mixes) = (blends("merge", MERGE_KEYS, true)?, blends("mix", MIX_KEYS, false)?);
+        let judge_sections = several(&root, "judge", JUDGE_KEYS)?;
+        let mut judges: Vec<Judge> = Vec::new();
+        for section in &judge_sections {
+            judges.push(Judge::read(section, &judges, &trained)?);
+        }
+        for (constraint, section) in constraints.iter().zip(&constraint_sections).take(1) {
+            constraint.check_start(section, &steps, &plan)?;
+        }
+        let (blended, blend_sections): (Vec<Blend>, Vec<Section<'_>>) = merges.into_iter().chain(mixes).unzip();
+        let (mixes, merges) = blended.into_iter().partition(|blend| blend.merging.is_none());
         let recipe = Self {
-            model: BaseModel::read(&known(root.section("model")?, MODEL_KEYS)?)?,
+            model,
             run: Run::read(&known(root.section("run")?, RUN_KEYS)?, path)?,
-            steps: steps
-                .iter()
-                .enumerate()
-                .map(|(i, step)| {
-                    step.only(&step_keys, SECTIONS)?;
-                    Step::read(step, i == 0, &data, &train)
-                })
-                .collect::<Result<_>>()?,
+            steps,
+            merges,
+            mixes,
+            judges,
+            constraints,
             evaluate: Evaluate::read(&known(root.section("evaluate")?, EVALUATE_KEYS)?)?,
         };
-        recipe.check_plan(&steps, &name)?;
+        recipe.check_values(&sections)?;
+        recipe.check_judges(&sections, &constraint_sections)?;
+        recipe.check_names(&sections, &blend_sections)?;
         Ok(recipe)
     }
 
@@ -222,90 +205,129 @@ impl Recipe {
         toml::to_string(self).map_err(|error| Error::Failed(format!("Could not write the recipe as TOML: {error}.")))
     }
 
-    /// The policies to train, every parent before its children.
-    ///
-    /// A step makes one policy from each policy of the step before it, and one for each value of its sweep.
-    /// Names are the step's name; with the value in later steps (`harmlessness-0.05`); and behind the
-    /// parent's name if the step before made several policies (`harmlessness-0.05-honesty-0.1`).
-    pub fn plan(&self) -> Vec<PlannedStep> {
-        let mut plan: Vec<PlannedStep> = Vec::new();
-        let mut parents: Vec<Option<usize>> = vec![None];
-        for (step, options) in self.steps.iter().enumerate() {
-            let start = plan.len();
-            for &parent in &parents {
-                let prefix = match parent {
-                    Some(parent) if parents.len() > 1 => format!("{}-", plan[parent].name),
-                    _ => String::new(),
-                };
-                for &beta in options.temperature.values() {
-                    let value = match options.temperature {
-                        Temperature::Beta(_) => String::new(),
-                        Temperature::BetaOverLambda(_) => format!("-{}", short(beta)),
-                    };
-                    let name = format!("{prefix}{}{value}", options.name);
-                    plan.push(PlannedStep { name, step, parent, beta });
-                }
-            }
-            parents = (start..plan.len()).map(Some).collect();
-        }
-        plan
+    /// The policies that are known before anything is trained.
+    pub fn plan(&self) -> Plan {
+        let blends = plan::between(&self.merges).chain(plan::between(&self.mixes)).collect();
+        Plan { steps: plan::expand(&self.steps, &self.constraints), blends }
     }
 
-    /// Checks what concerns several steps at once: that there is one, the number of policies, their names.
-    fn check_plan(&self, sections: &[Section<'_>], file: &str) -> Result<()> {
-        if self.steps.is_empty() {
-            return Err(Error::input(format!(
-                "The recipe {file} has no step, so there is nothing to train. Add a `[[step]]` with `metric`, `beta` \
-                 and `data`."
-            )));
-        }
-        let mut policies_of_step = 1;
-        for (step, section) in self.steps.iter().zip(sections) {
-            policies_of_step *= step.temperature.values().len();
-            if policies_of_step > MAX_POLICIES {
+    /// The judge of a metric.
+    pub fn judge(&self, metric: &str) -> Option<&Judge> {
+        self.judges.iter().find(|judge| judge.metric == metric)
+    }
+
+    /// Checks that every step has a temperature, or is given one by a constraint, and something to start from.
+    fn check_values(&self, sections: &[Section<'_>]) -> Result<()> {
+        let chosen = |step: usize| self.constraints.iter().any(|constraint| constraint.step.index == step);
+        for (number, (step, section)) in self.steps.iter().zip(sections).enumerate() {
+            if step.temperature.is_open() && !chosen(number) {
+                section.required::<()>("beta_over_lambda", None, "beta_over_lambda = 0.1")?;
+            }
+            let unknown = |origin: usize| {
+                let open = self.steps[origin].temperature.is_open();
+                open || self.constraints.iter().any(|c| c.step.index == origin && c.weighs_labels(&self.steps))
+            };
+            if step.from.step.is_some_and(unknown) && !chosen(number) {
                 return Err(section.error(&format!(
-                    "The sweeps up to this step multiply to {policies_of_step} policies. Shorten the lists of \
-                     `beta_over_lambda`, so that there are at most {MAX_POLICIES}."
+                    "It starts from the step `{}`, of which there is no policy before its λ is chosen. Give that step                      `beta_over_lambda`, or start from another one.",
+                    step.from.name
                 )));
             }
         }
-        // the first step has nothing below it, so that there its adapter is the stack
-        for (pair, section) in self.steps.windows(2).zip(&sections[1..]) {
-            let [before, step] = [&pair[0].train, &pair[1].train];
-            let stacks = step.lora_rank.is_some() && step.lora_previous == PreviousAdapter::Stack;
-            if stacks && (before.lora().is_none_or(|below| below.dora) || step.lora_dora) {
-                return Err(section.error(
-                    "`lora_previous = \"stack\"` puts the step's adapter on top of that of the step before, but there is \
-                     none, or one of the two has DoRA, which cannot be stacked. Write `lora_previous = \"fold\"`.",
-                ));
+        Ok(())
+    }
+
+    /// Checks that every metric that needs a judge has one, which is trained before it is asked.
+    fn check_judges(&self, steps: &[Section<'_>], constraints: &[Section<'_>]) -> Result<()> {
+        let plan = self.plan().steps;
+        let check = |metric: &str, section: &Section<'_>, before: usize| {
+            match self.judge(metric) {
+            None => Err(section.error(&format!(
+                "The metric `{metric}` has no judge. Add a `[[judge]]` with `metric = \"{metric}\"` and `policy` or `quickstart`."
+            ))),
+            Some(Judge { source: JudgeSource::Policy(PolicyRef { name, planned: Some(index) }), .. })
+                if plan[*index].step >= before =>
+            {
+                Err(section.error(&format!(
+                    "The judge of `{metric}` is the policy `{name}`, which is not trained before this step. Let a policy of a step \
+                     above judge it."
+                )))
+            }
+            Some(_) => Ok(()),
+        }
+        };
+        for (number, (step, section)) in self.steps.iter().zip(steps).enumerate() {
+            for metric in step.relabel.iter().chain(&step.margin).flat_map(|weights| weights.keys()) {
+                check(metric, section, number)?;
             }
         }
-        let plan = self.plan();
-        for (i, policy) in plan.iter().enumerate() {
-            let step = &sections[policy.step];
-            if policy.name == "base" {
-                return Err(step.error("The name `base` is taken by the untrained model. Set another `name`."));
+        for (constraint, section) in self.constraints.iter().zip(constraints) {
+            // a policy that takes part in the choice can judge nothing of it, but those of its step that are there before can
+            check(&constraint.metric, section, self.steps.len())?;
+        }
+        Ok(())
+    }
+
+    /// Checks that all policies have names of their own.
+    fn check_names(&self, steps: &[Section<'_>], blends: &[Section<'_>]) -> Result<()> {
+        let of_blends = |blends: &[Blend]| -> Vec<usize> { blends.iter().map(|blend| blend.q.len()).collect() };
+        let counts = [of_blends(&self.merges), of_blends(&self.mixes)].concat();
+        let blend_of = counts.iter().zip(blends).flat_map(|(count, section)| std::iter::repeat_n(section, *count));
+        let Plan { steps: trained, blends } = self.plan();
+        let names = trained.iter().map(|policy| (&policy.name, &steps[policy.step]));
+        let names: Vec<_> = names.chain(blends.iter().map(|policy| &policy.name).zip(blend_of)).collect();
+        for (i, (name, section)) in names.iter().enumerate() {
+            if *name == BASE {
+                return Err(section.error("The name `base` is taken by the untrained model. Set another `name`."));
             }
-            if plan[..i].iter().any(|other| other.name == policy.name) {
-                return Err(step.error(&format!(
-                    "Two policies would be called `{}`. Give the step a `name` of its own.",
-                    policy.name
-                )));
+            if names[..i].iter().any(|(other, _)| other == name) {
+                return Err(section.error(&format!("Two policies would be called `{name}`. Set a `name` of its own.")));
             }
         }
         Ok(())
     }
 }
 
+/// Checks what concerns several steps at once: that there is one, the number of policies, adapters on adapters.
+fn check_steps(steps: &[Step], sections: &[Section<'_>], file: &str) -> Result<()> {
+    if steps.is_empty() {
+        return Err(Error::input(format!(
+            "The recipe {file} has no step, so there is nothing to train. Add a `[[step]]` with `metric`, `beta` and `data`."
+        )));
+    }
+    let mut policies: Vec<usize> = Vec::new();
+    for (step, section) in steps.iter().zip(sections) {
+        let starts = step.from.step.map_or(1, |origin| policies[origin]);
+        policies.push(starts * step.temperature.values().len());
+        let total: usize = policies.iter().sum();
+        if total > MAX_POLICIES {
+            return Err(section.error(&format!(
+                "The sweeps up to this step multiply to {total} policies. Shorten the lists of temperatures, so that there are \
+                 at most {MAX_POLICIES}."
+            )));
+        }
+        // a step from the base model has nothing below it, so that its adapter is the stack
+        let Some(before) = step.from.step.map(|origin| &steps[origin].train) else { continue };
+        let stacks = step.train.lora_rank.is_some() && step.train.lora_previous == PreviousAdapter::Stack;
+        if stacks && (before.lora().is_none_or(|below| below.dora) || step.train.lora_dora) {
+            return Err(section.error(
+                "`lora_previous = \"stack\"` puts the step's adapter on top of that of the step that it starts from, but there is \
+                 none, or one of the two has DoRA, which cannot be stacked. Write `lora_previous = \"fold\"`.",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The tables under a key, if all their keys are among `keys`.
+fn several<'a>(root: &Section<'a>, key: &str, keys: &[&str]) -> Result<Vec<Section<'a>>> {
+    root.one_or_more(key)?.into_iter().map(|section| known(section, keys)).collect()
+}
+
 /// The section, if all its keys are among `keys`.
 fn known<'a>(section: Section<'a>, keys: &[&str]) -> Result<Section<'a>> {
     section.only(keys, SECTIONS)?;
     Ok(section)
-}
-
-/// A number as short as it reads exactly, without an exponent where people write none.
-fn short(value: f64) -> String {
-    if (1e-5..1e7).contains(&value) { format!("{value}") } else { format!("{value:e}") }
 }
 
 impl BaseModel {
@@ -327,92 +349,6 @@ impl Run {
             threads: section.count("threads", 1)?,
             memory_gib: section.number("memory_gib", POSITIVE)?,
         })
-    }
-}
-
-impl Step {
-    fn read(section: &Section<'_>, first: bool, data: &DataOptions, train: &TrainOptions) -> Result<Self> {
-        let metric = section.required("metric", section.text("metric")?, "metric = \"helpfulness\"")?;
-        let name = section.text("name")?.unwrap_or_else(|| metric.clone());
-        if !is_folder_name(&name) {
-            return Err(section.error(&format!(
-                "The step's name {name:?} cannot name a folder. Set a `name` of at most 64 letters, digits, `-`, `_` \
-                 and `.` that starts with a letter or digit."
-            )));
-        }
-        let formats = Format::ALL.map(|format| (format.name(), format));
-        let path = section.required("data", section.text("data")?, "data = \"data/pairs.jsonl.gz\"")?;
-        let names: Vec<(&str, &'static str)> = objective::NAMES.iter().map(|name| (*name, *name)).collect();
-        let step = Self {
-            name,
-            metric,
-            objective: section.choice("objective", &names)?.unwrap_or("dpo"),
-            parameters: objective::Options {
-                label_smoothing: section.number("label_smoothing", 0.0..0.5)?,
-                sum_logps: section.flag("sum_logps")?,
-                desirable_weight: section.number("desirable_weight", POSITIVE)?,
-                undesirable_weight: section.number("undesirable_weight", POSITIVE)?,
-                gamma: section.number("gamma", 0.0..)?,
-                alpha: section.number("alpha", 0.0..)?,
-                delta: section.number("delta", 0.0..)?,
-                weight: section.number("weight", POSITIVE)?,
-            },
-            temperature: Temperature::read(section, first)?,
-            data: path.into(),
-            format: section.choice("format", &formats)?,
-            data_options: DataOptions::read(section, data)?,
-            train: TrainOptions::read(section, train)?,
-        };
-        for &temperature in step.temperature.values() {
-            step.objective_at(temperature).map_err(|error| section.error(&error.to_string()))?;
-        }
-        Ok(step)
-    }
-
-    /// The loss at a temperature of the step.
-    ///
-    /// # Errors
-    /// A parameter that the objective does not have; not for the temperatures of a parsed recipe.
-    pub fn objective_at(&self, temperature: f64) -> Result<Objective> {
-        self.parameters.build(self.objective, temperature)
-    }
-}
-
-/// Whether a name is safe as a folder's name on every system.
-fn is_folder_name(name: &str) -> bool {
-    name.len() <= 64
-        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
-}
-
-impl Temperature {
-    fn read(section: &Section<'_>, first: bool) -> Result<Self> {
-        if first {
-            section.forbid(
-                "beta_over_lambda",
-                "The first step has no λ: it takes `beta`, the weight β of the KL term. Write for example `beta = 0.1`.",
-            )?;
-            let beta = section.number("beta", POSITIVE)?;
-            Ok(Self::Beta(section.required("beta", beta, "beta = 0.1")?))
-        } else {
-            section.forbid(
-                "beta",
-                "Only the first step takes `beta`. A later step starts from the policy before it and takes \
-                 `beta_over_lambda`, the ratio β/λ of the first step's β to the weight λ of the step's own metric: the \
-                 smaller it is, the more the metric counts. Write for example `beta_over_lambda = 0.1`, or a list to \
-                 train one policy for each value.",
-            )?;
-            let ratios = section.sweep("beta_over_lambda", POSITIVE)?;
-            Ok(Self::BetaOverLambda(section.required("beta_over_lambda", ratios, "beta_over_lambda = 0.1")?))
-        }
-    }
-
-    /// The values, one for each policy that the step makes of each policy before it.
-    pub fn values(&self) -> &[f64] {
-        match self {
-            Self::Beta(beta) => std::slice::from_ref(beta),
-            Self::BetaOverLambda(ratios) => ratios,
-        }
     }
 }
 

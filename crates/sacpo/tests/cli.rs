@@ -18,6 +18,7 @@ fn policies(result: &Value) -> Vec<Value> {
     for policy in &mut policies {
         let policy = policy.as_object_mut().unwrap();
         policy.remove("checkpoint");
+        policy.remove("policy");
         policy.remove("seconds");
     }
     policies
@@ -38,7 +39,10 @@ fn check_result(result: &Value, names: &[&str]) {
         for key in ["name", "step", "beta_over_lambda", "q", "reward", "safety", "kl"] {
             assert!(keys(policy).contains(&key), "{key}");
         }
-        assert!(Path::new(policy["checkpoint"].as_str().unwrap()).join("model.safetensors").is_file());
+        let mixed = policy["policy"].as_str().unwrap().starts_with("mix(");
+        let checkpoint =
+            policy["checkpoint"].as_str().filter(|path| Path::new(path).join("model.safetensors").is_file());
+        assert_ne!(mixed, checkpoint.is_some(), "{policy}");
     }
     assert!(result["seconds"].as_f64().unwrap() > 0.0);
 }
@@ -54,19 +58,49 @@ fn quickstart() -> &'static (PathBuf, Value, String) {
     })
 }
 
-/// The constraint of a quickstart at threshold 0, whose chosen policy has this E[g*] on held-out prompts.
-fn check_constraint(result: &Value, safety: f64) {
+/// The policies of a small quickstart but for those that the constraint asked for.
+const POLICIES: [&str; 11] = [
+    "base",
+    "helpfulness",
+    "safety-1",
+    "safety-0.5",
+    "safety-0.25",
+    "merge-0.25",
+    "merge-0.5",
+    "merge-0.75",
+    "mix-0.25",
+    "mix-0.5",
+    "mix-0.75",
+];
+
+/// The names of a result's policies.
+fn names(result: &Value) -> Vec<&str> {
+    result["policies"].as_array().unwrap().iter().map(|policy| policy["name"].as_str().unwrap()).collect()
+}
+
+/// The constraint of a quickstart at threshold 0.
+fn check_constraint(result: &Value) {
     let constraint = &result["constraint"];
     let number = |key: &str| constraint[key].as_f64().unwrap();
-    let (lambda, low, high) = (number("lambda"), number("lower_bound"), number("upper_bound"));
+    let (lambda, low) = (number("lambda"), number("lower_bound"));
     assert_eq!(number("threshold"), 0.0);
     assert!(lambda > 0.0 && (lambda * number("beta_over_lambda") - 0.5).abs() < 1e-9, "{constraint}");
-    let interval = [0, 1].map(|end| constraint["interval"][end].as_f64().unwrap());
-    assert!(interval[0] <= number("estimate") && number("estimate") <= interval[1], "{constraint}");
-    assert!(number("bias") <= 0.0 && constraint["effective_sample_size"]["average"].as_f64().unwrap() >= 10.0);
-    assert!((number("safety") - safety).abs() < 1e-12 && low < safety && safety < high, "{constraint}");
-    // λ is right if training reaches its tilt
-    assert!(number("optimum_safety") >= 0.0, "{constraint}");
+    let shots = constraint["shots"].as_array().unwrap();
+    assert!((1..=4).contains(&shots.len()), "{constraint}");
+    for shot in shots {
+        for mean in [&shot["estimate"][0], &shot["measured"][0]] {
+            let [low, high] = [0, 1].map(|end| mean["interval"][end].as_f64().unwrap());
+            let (value, bound) = (mean["value"].as_f64().unwrap(), mean["lower_bound"].as_f64().unwrap());
+            assert!(low < bound && bound < value && value < high, "{shot}");
+        }
+        assert!(shot["effective_sample_size"].as_f64().unwrap() >= 10.0, "{shot}");
+    }
+    assert!(shots.iter().any(|shot| shot["policy"] == constraint["policy"]));
+    // what was sampled is what is exactly so, but for chance
+    let met = &constraint["constraints"][0];
+    let (safety, high) = (met["safety"].as_f64().unwrap(), met["upper_bound"].as_f64().unwrap());
+    let exact = constraint["exact"]["safety"].as_f64().unwrap();
+    assert!((safety - exact).abs() < 0.03 && low < exact && exact < high, "{constraint}");
     let verdict = match () {
         () if low >= 0.0 => "met",
         () if high < 0.0 => "not met",
@@ -78,37 +112,44 @@ fn check_constraint(result: &Value, safety: f64) {
 #[test]
 fn quickstart_shows_the_trade_and_makes_everything_once() {
     let (made, result, stderr) = quickstart();
-    // the last policy is the one for the chosen λ
-    let chosen = result["constraint"]["policy"].as_str().unwrap();
-    let names = ["base", "helpfulness", "safety-1", "safety-0.5", "safety-0.25", chosen];
-    check_result(result, &names);
+    check_result(result, &names(result));
+    let shots = result["constraint"]["shots"].as_array().unwrap();
+    let tried: Vec<&str> = shots.iter().map(|shot| shot["policy"].as_str().unwrap()).collect();
+    assert_eq!(names(result), [&POLICIES, &*tried].concat());
+    check_constraint(result);
     let values = |key: &str| -> Vec<f64> {
         result["policies"].as_array().unwrap().iter().map(|policy| policy[key].as_f64().unwrap()).collect()
     };
-    let (mut reward, mut safety) = (values("reward"), values("safety"));
-    check_constraint(result, safety[5]);
-    reward.pop();
-    safety.pop();
+    let (reward, safety) = (values("reward"), values("safety"));
     assert!(values("kl").iter().chain(&values("outside")).all(|value| value.is_finite()));
     assert!(values("outside").iter().all(|mass| *mass < 0.5), "{result}");
     assert!(reward[1] > reward[0] && safety[1] < safety[0], "the first step does not trade safety for reward");
-    assert!(safety[1..].is_sorted() && safety[2] > safety[1], "safety does not rise along the sweep: {safety:?}");
-    assert!(reward[1..].is_sorted_by(|a, b| a > b), "reward does not fall along the sweep: {reward:?}");
+    // along the sweep, and along merges and mixtures from the first step's policy to the safest one
+    for line in [&[1, 2, 3, 4][..], &[1, 5, 6, 7, 4], &[1, 8, 9, 10, 4]] {
+        let along = |values: &[f64]| line.iter().map(|policy| values[*policy]).collect::<Vec<_>>();
+        let (reward, safety) = (along(&reward), along(&safety));
+        assert!(safety.is_sorted_by(|a, b| a < b), "safety does not rise: {safety:?}");
+        assert!(reward.is_sorted_by(|a, b| a > b), "reward does not fall: {reward:?}");
+    }
     assert_eq!(read_json(made.join("results.json")), *result);
-    says(stderr, &["Base model", "Step helpfulness", "Policy safety-0.25"]);
+    says(
+        stderr,
+        &["Base model", "Step helpfulness", "Policy safety-0.25", "Policy merge-0.5", "Constraint: λ is chosen"],
+    );
     for name in ["summary.md", "frontier.svg", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"] {
         assert!(made.join(name).metadata().unwrap().len() > 0, "{name}");
     }
-    for name in &names[1..] {
+    for name in POLICIES[1..5].iter().chain(&tried) {
         assert_eq!(read_lines(made.join("steps").join(name).join("metrics.jsonl"))[0]["rewards/margins"], json!(0.0));
     }
 
     // again in the same folder: nothing to do
     let before = weights(made);
     let second = done(&["quickstart", "--size", "small", "--out", &text(made)]);
-    // the base model, the first step to choose λ from, and all five policies
-    assert_eq!(second.stderr.matches(": complete.").count(), 7, "{}", second.stderr);
-    says(&second.stdout, &["| policy", "| safety-0.25", "Constraint E[g*] ≥ 0: λ = ", "Plot: "]);
+    // the base model, trained and merged policies
+    let complete = 1 + 4 + 3 + tried.len();
+    assert_eq!(second.stderr.matches(": complete.").count(), complete, "{}", second.stderr);
+    says(&second.stdout, &["| policy", "| safety-0.25", "| mix-0.5", "Constraint E[safety] ≥ 0: ", "Plot: "]);
     assert_eq!(policies(&read_json(made.join("results.json"))), policies(result));
     assert!(weights(made) == before);
 
@@ -118,13 +159,13 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
         object(&done(&arguments).stdout)
     };
     let low = at("-1");
-    check_result(&low, &names[..5]);
+    check_result(&low, &POLICIES);
     assert_eq!((&low["constraint"]["lambda"], &low["constraint"]["beta_over_lambda"]), (&json!(0.0), &Value::Null));
     assert_eq!((&low["constraint"]["policy"], &low["constraint"]["verdict"]), (&json!("helpfulness"), &json!("met")));
     let high = at("5");
-    check_result(&high, &names[..5]);
+    check_result(&high, &POLICIES);
     assert_eq!((&high["constraint"]["lambda"], &high["constraint"]["verdict"]), (&Value::Null, &json!("undecided")));
-    assert!(high["constraint"]["reason"].as_str().unwrap().contains("no λ meets it"), "{high}");
+    assert!(high["constraint"]["reason"].as_str().unwrap().contains("no λ meets"), "{high}");
 
     // another seed or size would mix two worlds
     let before = files(made);
@@ -191,21 +232,38 @@ fn a_run_is_a_chain_whose_every_step_starts_at_its_reference() {
     let kept = format!("{}/recipe.toml", out(&folder));
     let before = files(out(&folder));
     let second = run(&["run", &kept, "--json"]);
-    assert_eq!(second.stderr.matches(": complete.").count(), 2, "{}", second.stderr);
-    assert_eq!(policies(&object(&second.stdout)), policies(&result));
-    let mut after = files(out(&folder));
-    let times = ["summary.md", "results.json"].map(Path::new);
-    after.retain(|path, bytes| !times.contains(&path.as_path()) && before.get(path) != Some(bytes));
-    assert!(after.is_empty(), "changed by a run with nothing to do: {:?}", after.keys());
-    let text = done(&["run", &kept]).stdout;
-    says(&text, &["| policy |", "| safety-0.25 |", "summary.md"]);
+    says(&second.stderr, &["The run in", "is finished"]);
+    assert_eq!(object(&second.stdout), result);
+    says(&done(&["run", &kept]).stdout, &["summary.md"]);
+    assert!(files(out(&folder)) == before, "a run with nothing to do has done something");
+
+    // provenance goes back to the base model, and hashes are those of the policies
+    let provenance = read_json(step("safety-0.25").join("checkpoint/provenance.json"));
+    assert_eq!((&provenance["policy"], &provenance["temperature"]), (&json!("safety-0.25"), &json!(0.25)));
+    let [parent] = provenance["from"].as_array().unwrap().as_slice() else { panic!("{provenance}") };
+    assert_eq!((&parent["model"], &parent["metric"]), (&helpful["model"], &json!("helpfulness")));
+    assert_eq!((&parent["from"][0]["policy"], &parent["from"][0]["model"]), (&json!("base"), &helpful["reference"]));
+    let manifest = read_json(Path::new(&out(&folder)).join("manifest.json"));
+    assert_eq!(manifest["policies"][2]["model"], safe["model"]);
+
+    // without its last file the run is not finished, and only that is made again
+    fs::remove_file(Path::new(&out(&folder)).join("manifest.json")).unwrap();
+    let third = run(&["run", &kept, "--json"]);
+    assert_eq!(third.stderr.matches(": complete.").count(), 2, "{}", third.stderr);
+    assert_eq!(policies(&object(&third.stdout)), policies(&result));
+    let before = {
+        let mut after = files(out(&folder));
+        let times = ["summary.md", "results.json", "manifest.json"].map(Path::new);
+        after.retain(|path, bytes| !times.contains(&path.as_path()) && before.get(path) != Some(bytes));
+        assert!(after.is_empty(), "changed by a run with nothing to do: {:?}", after.keys());
+        files(out(&folder))
+    };
 
     // other options need another folder, and leave this one as it is
-    let before = files(out(&folder));
     for change in ["step.2.epochs=2", "step.1.beta=0.6", "step.1.max_pairs=100", "run.seed=1"] {
         let message = fails(2, &["run", &kept, "--set", change]);
         let which = if change.starts_with("step.2") { "safety-0.25" } else { "helpfulness" };
-        says(&message, &[which, "another model, data or options", "run.out"]);
+        says(&message, &[which, "other data or options", "run.out"]);
     }
     assert!(files(out(&folder)) == before);
 }
@@ -307,8 +365,7 @@ mod stopped {
             assert!(!stderr.contains("error"), "{stderr}");
             assert!(!Path::new(&out(&folder)).join("steps").join(policy).join("checkpoint").exists());
             let message = fails(2, &["run", &recipe, "--set", "train.learning_rate=1e-4"]);
-            let why =
-                if policy == "helpfulness" { "belongs to another training" } else { "another model, data or options" };
+            let why = if policy == "helpfulness" { "belongs to another training" } else { "other data or options" };
             says(&message, &[why, "elete"]);
         }
         says(&done(&["run", &recipe]).stderr, &["Policy helpfulness: complete.", "Continues after step"]);

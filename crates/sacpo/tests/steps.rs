@@ -157,7 +157,7 @@ fn adapters_are_folded_or_stacked_and_make_the_policy() {
     }
     let reference = read_json(step_of(&folder, "safety-0.25", "policy.json"))["reference"].clone();
     assert_eq!(reference, read_json(step_of(&folder, "helpfulness", "policy.json"))["model"]);
-    says(&fails(2, &run_with(&folder, &lora)), &["another model, data or options"]);
+    says(&fails(2, &run_with(&folder, &lora)), &["other data or options"]);
 
     // a lost adapter is missed before the training of what would be stacked on it
     fs::remove_dir_all(step_of(&folder, "helpfulness", "adapter")).unwrap();

@@ -9,6 +9,7 @@
 
 mod dataset;
 mod read;
+mod relabel;
 mod render;
 mod schema;
 mod split;
@@ -20,6 +21,7 @@ use serde_json::{Map, Value};
 
 pub use dataset::Dataset;
 pub use read::{read_examples, read_pairs, read_prompts, read_records};
+pub use relabel::{margins, relabel, set_margins};
 pub use render::{
     LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedExample, TokenizedPair, tokenize_examples,
     tokenize_pairs, tokenize_prompt,

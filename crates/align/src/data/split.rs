@@ -30,7 +30,12 @@ impl Answered for LabelledExample {
 /// a row depends neither on its position nor on the other rows. `validation_fraction` is the
 /// probability (0 ≤ fraction < 1) that a turn is held out; the share of rows is near it.
 pub fn split<T: Answered>(rows: Vec<T>, validation_fraction: f64, seed: u64) -> (Vec<T>, Vec<T>) {
-    rows.into_iter().partition(|row| uniform(&first_turn(row.prompt()), seed) >= validation_fraction)
+    let draw = |row: &T| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&seed.to_le_bytes()).update(first_turn(row.prompt()).as_bytes());
+        uniform(&hasher)
+    };
+    rows.into_iter().partition(|row| draw(row) >= validation_fraction)
 }
 
 /// What the human says first, or the whole text of a prompt that is no transcript.
@@ -45,10 +50,8 @@ fn first_turn(prompt: &Prompt) -> String {
     turn.map(|turn| turn.content.trim().to_owned()).unwrap_or_default()
 }
 
-/// A number in [0, 1) that is fixed by text and seed.
-fn uniform(text: &str, seed: u64) -> f64 {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&seed.to_le_bytes()).update(text.as_bytes());
+/// A number in [0, 1) that is fixed by what was hashed.
+pub(super) fn uniform(hasher: &blake3::Hasher) -> f64 {
     let mut word = [0; 8];
     hasher.finalize_xof().fill(&mut word);
     // The upper 53 bits, all that an f64 holds.

@@ -7,6 +7,7 @@
 
 mod evaluate;
 mod grammar;
+mod lookup;
 mod sample;
 mod vocabulary;
 
@@ -15,6 +16,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 pub use evaluate::Evaluation;
+pub use lookup::ByTokens;
 pub use sample::{Completion, LabelledCompletion, Pair, json_lines};
 use vocabulary::Vocabulary;
 pub use vocabulary::{BOS, EOS, UNKNOWN};

@@ -1,16 +1,15 @@
 //! `sacpo generate`.
 
 use align::data::{self, Prompt};
-use engine::chat::Message;
-use engine::checkpoint::Checkpoint;
-use engine::generate::{Answer, SamplingOptions, check_prompts, generate};
-use engine::{Error, Mixture, Result, Tokenizer};
+use engine::generate::{Answer, SamplingOptions};
+use engine::{Error, Result};
 use serde::Serialize;
 
-use super::{print_json, start_threads};
+use super::print_json;
+use crate::answers::{answer, as_chat};
 use crate::cli::{Generate, Global};
 use crate::policy::Policy;
-use crate::{interrupt, ui};
+use crate::ui;
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -25,7 +24,6 @@ struct Answered<'a> {
 }
 
 pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
-    start_threads(global, None)?;
     let sampling = SamplingOptions {
         max_new_tokens: options.max_new_tokens,
         temperature: options.temperature,
@@ -65,49 +63,6 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         ui::print(format!("> {}\n\n{}\n", text_of(prompt), answer.text.trim_end()))?;
     }
     Ok(())
-}
-
-/// Answers prompts with a policy; its model's own end tokens end an answer too.
-pub(crate) fn answer(
-    policy: &Policy,
-    prompts: &[Prompt],
-    sampling: &SamplingOptions,
-    finished: &mut dyn FnMut(usize) -> Result<()>,
-) -> Result<Vec<Answer>> {
-    let Checkpoint { tokenizer, generation, .. } = &policy.first;
-    let mixture = policy.mixture()?;
-    let tokens = tokenize(tokenizer, &mixture, prompts)?;
-    let mut sampling = sampling.clone();
-    sampling.end_tokens.extend(&generation.eos_token_ids);
-    generate(mixture, &tokens, &sampling, &|ids| tokenizer.decode(ids), &mut |done| {
-        interrupt::check()?;
-        finished(done)
-    })
-}
-
-/// The tokens of prompts, all of which the policy can answer.
-pub(crate) fn tokenize(tokenizer: &Tokenizer, policy: &Mixture<'_>, prompts: &[Prompt]) -> Result<Vec<Vec<u32>>> {
-    let numbered = prompts.iter().enumerate().map(|(index, prompt)| {
-        data::tokenize_prompt(prompt, tokenizer)
-            .map_err(|error| Error::input(format!("Prompt {} cannot be tokenised. {error}", index + 1)))
-    });
-    let tokens = numbered.collect::<Result<Vec<_>>>()?;
-    check_prompts(policy, &tokens)?;
-    Ok(tokens)
-}
-
-/// A plain prompt as the user's turn of a conversation; conversations stay, but for the system message.
-pub(crate) fn as_chat(prompt: Prompt, system: Option<&str>) -> Prompt {
-    let message = |role: &str, content: String| Message { role: role.into(), content };
-    let mut messages = match prompt {
-        Prompt::Text(text) => vec![message("user", text)],
-        Prompt::Chat(messages) => messages,
-    };
-    if let Some(system) = system {
-        messages.retain(|m| m.role != "system");
-        messages.insert(0, message("system", system.to_owned()));
-    }
-    Prompt::Chat(messages)
 }
 
 /// The text to show for a prompt: the last turn of a conversation.

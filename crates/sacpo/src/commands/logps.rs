@@ -7,7 +7,7 @@ use align::reference;
 use engine::Result;
 use serde::Serialize;
 
-use super::{print_json, start_threads};
+use super::print_json;
 use crate::cli::{Global, Logps};
 use crate::policy::Policy;
 use crate::ui;
@@ -35,7 +35,6 @@ struct Response {
 }
 
 pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
-    start_threads(global, None)?;
     let file = data::read_pairs(&options.data, options.format, &options.metric, false)?;
     let policy = Policy::load(&options.model, options.extrapolate)?;
     let (tokenizer, mixture) = (&policy.first.tokenizer, policy.mixture()?);

@@ -7,7 +7,7 @@ use align::merge::{self, Merged, MergedAdapter, Options};
 use engine::{Error, Result, memory};
 use serde::Serialize;
 
-use super::{print_json, refuse_existing, start_threads};
+use super::{print_json, refuse_existing};
 use crate::cli::{Global, Merge};
 use crate::ui;
 
@@ -28,7 +28,6 @@ struct Output<'a> {
 }
 
 pub(super) fn run(command: &Merge, global: Global) -> Result<()> {
-    start_threads(global, None)?;
     let Some((out, models)) = command.models_and_out.split_last() else {
         return Err(Error::input("Give the models to merge and the folder to write."));
     };

@@ -14,7 +14,7 @@ use std::path::Path;
 use engine::{Error, Result};
 use serde::Serialize;
 
-use crate::cli::{Arguments, Command, Global};
+use crate::cli::{Arguments, Command};
 use crate::{interrupt, ui};
 
 /// Carries out the command line.
@@ -22,13 +22,13 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
     let global = arguments.global;
     interrupt::listen()?;
     match arguments.command {
-        Command::Quickstart(options) => quickstart::run(&options, global),
+        Command::Quickstart(options) => on_threads(global.threads, || quickstart::run(&options, global)),
         Command::Run(options) => run::run(&options, global),
         Command::Train(options) => run::train(&options, global),
-        Command::Logps(options) => logps::run(&options, global),
+        Command::Logps(options) => on_threads(global.threads, || logps::run(&options, global)),
         Command::Loss(options) => loss::run(&options, global),
-        Command::Generate(options) => generate::run(&options, global),
-        Command::Merge(options) => merge::run(&options, global),
+        Command::Generate(options) => on_threads(global.threads, || generate::run(&options, global)),
+        Command::Merge(options) => on_threads(global.threads, || merge::run(&options, global)),
         Command::Tabular(options) => tabular::run(&options, global),
         Command::Model(command) => model::run(&command, global),
     }
@@ -37,10 +37,16 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
 /// More threads than this are a slip of the finger on any machine.
 const MAX_THREADS: usize = 1024;
 
-/// Sizes the thread pool; call once, before the first computation.
-fn start_threads(global: Global, recipe: Option<usize>) -> Result<()> {
+/// The stack of a thread: what the main thread has on Linux.
+const STACK_BYTES: usize = 8 << 20;
+
+/// Does the work on a pool of `threads` threads, by default as many as the machine has physical cores; call once.
+///
+/// The work itself is on one of them: from outside the pool every parallel loop would put its caller to sleep and wake it
+/// again, which takes longer than a step of a small model.
+fn on_threads(threads: Option<usize>, work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = global.threads.or(recipe).unwrap_or_else(|| cores.min(num_cpus::get_physical()));
+    let threads = threads.unwrap_or_else(|| cores.min(num_cpus::get_physical()));
     if threads > MAX_THREADS {
         return Err(Error::input(format!(
             "{threads} threads are asked for, but at most {MAX_THREADS} are sensible: this machine has {cores} cores. \
@@ -49,8 +55,10 @@ fn start_threads(global: Global, recipe: Option<usize>) -> Result<()> {
     }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
+        .stack_size(STACK_BYTES)
         .build_global()
-        .map_err(|error| Error::Failed(format!("Could not start {threads} threads: {error}.")))
+        .map_err(|error| Error::Failed(format!("Could not start {threads} threads: {error}.")))?;
+    rayon::scope(|_| work())
 }
 
 /// Prints the one JSON object of a command.

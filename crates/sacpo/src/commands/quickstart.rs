@@ -1,7 +1,5 @@
 //! `sacpo quickstart`: the whole method in a world where everything is known exactly.
 
-mod constraint;
-
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -13,11 +11,11 @@ use align::world::{self, Evaluation, Metric, World};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::optim::{OptimizerKind, Schedule};
 use engine::tokenizer::Tokenizer;
-use engine::{Decoder, Error, Model, ModelConfig, PackedBatch, Result, RopeScaling};
+use engine::{Error, Model, ModelConfig, PackedBatch, Result, RopeScaling, Scorer};
 use evaluate::frontier::{Metrics, Point, frontier_svg, table};
 use serde_json::{Value, json};
 
-use super::{print_json, start_threads};
+use super::print_json;
 use crate::cli::{Global, Quickstart, Size};
 use crate::interrupt;
 use crate::pipeline::{self, RunFolder};
@@ -48,7 +46,6 @@ impl Amounts {
 
 pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let start = Instant::now();
-    start_threads(global, None)?;
     let amounts = Amounts::of(options.size);
     let folder = RunFolder::open(&options.out)?;
     claim(&folder, options)?;
@@ -61,38 +58,27 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         world.heldout_prompts.len()
     ));
     train_base(&world, &amounts, options.seed, &base, &folder)?;
-    let mut recipe = recipe(&world, &amounts, options, &folder, &base)?;
-    let chosen = choose(&world, &recipe, options, &folder)?;
-    chosen.add_to(&mut recipe);
+    let recipe = recipe(&world, &amounts, options, &folder, &base)?;
     let outcome = pipeline::run(&recipe, pipeline::prepare(&recipe)?, &folder)?;
 
     let mut policies = Vec::new();
     let mut logps = Vec::new();
     for policy in &outcome.policies {
         interrupt::check()?;
-        logps.push(answer_logps(&world, &world.heldout_prompts, &Checkpoint::load(&policy.path)?)?);
+        logps.push(answer_logps(&world, &policy.load()?)?);
         let (base, own) = (&logps[0], &logps[logps.len() - 1]);
         let distance = policy.origin.map(|(temperature, origin)| {
-            let metric = if policy.beta_over_lambda.is_some() { Metric::Safety } else { Metric::Reward };
-            world.distance(own, &world.optimum(&logps[origin], metric, temperature)?)
+            world.distance(own, &world.optimum(&logps[origin], metric_of(policy), temperature)?)
         });
         policies.push((policy, world.evaluate(own, base)?, distance.transpose()?));
     }
-    let realised = outcome
-        .policies
-        .iter()
-        .zip(&logps)
-        .find(|(policy, _)| policy.origin.is_some() && chosen.is_realised_by(policy.beta_over_lambda));
-    let realised = realised.map(|(policy, own)| {
-        let start = policy.beta_over_lambda.and(policy.origin).map_or(own, |(_, origin)| &logps[origin]);
-        constraint::Realised { policy: &policy.name, logps: own, start }
-    });
-    let (constraint, verdict) = chosen.report(&world, realised)?;
+    let constraint = outcome.constraint.as_ref().map(|constraint| exact(&world, constraint, &policies, &logps));
+    let (constraint, verdict) = constraint.transpose()?.unwrap_or_default();
     let points: Vec<Point> = policies
         .iter()
         .map(|(policy, worth, _)| Point {
-            name: policy.name.clone(),
-            step: policy.step.clone().unwrap_or_else(|| "base".into()),
+            name: policy.name().to_owned(),
+            step: group_of(policy).to_owned(),
             beta_over_lambda: policy.beta_over_lambda,
             reward: worth.reward,
             safety: worth.risky_safety,
@@ -131,7 +117,11 @@ fn details(policies: &[Judged<'_>]) -> String {
         let distance = distance.map_or("–".to_owned(), |distance| format!("{distance:.3}"));
         table += &format!(
             "| {} | {:.3} | {:.3} | {:.3} | {:.3} | {distance} |\n",
-            policy.name, worth.safety, worth.risky_reward, worth.harmless_refusal, worth.outside
+            policy.name(),
+            worth.safety,
+            worth.risky_reward,
+            worth.harmless_refusal,
+            worth.outside
         );
     }
     table
@@ -139,10 +129,10 @@ fn details(policies: &[Judged<'_>]) -> String {
 
 fn policy_json((policy, worth, distance): &Judged<'_>) -> Value {
     json!({
-        "name": policy.name,
+        "name": policy.name(),
         "step": policy.step,
         "beta_over_lambda": policy.beta_over_lambda,
-        "q": Value::Null,
+        "q": policy.q,
         "reward": worth.reward,
         "safety": worth.safety,
         "kl": worth.kl,
@@ -151,7 +141,8 @@ fn policy_json((policy, worth, distance): &Judged<'_>) -> Value {
         "harmless_refusal": worth.harmless_refusal,
         "outside": worth.outside,
         "distance_to_optimum": distance,
-        "checkpoint": policy.path,
+        "policy": policy.source.to_string(),
+        "checkpoint": policy.path(),
     })
 }
 
@@ -253,7 +244,7 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
     discard_state(&training)
 }
 
-/// Writes the world's preference pairs as files and points the recipe at them.
+/// Writes the world's preference pairs and prompts as files and points the recipe at them.
 fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFolder, base: &Path) -> Result<Recipe> {
     let data = folder.path.join("data");
     std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
@@ -273,6 +264,13 @@ fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFo
         overrides.push(format!("step.{step}.objective={objective}"));
         overrides.push(setting(&format!("step.{step}.data"), &folder.path.join(file))?);
     }
+    overrides.push(format!("constraint.at_least={:?}", options.threshold));
+    for (key, prompts) in [("prompts", &world.train_prompts), ("held_out_prompts", &world.heldout_prompts)] {
+        let file = format!("data/{key}.jsonl");
+        let rows: Vec<Value> = prompts.iter().map(|prompt| json!({"prompt": prompt.text})).collect();
+        folder.write(&file, &world::json_lines(&rows)?)?;
+        overrides.push(setting(&format!("constraint.{key}"), &folder.path.join(file))?);
+    }
     Recipe::parse(RECIPE, Path::new("recipes/quickstart.toml"), &overrides)
 }
 
@@ -285,26 +283,54 @@ fn setting(key: &str, path: &Path) -> Result<String> {
     Ok(format!("{key}={}", toml::Value::String(text.to_owned())))
 }
 
-/// Trains the first step's policy and chooses the λ of the second by its answers to training prompts.
-fn choose(world: &World, recipe: &Recipe, options: &Quickstart, folder: &RunFolder) -> Result<constraint::Chosen> {
-    let mut first = recipe.clone();
-    first.steps.truncate(1);
-    let outcome = pipeline::run(&first, pipeline::prepare(&first)?, folder)?;
-    let (Some(policy), [beta]) = (outcome.policies.last(), first.steps[0].temperature.values()) else {
-        return Err(Error::Failed("The quickstart's first step has not made one policy.".into()));
-    };
-    let logps = answer_logps(world, &world.train_prompts, &Checkpoint::load(&policy.path)?)?;
-    constraint::Chosen::new(world, &logps, *beta, options.threshold, options.seed)
+/// The metric of a trained policy's step.
+fn metric_of(policy: &pipeline::Policy) -> Metric {
+    if policy.step.as_deref() == Some("safety") { Metric::Safety } else { Metric::Reward }
 }
 
-/// The log-probability of every answer to these prompts, `[prompt][answer]`.
-fn answer_logps(world: &World, prompts: &[world::Prompt], checkpoint: &Checkpoint) -> Result<Vec<Vec<f64>>> {
-    let mut decoder = Decoder::new(&checkpoint.model, checkpoint.model.config.max_position_embeddings);
+/// What policies are drawn as one line for.
+fn group_of(policy: &pipeline::Policy) -> &str {
+    match (&policy.step, policy.q) {
+        (Some(step), _) => step,
+        (None, Some(_)) if policy.path().is_some() => "merge",
+        (None, Some(_)) => "mix",
+        (None, None) => policy.name(),
+    }
+}
+
+/// What came of the constraint, for machines and for people, with what is known exactly of the policy on held-out prompts.
+fn exact(
+    world: &World,
+    constraint: &pipeline::ConstraintOutcome,
+    policies: &[Judged<'_>],
+    logps: &[Vec<Vec<f64>>],
+) -> Result<(Value, String)> {
+    let (mut result, mut text) = (json!(constraint), constraint.text());
+    let judged = policies.iter().position(|(policy, ..)| Some(policy.name()) == constraint.policy.as_deref());
+    if let Some((index, (policy, worth, _))) = judged.map(|index| (index, &policies[index])) {
+        let optimum = match policy.origin.filter(|_| policy.beta_over_lambda.is_some()) {
+            Some((temperature, origin)) => {
+                let optimum = world.optimum(&logps[origin], Metric::Safety, temperature)?;
+                world.expectations(&optimum, Metric::Safety)?
+            }
+            None => world.expectations(&logps[index], Metric::Safety)?,
+        };
+        let optimum = optimum.iter().sum::<f64>() / optimum.len() as f64;
+        result["exact"] = json!({"safety": worth.safety, "optimum_safety": optimum});
+        text +=
+            &format!(" Its exact E[g*] there is {:.3}; that of the optimum for its λ is {optimum:.3}.", worth.safety);
+    }
+    Ok((result, text))
+}
+
+/// The log-probability of every answer to the held-out prompts, `[prompt][answer]`.
+fn answer_logps(world: &World, policy: &crate::policy::Policy) -> Result<Vec<Vec<f64>>> {
+    let mut scorer = Scorer::new(policy.mixture()?, policy.first.model.config.max_position_embeddings);
     let of_prompt = |prompt| {
         let answers: Vec<Vec<u32>> = world.answers(prompt).iter().map(|a| world.answer_tokens(a)).collect();
         let mut batch = PackedBatch::default();
         batch.push(&world.prompt_tokens(prompt), &answers.iter().map(Vec::as_slice).collect::<Vec<_>>());
-        decoder.logps(&checkpoint.model.weights, &batch)
+        scorer.logps(&batch)
     };
-    Ok(prompts.iter().map(of_prompt).collect())
+    Ok(world.heldout_prompts.iter().map(of_prompt).collect())
 }

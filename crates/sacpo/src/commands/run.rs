@@ -12,21 +12,21 @@ use engine::{Error, Result};
 use evaluate::curves::{Series, curves_svg};
 use serde_json::{Value, json};
 
-use super::generate::{answer, as_chat, tokenize};
-use super::{print_json, start_threads};
+use super::{on_threads, print_json};
+use crate::answers::{answer, as_chat, tokenize};
 use crate::cli::{Global, Run, Train};
-use crate::pipeline::{self, Outcome, Policy, RunFolder};
+use crate::pipeline::{self, Outcome, Policy, RunFolder, manifest};
 use crate::ui;
 use sacpo::recipe::Recipe;
 
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
     let mut overrides = options.set.clone();
     overrides.extend(options.seed.map(|seed| format!("run.seed={seed}")));
-    carry_out(&Recipe::load(&options.recipe, &overrides)?, global)
+    on_its_threads(&Recipe::load(&options.recipe, &overrides)?, global)
 }
 
 pub(super) fn train(options: &Train, global: Global) -> Result<()> {
-    carry_out(&recipe_of(options)?, global)
+    on_its_threads(&recipe_of(options)?, global)
 }
 
 /// The recipe of one step that the options describe.
@@ -54,14 +54,25 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
     Recipe::parse(&toml, Path::new("command line"), &options.set)
 }
 
+fn on_its_threads(recipe: &Recipe, global: Global) -> Result<()> {
+    on_threads(global.threads.or(recipe.run.threads), || carry_out(recipe, global))
+}
+
 fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     let start = Instant::now();
-    start_threads(global, recipe.run.threads)?;
     let inputs = pipeline::prepare(recipe)?;
     // now rather than after hours of training
     tokenize(&inputs.base.tokenizer, &(&inputs.base.model).into(), &prompts_for(&inputs.base, recipe))
         .map_err(|error| Error::input(format!("In `evaluate.prompts` of the recipe: {error}")))?;
     let folder = RunFolder::open(&recipe.run.out)?;
+    let key = manifest::key(recipe, &inputs)?;
+    if let Some(results) = manifest::finished(&folder, &key) {
+        ui::say(format!("The run in {} is finished. Nothing is done.", folder.path.display()));
+        if global.json {
+            return print_json(&results);
+        }
+        return ui::print(format!("Its results: {}", folder.path.join("summary.md").display()));
+    }
     let outcome = pipeline::run(recipe, inputs, &folder)?;
     let answers = answers(recipe, &outcome, &folder)?;
     let metrics: Vec<&str> = recipe.steps.iter().map(|step| step.metric.as_str()).collect();
@@ -79,31 +90,37 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     folder.write("summary.md", &summary(recipe, &outcome, &table, &answers, seconds))?;
     let result = json!({
         "policies": outcome.policies.iter().map(|p| policy_json(p, &metrics)).collect::<Vec<_>>(),
-        "constraint": Value::Null,
+        "constraint": outcome.constraint,
         "seconds": seconds,
         "peak_memory_bytes": engine::memory::peak(),
         "out": folder.path,
     });
     folder.write("results.json", &format!("{result:#}\n"))?;
+    manifest::write(&folder, &key, recipe, &outcome, seconds)?;
     if global.json {
         return print_json(&result);
     }
-    ui::print(format!("{table}\nAll of it, with answers side by side: {}", folder.path.join("summary.md").display()))
+    let verdict = outcome.constraint.map(|outcome| format!("\n{}\n", outcome.text())).unwrap_or_default();
+    ui::print(format!(
+        "{table}{verdict}\nAll of it, with answers side by side: {}",
+        folder.path.join("summary.md").display()
+    ))
 }
 
 fn policy_json(policy: &Policy, metrics: &[&str]) -> Value {
     let validation: serde_json::Map<String, Value> =
         metrics.iter().zip(&policy.validation).map(|(metric, report)| ((*metric).to_owned(), json!(report))).collect();
     json!({
-        "name": policy.name,
+        "name": policy.name(),
         "step": policy.step,
         "beta_over_lambda": policy.beta_over_lambda,
-        "q": Value::Null,
+        "q": policy.q,
         "reward": Value::Null,
         "safety": Value::Null,
         "kl": Value::Null,
         "validation": validation,
-        "checkpoint": policy.path,
+        "policy": policy.source.to_string(),
+        "checkpoint": policy.path(),
         "seconds": policy.seconds,
     })
 }
@@ -117,7 +134,7 @@ fn validation_table(metrics: &[&str], policies: &[Policy]) -> String {
     table.push_str(" training |\n|---|");
     table.push_str(&"---:|".repeat(3 * metrics.len() + 1));
     for policy in policies {
-        let _ = write!(table, "\n| {} |", policy.name);
+        let _ = write!(table, "\n| {} |", policy.name());
         for report in &policy.validation {
             let (accuracy, margin, likelihood) = (report.accuracy, report.margin, report.likelihood_accuracy);
             let _ = match report.pairs {
@@ -150,15 +167,15 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
     let mut all = Vec::new();
     let mut lines = String::new();
     for policy in &outcome.policies {
-        let checkpoint = Checkpoint::load(&policy.path)?;
-        let prompts = prompts_for(&checkpoint, recipe);
-        let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name));
-        all.push(answer(&checkpoint.into(), &prompts, &sampling, &mut ui::advance(&bar))?);
+        let loaded = policy.load()?;
+        let prompts = prompts_for(&loaded.first, recipe);
+        let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name()));
+        all.push(answer(&loaded, &prompts, &sampling, &mut ui::advance(&bar))?);
         bar.finish_and_clear();
     }
     for (policy, answers) in outcome.policies.iter().zip(&all) {
         for (prompt, answer) in prompts.iter().zip(answers) {
-            let line = json!({"policy": policy.name, "prompt": prompt, "text": answer.text, "finish": answer.finish});
+            let line = json!({"policy": policy.name(), "prompt": prompt, "text": answer.text, "finish": answer.finish});
             let _ = writeln!(lines, "{line}");
         }
     }
@@ -177,8 +194,8 @@ fn prompts_for(checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<Prompt> {
 fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Series>> {
     let trained = outcome.policies.iter().filter(|policy| policy.step.is_some());
     let series = trained.map(|policy| {
-        let path = folder.path.join("steps").join(&policy.name).join("metrics.jsonl");
-        Ok(Series { name: policy.name.clone(), points: read_metric(&path, metric)? })
+        let path = folder.path.join("steps").join(policy.name()).join("metrics.jsonl");
+        Ok(Series { name: policy.name().to_owned(), points: read_metric(&path, metric)? })
     });
     let series: Vec<Series> = series.collect::<Result<_>>()?;
     Ok(series.into_iter().filter(|series| !series.points.is_empty()).collect())
@@ -206,6 +223,9 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
          in nats. Likelihood accuracy: share of pairs whose chosen response is likelier than the rejected one. Of labelled \
          responses, every desirable one makes a pair with every undesirable one.\n"
     );
+    if let Some(constraint) = &outcome.constraint {
+        let _ = writeln!(page, "\n## Constraint\n\n{}", constraint.text());
+    }
     if !answers.is_empty() {
         page.push_str("\n## Answers\n");
     }
@@ -213,7 +233,7 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
         let _ = writeln!(page, "\n### {prompt}\n");
         for (policy, answers) in outcome.policies.iter().zip(answers) {
             let text = answers[number].text.trim().replace('\n', "\n> ");
-            let _ = writeln!(page, "**{}**\n\n> {text}\n", policy.name);
+            let _ = writeln!(page, "**{}**\n\n> {text}\n", policy.name());
         }
     }
     let memory = engine::memory::peak().map(|b| format!(", {:.2} GiB at most", b as f64 / (1u64 << 30) as f64));

@@ -1,5 +1,6 @@
 //! Typed access to the keys of one table of a recipe, with errors that name key, place and allowed values.
 
+use std::collections::BTreeMap;
 use std::ops::{Bound, RangeBounds};
 
 use engine::{Error, Result};
@@ -51,6 +52,15 @@ impl<'a> Section<'a> {
                 _ => Err(self.wrong(key, item, &expected)),
             })
             .collect()
+    }
+
+    /// The tables under `key`, written `[key]` or several times `[[key]]`; none if the key is missing.
+    pub(super) fn one_or_more(&self, key: &str) -> Result<Vec<Self>> {
+        match self.table.get(key) {
+            Some(Node { value: Value::Array(_), .. }) => self.sections(key),
+            Some(_) => Ok(vec![self.section(key)?]),
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Fails on the first key that is not one of `keys`, with the nearest of them.
@@ -149,6 +159,17 @@ impl<'a> Section<'a> {
         };
         let range = described(&range);
         self.get(key, read, &format!("a number {range}, or a list of different such numbers"))
+    }
+
+    /// Finite numbers under names of their own, at least one.
+    pub(super) fn weights(&self, key: &str) -> Result<Option<BTreeMap<String, f64>>> {
+        let read = |node: &Node| match &node.value {
+            Value::Table(table) if !table.is_empty() => {
+                table.iter().map(|(name, node)| Some((name.clone(), as_number(node, &..)?))).collect()
+            }
+            _ => None,
+        };
+        self.get(key, read, "a table of metrics and their weights, such as { helpfulness = 1.0 }")
     }
 
     /// One of the named choices.

@@ -27,7 +27,7 @@ pub(crate) fn warn_of_objectives(recipe: &Recipe) -> Result<()> {
     }
     for step in &recipe.steps {
         // parameters decide, not temperatures
-        let objective = step.objective_at(step.temperature.values()[0])?;
+        let objective = step.objective_at(1.0)?;
         if let Some(reason) = objective.outside_theorem() {
             ui::say(format!(
                 "Warning: the step `{}` uses `{}`, which Theorem 1 does not cover, so the chain need not end at the \
@@ -56,7 +56,8 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
     }
     let Step { data: path, format, metric, .. } = step;
     let skip = options.skip_bad_rows;
-    let objective = step.objective_at(step.temperature.values()[0])?;
+    // parameters decide, not temperatures
+    let objective = step.objective_at(1.0)?;
     let loaded = match objective {
         Objective::Pairwise(objective) => {
             let file = data::read_pairs(path, *format, metric, skip)?;

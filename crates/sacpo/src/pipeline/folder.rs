@@ -1,0 +1,67 @@
+//! The run directory.
+
+use std::fs::{File, TryLockError};
+use std::path::{Path, PathBuf};
+
+use align::trainer::discard_state;
+use engine::checkpoint::atomic;
+use engine::{Error, Result};
+
+/// Folders that hold one folder for each policy.
+const OF_POLICIES: [&str; 2] = ["steps", "merges"];
+
+/// The run directory, locked against a second process for as long as this lives.
+pub(crate) struct RunFolder {
+    pub(crate) path: PathBuf,
+    _lock: File,
+}
+
+impl RunFolder {
+    /// Creates the folder if need be, and locks it.
+    ///
+    /// # Errors
+    /// If it cannot be created, or another process works in it.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
+        let file = path.join(".lock");
+        let lock = File::create(&file).map_err(Error::io("create", &file))?;
+        lock.try_lock().map_err(|error| match error {
+            TryLockError::WouldBlock => Error::input(format!(
+                "Another sacpo process is working in {}. Wait for it to end, or choose another output folder.",
+                path.display()
+            )),
+            TryLockError::Error(source) => Error::io("lock", &file)(source),
+        })?;
+        remove_leftovers(path)?;
+        Ok(Self { path: path.to_path_buf(), _lock: lock })
+    }
+
+    /// Writes a text file of the run, atomically.
+    pub(crate) fn write(&self, name: &str, text: &str) -> Result<()> {
+        atomic::write_file(&self.path.join(name), |out| out.write_all(text.as_bytes()))
+    }
+
+    /// Where log-probabilities and answers are kept.
+    pub(crate) fn cache(&self) -> PathBuf {
+        self.path.join("cache")
+    }
+}
+
+/// Deletes what a killed process left half-written in a run directory.
+fn remove_leftovers(run: &Path) -> Result<()> {
+    for folder in ["", "cache", "pretraining"].into_iter().chain(OF_POLICIES) {
+        atomic::remove_leftovers(&run.join(folder))?;
+    }
+    for folder in OF_POLICIES {
+        // no entries where there is no such folder yet
+        let policies = std::fs::read_dir(run.join(folder)).into_iter().flatten().flatten();
+        let folders = policies.map(|entry| entry.path()).filter(|path| path.is_dir());
+        for path in folders {
+            atomic::remove_leftovers(&path)?;
+            if path.join("policy.json").exists() {
+                discard_state(&path)?;
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! The recipe's judges, asked.
+
+use std::collections::BTreeMap;
+
+use align::data::TokenizedPair;
+use align::judge::Judge;
+use align::sequences::Sequences;
+use align::tabular::Table;
+use align::world::World;
+use engine::{Error, Result};
+
+use super::Run;
+use super::train::load_trained;
+use crate::ui;
+use sacpo::recipe::JudgeSource;
+
+/// Names everything that a metric's scores depend on; `hash` gives those of policies by their index, as far as they are
+/// known.
+pub(super) fn identity(run: &Run<'_>, metric: &str, hash: &dyn Fn(usize) -> Option<String>) -> Option<String> {
+    match &run.recipe.judge(metric)?.source {
+        JudgeSource::Policy(policy) => {
+            let planned = &run.plan.steps[policy.planned?];
+            let start = planned.parent.map_or(0, |parent| parent + 1);
+            Some(format!("implicit {} {} {}", planned.beta, hash(policy.planned? + 1)?, hash(start)?))
+        }
+        JudgeSource::Quickstart(metric) => Some(format!("quickstart {} {metric:?}", run.recipe.run.seed)),
+    }
+}
+
+/// The scores of responses by a metric, `[item][response]`. Those of an implicit reward are known up to a constant per prompt.
+///
+/// # Errors
+/// A metric without a judge; prompts that the judge does not know; those of [`Judge::scores`].
+pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro_batch_tokens: usize) -> Result<Table> {
+    let Some(judge) = run.recipe.judge(metric) else {
+        return Err(Error::input(format!("The metric `{metric}` has no judge. Add a `[[judge]]` for it.")));
+    };
+    let bar = ui::bar(items.len() as u64, &format!("{metric} judged"));
+    let ask =
+        |judge: Judge<'_>| judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar));
+    let scores = match &judge.source {
+        JudgeSource::Policy(policy) => {
+            let Some(planned) = policy.planned else {
+                return Err(Error::input("The base model is no judge. Name a trained policy."));
+            };
+            let &sacpo::recipe::PlannedStep { beta, parent, .. } = &run.plan.steps[planned];
+            let model = load_trained(&run.policies[planned + 1])?;
+            let start = parent.map(|parent| load_trained(&run.policies[parent + 1])).transpose()?;
+            let start = start.as_ref().unwrap_or(&run.base.model);
+            ask(Judge::Implicit { policy: (&model).into(), start: start.into(), temperature: beta })
+        }
+        JudgeSource::Quickstart(metric) => {
+            ask(Judge::Quickstart { world: &World::new(run.recipe.run.seed), metric: *metric })
+        }
+    };
+    bar.finish_and_clear();
+    scores
+}
+
+/// Whether scores of a metric are comparable between prompts only relative to the base model's own answers.
+pub(super) fn is_relative(run: &Run<'_>, metric: &str) -> bool {
+    run.recipe.judge(metric).is_some_and(|judge| matches!(judge.source, JudgeSource::Policy(_)))
+}
+
+/// Σ_m w_m (score_m(chosen) − score_m(rejected)) of every pair.
+pub(super) fn margins(
+    run: &Run<'_>,
+    weights: &BTreeMap<String, f64>,
+    pairs: &[TokenizedPair],
+    micro_batch_tokens: usize,
+) -> Result<Vec<f64>> {
+    let items: Vec<Sequences<'_>> = pairs.iter().map(TokenizedPair::sequences).collect();
+    let scores = weights.keys().map(|metric| scores(run, metric, &items, micro_batch_tokens));
+    Ok(align::data::margins(&scores.collect::<Result<Vec<_>>>()?, &weights.values().copied().collect::<Vec<_>>()))
+}

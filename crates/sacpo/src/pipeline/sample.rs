@@ -1,0 +1,243 @@
+//! Prompts of a constraint, and answers that policies draw for them.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+
+use align::data::{self, Prompt};
+use align::judge::relative_to;
+use align::sequences::Sequences;
+use align::tabular::Table;
+use engine::checkpoint::atomic;
+use engine::generate::{SamplingOptions, generate};
+use engine::{Error, Result};
+
+use super::{Policy, Run, judge};
+use crate::answers::{as_chat, tokenize};
+use crate::ui;
+use sacpo::recipe::ChoiceOptions;
+
+/// Answers that are kept together: what is lost when a sampling is killed.
+const BLOCK: usize = 1024;
+
+/// Answers that are generated at once.
+const BATCH: usize = 64;
+
+/// Answers that are scored in one pass with their prompt.
+const SCORED_TOGETHER: usize = 16;
+
+/// Tokens of a scoring pass, unless one prompt with its answers has more.
+const MICRO_BATCH_TOKENS: usize = 2048;
+
+/// Tokens of answers with the token that ended them, `[prompt][answer]`.
+type Answers = Vec<Vec<Vec<u32>>>;
+
+/// Prompts for which answers are drawn.
+pub(super) struct Prompts {
+    tokens: Vec<Vec<u32>>,
+    options: SamplingOptions,
+    /// Answers for each prompt.
+    answers: usize,
+}
+
+impl Prompts {
+    /// The prompts to choose from and those that are held out, as tokens: those of the files, or of the step's data.
+    ///
+    /// # Errors
+    /// Files that cannot be read; fewer than two prompts of either kind; prompts that the model cannot answer.
+    pub(super) fn both(run: &Run<'_>, choice: &ChoiceOptions, step: usize) -> Result<[Self; 2]> {
+        let data = &run.data[step];
+        let of_data = |sequences: Vec<Sequences<'_>>| sequences.iter().map(|item| item.prompt.to_vec()).collect();
+        let choosing = match &choice.prompts {
+            Some(path) => read(run, path)?,
+            None => of_data(data.train.sequences()),
+        };
+        let held_out = match &choice.held_out_prompts {
+            Some(path) => read(run, path)?,
+            None => of_data(data.validation.sequences()),
+        };
+        let choosing = different(choosing, &[]);
+        let all = held_out.len();
+        let held_out = different(held_out, &choosing);
+        if let Some(path) = choice.held_out_prompts.as_ref().filter(|_| held_out.len() < 2 && all >= 2) {
+            return Err(Error::input(format!(
+                "Almost all prompts of {} are among those that λ is chosen from, so nothing is held out. Give other prompts.",
+                path.display()
+            )));
+        }
+        let kinds =
+            [(choosing, "prompts", "choose λ from", 0), (held_out, "held_out_prompts", "judge the policy on", 1)];
+        let checked = kinds.map(|(tokens, key, purpose, stream)| {
+            let tokens = some_of(tokens, choice.max_prompts, run.recipe.run.seed);
+            if tokens.len() < 2 {
+                return Err(Error::input(format!(
+                    "The constraint has {} different prompts to {purpose}, but needs two or more; a hundred are usual. Set \
+                     constraint.{key} to a file of prompts.",
+                    tokens.len()
+                )));
+            }
+            engine::generate::check_prompts(&(&run.base.model).into(), &tokens)?;
+            let options = SamplingOptions {
+                max_new_tokens: choice.max_new_tokens,
+                temperature: 1.0,
+                // other draws for prompts that are held out
+                seed: run.recipe.run.seed.wrapping_mul(2).wrapping_add(stream),
+                end_tokens: run.base.generation.eos_token_ids.clone(),
+                batch_size: BATCH,
+                ..SamplingOptions::default()
+            };
+            Ok(Self { tokens, options, answers: choice.answers })
+        });
+        let [choosing, held_out] = checked;
+        Ok([choosing?, held_out?])
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// What a policy's answers score by each metric, `[metric][prompt][answer]`. Of an implicit reward these are differences
+    /// from the mean score of the base model's answers to the same prompt.
+    pub(super) fn scores(&self, run: &Run<'_>, policy: &Policy, metrics: &[&str]) -> Result<Vec<Table>> {
+        let answers = self.answers(run, policy)?;
+        let base = &run.policies[0];
+        let of_metric = |metric: &&str| {
+            let mut table = self.judged(run, metric, &answers)?;
+            if judge::is_relative(run, metric) {
+                let of_base = if policy.name() == base.name() {
+                    table.clone()
+                } else {
+                    self.judged(run, metric, &self.answers(run, base)?)?
+                };
+                relative_to(&mut table, &of_base);
+            }
+            Ok(table)
+        };
+        metrics.iter().map(of_metric).collect()
+    }
+
+    /// The scores of answers, each different one judged once.
+    fn judged(&self, run: &Run<'_>, metric: &str, answers: &Answers) -> Result<Table> {
+        let different: Vec<Vec<&[u32]>> = answers.iter().map(|of_prompt| sorted(of_prompt)).collect();
+        let mut items = Vec::new();
+        for (row, (prompt, responses)) in self.tokens.iter().zip(&different).enumerate() {
+            let parts = responses.chunks(SCORED_TOGETHER);
+            items.extend(parts.map(|part| Sequences { prompt, responses: part.to_vec(), row: row + 1 }));
+        }
+        let scores = judge::scores(run, metric, &items, MICRO_BATCH_TOKENS)?;
+        let mut scores = scores.into_iter().flatten();
+        let of_prompt = |(answers, different): (&Vec<Vec<u32>>, &Vec<&[u32]>)| {
+            let own: Vec<f64> = scores.by_ref().take(different.len()).collect();
+            let score = |answer: &Vec<u32>| different.binary_search(&answer.as_slice()).map_or(f64::NAN, |at| own[at]);
+            answers.iter().map(score).collect()
+        };
+        Ok(answers.iter().zip(&different).map(of_prompt).collect())
+    }
+
+    /// The policy's answers, drawn at temperature 1 and kept.
+    fn answers(&self, run: &Run<'_>, policy: &Policy) -> Result<Answers> {
+        let per_block = (BLOCK / self.answers).max(1);
+        let blocks: Vec<&[Vec<u32>]> = self.tokens.chunks(per_block).collect();
+        let places: Vec<PathBuf> = (0..blocks.len())
+            .map(|block| run.folder.cache().join(self.file_name(policy.hash(), blocks[block], block)))
+            .collect();
+        let mut kept: Vec<Option<Answers>> = places.iter().map(|path| read_kept(path)).collect();
+        if kept.iter().any(Option::is_none) {
+            ui::say(format!(
+                "  {} answers of {} to each of {} prompts.",
+                self.answers,
+                policy.name(),
+                self.tokens.len()
+            ));
+            let loaded = policy.load()?;
+            let total = blocks.iter().map(|block| block.len() * self.answers).sum::<usize>();
+            let bar = ui::bar(total as u64, &format!("answers of {}", policy.name()));
+            let mut before = 0;
+            for (number, block) in blocks.iter().enumerate() {
+                if kept[number].is_none() {
+                    let repeated: Vec<Vec<u32>> =
+                        block.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), self.answers)).collect();
+                    let mut advance = ui::advance(&bar);
+                    // every block has its own stream of random numbers
+                    let options = SamplingOptions {
+                        seed: self.options.seed.wrapping_add((number as u64) << 32),
+                        ..self.options.clone()
+                    };
+                    let drawn =
+                        generate(loaded.mixture()?, &repeated, &options, &|_| Ok(String::new()), &mut |done| {
+                            advance(before + done)
+                        })?;
+                    let tokens: Vec<Vec<u32>> =
+                        drawn.into_iter().map(|answer| ended(answer.tokens, answer.end)).collect();
+                    let answers: Answers = tokens.chunks(self.answers).map(<[_]>::to_vec).collect();
+                    keep(&places[number], &answers)?;
+                    kept[number] = Some(answers);
+                }
+                before += block.len() * self.answers;
+            }
+            bar.finish_and_clear();
+        }
+        Ok(kept.into_iter().flatten().flatten().collect())
+    }
+
+    fn file_name(&self, policy: &str, prompts: &[Vec<u32>], block: usize) -> String {
+        let text = format!(
+            "{} {} {policy} {prompts:?} {block} {} {:?}",
+            env!("CARGO_PKG_VERSION"),
+            engine::instruction_set(),
+            self.answers,
+            self.options
+        );
+        format!("answers-{}.json", blake3::hash(text.as_bytes()).to_hex())
+    }
+}
+
+/// An answer's tokens with the token that ended it.
+fn ended(mut tokens: Vec<u32>, end: Option<u32>) -> Vec<u32> {
+    tokens.extend(end);
+    tokens
+}
+
+/// The prompts of a file as the model takes them.
+fn read(run: &Run<'_>, path: &Path) -> Result<Vec<Vec<u32>>> {
+    let tokenizer = &run.base.tokenizer;
+    let chat = tokenizer.has_chat_template();
+    let as_taken = |prompt: Prompt| if chat { as_chat(prompt, None) } else { prompt };
+    let prompts: Vec<Prompt> = data::read_prompts(path)?.into_iter().map(as_taken).collect();
+    tokenize(tokenizer, &(&run.base.model).into(), &prompts)
+        .map_err(|error| Error::input(format!("In {}: {error}", path.display())))
+}
+
+/// Different prompts in their order, without those of `others`.
+fn different(prompts: Vec<Vec<u32>>, others: &[Vec<u32>]) -> Vec<Vec<u32>> {
+    let mut seen: HashSet<Vec<u32>> = others.iter().cloned().collect();
+    prompts.into_iter().filter(|prompt| seen.insert(prompt.clone())).collect()
+}
+
+/// So many prompts at most, drawn by `seed`, in their order: the first ones of a file may be of one kind.
+fn some_of(mut prompts: Vec<Vec<u32>>, most: usize, seed: u64) -> Vec<Vec<u32>> {
+    let drawn = |prompt: &Vec<u32>| blake3::hash(format!("{seed} {prompt:?}").as_bytes()).as_bytes().to_owned();
+    if let Some(beyond) = prompts.iter().map(drawn).collect::<BTreeSet<_>>().into_iter().nth(most) {
+        prompts.retain(|prompt| drawn(prompt) < beyond);
+    }
+    prompts
+}
+
+/// The different answers in order.
+fn sorted(answers: &[Vec<u32>]) -> Vec<&[u32]> {
+    let mut sorted: Vec<&[u32]> = answers.iter().map(Vec::as_slice).collect();
+    sorted.sort_unstable();
+    sorted.dedup();
+    sorted
+}
+
+/// Kept answers, or nothing when the file is missing or damaged (they are then drawn again).
+fn read_kept(path: &Path) -> Option<Answers> {
+    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
+fn keep(path: &Path, answers: &Answers) -> Result<()> {
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
+    }
+    atomic::write_file(path, |out| Ok(serde_json::to_writer(out, answers)?))
+}

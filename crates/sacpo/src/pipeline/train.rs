@@ -1,0 +1,271 @@
+//! The training of one policy, and its reuse when it is complete.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use align::data::{Dataset, relabel, set_margins};
+use align::log::read_metric;
+use align::step::{Aligned, Alignment};
+use align::trainer::{TrainOptions, discard_state};
+use engine::checkpoint::Checkpoint;
+use engine::{Adapter, Error, Model, ModelConfig, Result};
+
+use super::record::{Made, PolicyRecord, Provenance};
+use super::{Policy, Run, judge};
+use crate::policy::PolicyName;
+use crate::ui;
+use sacpo::recipe::{PreviousAdapter, Step};
+
+/// The folder of a policy's adapter, beside its checkpoint.
+const ADAPTER: &str = "adapter";
+
+/// A policy to train.
+pub(super) struct Training {
+    /// The policy's name.
+    pub(super) name: String,
+    /// The index of its step in the recipe.
+    pub(super) step: usize,
+    /// The index among the run's policies of its start and reference.
+    pub(super) parent: usize,
+    /// The temperature of its objective.
+    pub(super) beta: f64,
+    /// Weights of judged metrics from which labels are drawn anew.
+    pub(super) relabel: Option<BTreeMap<String, f64>>,
+}
+
+impl Training {
+    fn step<'r>(&self, run: &'r Run<'_>) -> &'r Step {
+        &run.recipe.steps[self.step]
+    }
+
+    fn folder(&self, run: &Run<'_>) -> PathBuf {
+        run.folder.path.join("steps").join(&self.name)
+    }
+
+    fn options(&self, run: &Run<'_>) -> TrainOptions {
+        options(self.step(run), run.recipe.run.seed, run.recipe.run.memory_gib)
+    }
+
+    /// The weights by which labels or margins are made.
+    fn label_weights<'a>(&'a self, step: &'a Step) -> Option<&'a BTreeMap<String, f64>> {
+        self.relabel.as_ref().or(step.margin.as_ref())
+    }
+
+    /// Names everything that the policy depends on; `hash` gives those of policies by their index, as far as they are known.
+    fn key(&self, run: &Run<'_>, hash: &dyn Fn(usize) -> Option<String>) -> Result<Option<String>> {
+        let step = self.step(run);
+        let data = &run.data[self.step];
+        let Some(reference) = hash(self.parent) else { return Ok(None) };
+        let (objective, course) = (format!("{:?}", step.objective_at(self.beta)?), self.options(run).course());
+        let held_out = match step.train.validate_every {
+            Some(_) => data.validation.fingerprint(),
+            None => String::new(),
+        };
+        let stacked = if self.stacks(run) { "stacked" } else { "" };
+        let mut labels = String::new();
+        for (metric, weight) in self.label_weights(step).into_iter().flatten() {
+            let Some(judge) = judge::identity(run, metric, hash) else { return Ok(None) };
+            labels += &format!("{weight} {judge} ");
+        }
+        let parts = [&*reference, &objective, &course, &data.train.fingerprint(), &held_out, stacked, &labels];
+        Ok(Some(blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string()))
+    }
+
+    /// The record of the policy if it is complete and all that it depends on is known.
+    ///
+    /// # Errors
+    /// A policy that depends on something else.
+    pub(super) fn finished(
+        &self,
+        run: &Run<'_>,
+        hash: &dyn Fn(usize) -> Option<String>,
+    ) -> Result<Option<PolicyRecord>> {
+        match (self.key(run, hash)?, hash(self.parent)) {
+            (Some(key), Some(reference)) => PolicyRecord::finished(&self.folder(run), &key, &reference),
+            _ => Ok(None),
+        }
+    }
+
+    /// The policy, trained unless it is complete.
+    pub(super) fn policy(&self, run: &Run<'_>) -> Result<Policy> {
+        let record = match self.finished(run, &|index| Some(run.policies[index].hash().to_owned()))? {
+            Some(record) => {
+                ui::say(format!("Policy {}: complete.", self.name));
+                record
+            }
+            None => self.train(run)?,
+        };
+        Ok(Policy {
+            step: Some(self.step(run).name.clone()),
+            beta_over_lambda: (self.parent != 0).then_some(self.beta),
+            q: None,
+            origin: Some((self.beta, self.parent)),
+            source: PolicyName::Model(self.folder(run).join("checkpoint")),
+            adapter_base: record.adapter_base,
+            validation: Vec::new(),
+            seconds: record.seconds,
+            provenance: record.provenance,
+        })
+    }
+
+    /// Whether the adapter goes on top of that of the policy before.
+    fn stacks(&self, run: &Run<'_>) -> bool {
+        self.parent != 0 && self.step(run).train.lora_previous == PreviousAdapter::Stack
+    }
+
+    /// The model that this policy's adapter belongs to, as a path that holds from any folder.
+    fn adapter_base(&self, run: &Run<'_>) -> Result<PathBuf> {
+        let parent = &run.policies[self.parent];
+        let below = parent.adapter_base.as_ref().filter(|_| self.stacks(run));
+        let below = below.or(parent.path()).unwrap_or(&run.recipe.model.base);
+        std::path::absolute(below).map_err(Error::io("find", below))
+    }
+
+    /// The adapter of the policy before, if this policy's own is to be stacked on it.
+    fn adapter_below(&self, run: &Run<'_>, config: &ModelConfig) -> Result<Option<Adapter>> {
+        let parent = &run.policies[self.parent];
+        let Some(path) = parent.path().filter(|_| self.stacks(run)) else { return Ok(None) };
+        let adapter = Adapter::load(&path.with_file_name(ADAPTER), config);
+        adapter.map(Some).map_err(|error| {
+            Error::input(format!(
+                "The adapter of the policy `{}`, on which the next is to be stacked, is not usable. {error} Put it back, or \
+                 delete the folder above to train the policy again.",
+                parent.name()
+            ))
+        })
+    }
+
+    /// The data with the labels and margins that the step asks for.
+    fn labelled<'r>(&self, run: &'r Run<'_>, data: &'r Dataset) -> Result<Cow<'r, Dataset>> {
+        let step = self.step(run);
+        let (Some(weights), Dataset::Pairs(pairs)) = (self.label_weights(step), data) else {
+            return Ok(Cow::Borrowed(data));
+        };
+        let margins = judge::margins(run, weights, pairs, step.train.micro_batch_tokens)?;
+        let mut pairs = pairs.clone();
+        if self.relabel.is_some() {
+            let swapped = relabel(&mut pairs, &margins, run.recipe.run.seed);
+            ui::say(format!("  {swapped} of {} labels are other ones than in the data.", pairs.len()));
+        } else {
+            set_margins(&mut pairs, &margins);
+        }
+        Ok(Cow::Owned(Dataset::Pairs(pairs)))
+    }
+
+    /// Trains the policy from its parent, and keeps it.
+    fn train(&self, run: &Run<'_>) -> Result<PolicyRecord> {
+        let step = self.step(run);
+        let objective = step.objective_at(self.beta)?;
+        ui::say(format!("Policy {}: {} at temperature {}.", self.name, objective.name(), self.beta));
+        let parent = &run.policies[self.parent];
+        let base = run.base;
+        let config = &base.model.config;
+        let [data, validation] =
+            [&run.data[self.step].train, &run.data[self.step].validation].map(|data| self.labelled(run, data));
+        let (data, validation) = (data?, validation?);
+        let loaded = (self.parent != 0).then(|| load_trained(parent)).transpose()?;
+        let adapter_below = self.adapter_below(run, config)?;
+        let folder = self.folder(run);
+        let alignment = Alignment {
+            start: loaded.as_ref().unwrap_or(&base.model),
+            data: &data,
+            validation: &validation,
+            objective: &objective,
+            options: &self.options(run),
+            folder: &folder,
+            cache: &run.folder.cache(),
+        };
+        let Aligned { policy, adapter, records } = alignment.run(&mut ui::TrainingBar::new("training"))?;
+        let seconds = read_metric(&folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
+        let hash = |index: usize| Some(run.policies[index].hash().to_owned());
+        let record = PolicyRecord {
+            key: self.key(run, &hash)?.unwrap_or_default(),
+            reference: parent.hash().to_owned(),
+            adapter_base: adapter.as_ref().map(|_| self.adapter_base(run)).transpose()?,
+            version: env!("CARGO_PKG_VERSION").into(),
+            seconds,
+            provenance: Provenance {
+                policy: self.name.clone(),
+                model: policy.hash(),
+                made: Made::Training {
+                    step: step.name.clone(),
+                    metric: step.metric.clone(),
+                    objective: objective.name().into(),
+                    temperature: self.beta,
+                    data: step.data.clone(),
+                    data_hash: data.fingerprint(),
+                    pairs: data.len(),
+                    label_weights: self.label_weights(step).cloned().unwrap_or_default(),
+                    seed: run.recipe.run.seed,
+                },
+                from: vec![parent.provenance.clone()],
+            },
+        };
+        let checkpoint =
+            Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
+        checkpoint.save(&folder.join("checkpoint"))?;
+        if let (Some(mut adapter), Some(model_below)) = (adapter, &record.adapter_base) {
+            if let Some(below) = adapter_below {
+                adapter = Adapter::stack(config, &[&below, &adapter])?;
+            }
+            adapter.save(model_below, &folder.join(ADAPTER))?;
+        }
+        record.write(&folder, &folder.join("checkpoint"))?;
+        discard_state(&folder)?;
+        if let Some(last) = records.last() {
+            ui::say(format!("  {} steps in {seconds:.0} s; the last batch's loss was {:.4}.", last.step, last.loss));
+        }
+        if step.train.patience.is_some() {
+            let losses = read_metric(&folder.join("metrics.jsonl"), "eval_loss")?;
+            if let Some((step, loss)) = losses.into_iter().min_by(|(_, a), (_, b)| a.total_cmp(b)) {
+                ui::say(format!("  Kept are the weights after step {step}, of the lowest validation loss: {loss:.4}."));
+            }
+        }
+        Ok(record)
+    }
+}
+
+/// How a step trains, as the trainer takes it.
+pub(super) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainOptions {
+    let train = &step.train;
+    TrainOptions {
+        lora: train.lora(),
+        optimizer: train.optimizer,
+        learning_rate: train.learning_rate,
+        schedule: train.schedule,
+        warmup_ratio: train.warmup_ratio,
+        epochs: train.epochs,
+        batch_size: train.batch_size,
+        micro_batch_tokens: train.micro_batch_tokens,
+        memory_bytes: memory_gib.map(|gib| (gib * (1u64 << 30) as f64) as usize),
+        max_grad_norm: train.max_grad_norm,
+        weight_decay: train.weight_decay,
+        seed,
+        save_every: train.save_every as u64,
+        validate_every: train.validate_every.unwrap_or(0) as u64,
+        patience: train.patience.map(|patience| patience as u64),
+        ema_decay: train.ema_decay,
+    }
+}
+
+/// The model of a trained policy, which must be the one that was trained.
+pub(super) fn load_trained(policy: &Policy) -> Result<Model> {
+    let PolicyName::Model(path) = &policy.source else {
+        return Err(Error::Failed(format!(
+            "The policy `{}` is a mixture and has no weights of its own.",
+            policy.name()
+        )));
+    };
+    let loaded = Checkpoint::load(path).map_err(|error| {
+        Error::input(format!(
+            "The policy `{}` was trained, but cannot be read. {error} Put it back, or delete the folder above {} to train it \
+             again.",
+            policy.name(),
+            path.display()
+        ))
+    });
+    let model = loaded?.model;
+    policy.check_weights(&model)?;
+    Ok(model)
+}
