@@ -75,7 +75,7 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
     }
     let outcome = pipeline::run(recipe, inputs, &folder)?;
     let answers = answers(recipe, &outcome, &folder)?;
-    let metrics: Vec<&str> = recipe.steps.iter().map(|step| step.metric.as_str()).collect();
+    let metrics = ranked(recipe);
     for (file, title, metric) in
         [("loss.svg", "Training loss", "loss"), ("margins.svg", "Reward margin in training", "rewards/margins")]
     {
@@ -105,6 +105,12 @@ fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
         "{table}{verdict}\nAll of it, with answers side by side: {}",
         folder.path.join("summary.md").display()
     ))
+}
+
+/// What the held-out pairs of each step are called: its metric, or its name where another step has the same metric.
+fn ranked(recipe: &Recipe) -> Vec<&str> {
+    let shared = |metric: &str| recipe.steps.iter().filter(|step| step.metric == metric).count() > 1;
+    recipe.steps.iter().map(|step| if shared(&step.metric) { &*step.name } else { &*step.metric }).collect()
 }
 
 fn policy_json(policy: &Policy, metrics: &[&str]) -> Value {
