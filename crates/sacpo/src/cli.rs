@@ -93,7 +93,8 @@ pub(crate) enum Size {
 #[command(after_help = "Examples:\n  \
     sacpo run recipes/hh-rlhf-smollm2.toml\n  \
     sacpo run recipes/hh-rlhf-smollm2.toml --set train.learning_rate=1e-6\n  \
-    sacpo run recipes/hh-rlhf-smollm2.toml --set 'step.2.beta_over_lambda=[0.1, 0.05]'\n\n\
+    sacpo run recipes/hh-rlhf-smollm2.toml --set 'step.2.beta_over_lambda=[0.1, 0.05]'\n  \
+    sacpo run recipes/hh-rlhf-smollm2.toml --dry-run\n\n\
     A run that was stopped continues where it was when the same command is given again. Steps that are finished are not \
     repeated.")]
 pub(crate) struct Run {
@@ -102,6 +103,9 @@ pub(crate) struct Run {
     /// Change a value of the recipe; steps are counted from 1.
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Say what the run would do, what of it is there, and how long the rest would take. Nothing is written.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
     /// Seed of all randomness, instead of the recipe's.
     #[arg(long, value_parser = seed())]
     pub(crate) seed: Option<u64>,

@@ -13,6 +13,7 @@
 mod blend;
 mod constraint;
 mod data;
+pub(crate) mod dry_run;
 mod folder;
 mod judge;
 pub(crate) mod manifest;
@@ -180,24 +181,7 @@ fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
 /// A folder that holds policies of another recipe, which stays as it is; files that cannot be read or written,
 /// diverged training, or [`Error::Interrupted`].
 pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result<Outcome> {
-    let Inputs { base, data } = inputs;
-    let given = Policy {
-        step: None,
-        beta_over_lambda: None,
-        q: None,
-        origin: None,
-        source: PolicyName::Model(recipe.model.base.clone()),
-        adapter_base: None,
-        validation: Vec::new(),
-        seconds: 0.0,
-        provenance: Provenance {
-            policy: BASE.into(),
-            model: base.model.hash(),
-            made: Made::Given { path: recipe.model.base.clone() },
-            from: Vec::new(),
-        },
-    };
-    let mut run = Run { recipe, plan: recipe.plan(), base: &base, data: &data, folder, policies: vec![given] };
+    let mut run = Run::new(recipe, &inputs, folder);
     run.refuse_other_policies()?;
     folder.write("recipe.toml", &recipe.to_toml()?)?;
     for number in 0..run.plan.steps.len() {
@@ -211,10 +195,32 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
     let constraint = constraint::meet(&mut run)?;
     run.rank()?;
     let policies = run.policies;
-    Ok(Outcome { policies, data, constraint })
+    Ok(Outcome { policies, data: inputs.data, constraint })
 }
 
-impl Run<'_> {
+impl<'r> Run<'r> {
+    /// A run of which only the base model is there.
+    fn new(recipe: &'r Recipe, inputs: &'r Inputs, folder: &'r RunFolder) -> Self {
+        let path = &recipe.model.base;
+        let base = Policy {
+            step: None,
+            beta_over_lambda: None,
+            q: None,
+            origin: None,
+            source: PolicyName::Model(path.clone()),
+            adapter_base: None,
+            validation: Vec::new(),
+            seconds: 0.0,
+            provenance: Provenance {
+                policy: BASE.into(),
+                model: inputs.base.model.hash(),
+                made: Made::Given { path: path.clone() },
+                from: Vec::new(),
+            },
+        };
+        Self { recipe, plan: recipe.plan(), base: &inputs.base, data: &inputs.data, folder, policies: vec![base] }
+    }
+
     /// The training of a planned policy. The plan's policies are the run's, after the base model.
     fn training(&self, planned: &PlannedStep) -> Training {
         Training {
@@ -283,6 +289,11 @@ impl Run<'_> {
     fn start_of(&self, step: usize) -> usize {
         let origin = self.recipe.steps[step].from.step;
         self.plan.steps.iter().position(|policy| Some(policy.step) == origin).map_or(0, |planned| planned + 1)
+    }
+
+    /// The name of that policy.
+    fn start_name(&self, step: usize) -> String {
+        self.start_of(step).checked_sub(1).map_or(BASE, |planned| &self.plan.steps[planned].name).to_owned()
     }
 
     /// The index of the policy of a step that has the smallest temperature.

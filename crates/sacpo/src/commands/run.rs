@@ -15,18 +15,18 @@ use serde_json::{Value, json};
 use super::{on_threads, print_json};
 use crate::answers::{answer, as_chat, tokenize};
 use crate::cli::{Global, Run, Train};
-use crate::pipeline::{self, Outcome, Policy, RunFolder, manifest};
+use crate::pipeline::{self, Outcome, Policy, RunFolder, dry_run, manifest};
 use crate::ui;
 use sacpo::recipe::Recipe;
 
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
     let mut overrides = options.set.clone();
     overrides.extend(options.seed.map(|seed| format!("run.seed={seed}")));
-    on_its_threads(&Recipe::load(&options.recipe, &overrides)?, global)
+    on_its_threads(&Recipe::load(&options.recipe, &overrides)?, global, options.dry_run)
 }
 
 pub(super) fn train(options: &Train, global: Global) -> Result<()> {
-    on_its_threads(&recipe_of(options)?, global)
+    on_its_threads(&recipe_of(options)?, global, false)
 }
 
 /// The recipe of one step that the options describe.
@@ -54,16 +54,20 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
     Recipe::parse(&toml, Path::new("command line"), &options.set)
 }
 
-fn on_its_threads(recipe: &Recipe, global: Global) -> Result<()> {
-    on_threads(global.threads.or(recipe.run.threads), || carry_out(recipe, global))
+fn on_its_threads(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
+    on_threads(global.threads.or(recipe.run.threads), || carry_out(recipe, global, dry))
 }
 
-fn carry_out(recipe: &Recipe, global: Global) -> Result<()> {
+fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     let start = Instant::now();
     let inputs = pipeline::prepare(recipe)?;
     // now rather than after hours of training
     tokenize(&inputs.base.tokenizer, &(&inputs.base.model).into(), &prompts_for(&inputs.base, recipe))
         .map_err(|error| Error::input(format!("In `evaluate.prompts` of the recipe: {error}")))?;
+    if dry {
+        let forecast = dry_run::forecast(recipe, &inputs)?;
+        return if global.json { print_json(&forecast) } else { ui::print(forecast.text()) };
+    }
     let folder = RunFolder::open(&recipe.run.out)?;
     let key = manifest::key(recipe, &inputs)?;
     if let Some(results) = manifest::finished(&folder, &key) {

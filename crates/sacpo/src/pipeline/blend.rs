@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use align::merge::{self, Options};
+use align::merge::{self, Method, Options};
 use engine::Result;
 use engine::checkpoint::load_model;
 
@@ -43,7 +43,7 @@ impl Between {
         let base = &run.policies[0];
         let method = merging.method;
         let seed = run.recipe.run.seed;
-        let reference = hash(&[a.hash(), b.hash(), if method.needs_base() { base.hash() } else { "" }]);
+        let reference = reference_of(method, [a.hash(), b.hash()], base.hash());
         let key = hash(&[&reference, &format!("{method:?} {:?} {} {seed}", merging.density, self.q)]);
         let made = Made::Merge { method: method.name().into(), q: self.q, density: merging.density, seed };
         if let Some(record) = PolicyRecord::finished(&folder, &key, &reference)? {
@@ -98,6 +98,11 @@ impl Between {
             provenance: Provenance { policy: self.name.clone(), model, made, from },
         }
     }
+}
+
+/// Names what is merged, by the hashes of the ends and the base model.
+pub(super) fn reference_of(method: Method, [a, b]: [&str; 2], base: &str) -> String {
+    hash(&[a, b, if method.needs_base() { base } else { "" }])
 }
 
 fn hash(parts: &[&str]) -> String {

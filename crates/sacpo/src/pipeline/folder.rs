@@ -10,10 +10,11 @@ use engine::{Error, Result};
 /// Folders that hold one folder for each policy.
 const OF_POLICIES: [&str; 2] = ["steps", "merges"];
 
-/// The run directory, locked against a second process for as long as this lives.
+/// The run directory, locked against a second process for as long as this lives, unless it is only looked at.
 pub(crate) struct RunFolder {
     pub(crate) path: PathBuf,
-    _lock: File,
+    /// Nothing if the folder is only looked at.
+    _lock: Option<File>,
 }
 
 impl RunFolder {
@@ -33,7 +34,12 @@ impl RunFolder {
             TryLockError::Error(source) => Error::io("lock", &file)(source),
         })?;
         remove_leftovers(path)?;
-        Ok(Self { path: path.to_path_buf(), _lock: lock })
+        Ok(Self { path: path.to_path_buf(), _lock: Some(lock) })
+    }
+
+    /// The folder to look at: it is neither created nor locked, and nothing may be written.
+    pub(super) fn unlocked(path: &Path) -> Self {
+        Self { path: path.to_path_buf(), _lock: None }
     }
 
     /// Writes a text file of the run, atomically.

@@ -39,7 +39,7 @@ impl Training {
         &run.recipe.steps[self.step]
     }
 
-    fn folder(&self, run: &Run<'_>) -> PathBuf {
+    pub(super) fn folder(&self, run: &Run<'_>) -> PathBuf {
         run.folder.path.join("steps").join(&self.name)
     }
 

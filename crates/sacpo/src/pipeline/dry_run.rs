@@ -1,0 +1,210 @@
+//! What a run would do, what of it is there, and what the rest would take.
+
+use std::time::Instant;
+
+use align::data::Dataset;
+use align::reference;
+use align::sequences::Sequences;
+use align::step::Alignment;
+use align::trainer::TrainOptions;
+use engine::{Error, Result, memory};
+use serde::Serialize;
+
+use super::blend::reference_of;
+use super::record::PolicyRecord;
+use super::train::options;
+use super::{Inputs, Run, RunFolder};
+use crate::ui;
+use sacpo::recipe::{PlannedBlend, Recipe, Step};
+
+/// What a run would do.
+#[derive(Debug, Serialize)]
+pub(crate) struct Forecast {
+    stages: Vec<Stage>,
+    /// Of all trainings that are still to be done, as far as they are known.
+    seconds: f64,
+    /// At most, by the two optimizer steps that were taken to measure; nothing if none were.
+    peak_memory_bytes: Option<usize>,
+}
+
+/// One thing to make.
+#[derive(Debug, Serialize)]
+struct Stage {
+    name: String,
+    kind: &'static str,
+    /// The policies that it is made from.
+    from: Vec<String>,
+    state: State,
+    /// How long it would take; nothing if it is complete or not estimated.
+    seconds: Option<f64>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Complete,
+    /// A training was stopped and will go on.
+    Begun,
+    Open,
+}
+
+/// Seconds per token of training and of scoring under the reference.
+#[derive(Debug, Clone, Copy)]
+struct Rates {
+    training: f64,
+    reference: f64,
+}
+
+/// What a run of the recipe in its folder would do; nothing is written there. Two optimizer steps on a micro-batch of each kind of
+/// training that is open are taken elsewhere, to measure.
+///
+/// # Errors
+/// A folder that holds policies of another recipe; those of training.
+pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
+    let folder = RunFolder::unlocked(&recipe.run.out);
+    let run = Run::new(recipe, inputs, &folder);
+    let mut hashes = vec![Some(run.policies[0].hash().to_owned())];
+    let mut measured: Vec<(Vec<String>, Rates)> = Vec::new();
+    let mut scored: Vec<(usize, usize)> = Vec::new();
+    let mut stages = Vec::new();
+    let name = |planned: Option<usize>| planned.map_or("base", |i| &run.plan.steps[i].name).to_owned();
+    for planned in &run.plan.steps {
+        let training = run.training(planned);
+        let record = training.finished(&run, &|index| hashes[index].clone())?;
+        let state = match &record {
+            Some(_) => State::Complete,
+            None if training.folder(&run).join("training-state.safetensors").exists() => State::Begun,
+            None => State::Open,
+        };
+        let seconds = match state {
+            State::Complete => None,
+            _ => {
+                let step = &recipe.steps[planned.step];
+                let kind = vec![step.objective.to_owned(), format!("{:?}", step.train.lora())];
+                let rates = match measured.iter().find(|(other, _)| *other == kind) {
+                    Some((_, rates)) => *rates,
+                    None => {
+                        let rates = measure(&run, step, planned.step)?;
+                        measured.push((kind, rates));
+                        rates
+                    }
+                };
+                let tokens = tokens(&inputs.data[planned.step].train.sequences());
+                let first = !scored.contains(&(planned.step, training.parent));
+                scored.push((planned.step, training.parent));
+                let reference = if first { rates.reference } else { 0.0 };
+                Some(tokens * (rates.training * step.train.epochs as f64 + reference))
+            }
+        };
+        hashes.push(record.map(|record| record.provenance.model));
+        let from = vec![name(planned.parent)];
+        stages.push(Stage { name: planned.name.clone(), kind: "training", from, state, seconds });
+    }
+    for PlannedBlend { name: blend, ends, merging, .. } in &run.plan.blends {
+        let kind = if merging.is_some() { "merge" } else { "mix" };
+        let made = ends.map(|end| hashes[end.map_or(0, |planned| planned + 1)].as_deref());
+        let state = match (merging, made) {
+            (None, [Some(_), Some(_)]) => State::Complete,
+            (Some(merging), [Some(a), Some(b)]) => {
+                let record = PolicyRecord::read(&folder.path.join("merges").join(blend))?;
+                let reference = reference_of(merging.method, [a, b], run.policies[0].hash());
+                if record.is_some_and(|record| record.reference == reference) { State::Complete } else { State::Open }
+            }
+            _ => State::Open,
+        };
+        stages.push(Stage { name: blend.clone(), kind, from: ends.map(name).to_vec(), state, seconds: None });
+    }
+    if let Some(choice) = recipe.constraints.first().and_then(|constraint| constraint.choice.as_ref()) {
+        let names: Vec<&str> = recipe.constraints.iter().map(|constraint| constraint.metric.as_str()).collect();
+        let name = format!(
+            "{} answers to at most {} prompts, at most {} policies",
+            choice.answers, choice.max_prompts, choice.shots
+        );
+        let from = vec![run.start_name(recipe.constraints[0].step.index)];
+        stages.push(Stage {
+            name: format!("{}: {name}", names.join(", ")),
+            kind: "constraint",
+            from,
+            state: State::Open,
+            seconds: None,
+        });
+    }
+    Ok(Forecast {
+        seconds: stages.iter().filter_map(|stage| stage.seconds).sum(),
+        peak_memory_bytes: memory::peak().filter(|_| !measured.is_empty()),
+        stages,
+    })
+}
+
+/// Takes two optimizer steps on as many examples as fill a micro-batch, and scores these under the reference.
+fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
+    let data = &run.data[number].train;
+    let all = data.sequences();
+    let mut filled = 0;
+    let enough = all.iter().position(|item| {
+        filled += item.computed();
+        filled > step.train.micro_batch_tokens
+    });
+    // batches of fewer than two have no shift
+    let batch = enough.unwrap_or(all.len() / 2).clamp(2, (all.len() / 2).max(2)).min(all.len());
+    let count = (2 * batch).min(all.len());
+    ui::say(format!("Measuring: two optimizer steps of {} on {batch} {} each.", step.objective, data.unit()));
+    let (some, none) = match data {
+        Dataset::Pairs(pairs) => (Dataset::Pairs(pairs[..count].to_vec()), Dataset::Pairs(Vec::new())),
+        Dataset::Examples(examples) => (Dataset::Examples(examples[..count].to_vec()), Dataset::Examples(Vec::new())),
+    };
+    let start = Instant::now();
+    reference::logps(&run.base.model, &some.sequences(), step.train.micro_batch_tokens, None, &mut |_| Ok(()))?;
+    let reference = start.elapsed().as_secs_f64() / tokens(&some.sequences());
+    let folder = tempfile::tempdir().map_err(Error::io("create a folder in", &std::env::temp_dir()))?;
+    let options = TrainOptions {
+        epochs: if count < 2 * batch { 2 } else { 1 },
+        batch_size: batch,
+        save_every: 0,
+        validate_every: 0,
+        patience: None,
+        ..options(step, run.recipe.run.seed, run.recipe.run.memory_gib)
+    };
+    let alignment = Alignment {
+        start: &run.base.model,
+        data: &some,
+        validation: &none,
+        objective: &step.objective_at(1.0)?,
+        options: &options,
+        folder: folder.path(),
+        cache: folder.path(),
+    };
+    let aligned = alignment.run(&mut ui::TrainingBar::new("measuring"))?;
+    // the first step also sets memory up
+    let last = aligned.records.last().map_or(0.0, |record| record.seconds / record.tokens as f64);
+    Ok(Rates { training: last, reference })
+}
+
+fn tokens(items: &[Sequences<'_>]) -> f64 {
+    items.iter().map(|item| item.computed() as f64).sum()
+}
+
+impl Forecast {
+    /// The forecast for people.
+    pub(crate) fn text(&self) -> String {
+        let mut text = String::new();
+        for Stage { name, kind, from, state, seconds } in &self.stages {
+            let state = match state {
+                State::Complete => "complete",
+                State::Begun => "begun",
+                State::Open => "to do",
+            };
+            let seconds = seconds.map(|seconds| format!(", about {seconds:.0} s")).unwrap_or_default();
+            text += &format!("{kind:<10} {name} (from {}): {state}{seconds}\n", from.join(" and "));
+        }
+        let memory =
+            self.peak_memory_bytes.map(|bytes| format!(", {:.2} GiB of memory", bytes as f64 / (1u64 << 30) as f64));
+        let memory = memory.unwrap_or_default();
+        text += &format!(
+            "Open trainings: about {:.0} s{memory}, by two optimizer steps on this machine. Merging, judging, ranking and answers are \
+             not estimated. Nothing was written.",
+            self.seconds
+        );
+        text
+    }
+}
