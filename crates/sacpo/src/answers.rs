@@ -38,6 +38,12 @@ pub(crate) fn tokenize(tokenizer: &Tokenizer, policy: &Mixture<'_>, prompts: &[P
     Ok(tokens)
 }
 
+/// Prompts as a model takes them: as conversations if its tokenizer has a chat template.
+pub(crate) fn as_taken(prompts: impl IntoIterator<Item = Prompt>, tokenizer: &Tokenizer) -> Vec<Prompt> {
+    let chat = tokenizer.has_chat_template();
+    prompts.into_iter().map(|prompt| if chat { as_chat(prompt, None) } else { prompt }).collect()
+}
+
 /// A plain prompt as the user's turn of a conversation; conversations stay, but for the system message.
 pub(crate) fn as_chat(prompt: Prompt, system: Option<&str>) -> Prompt {
     let message = |role: &str, content: String| Message { role: role.into(), content };

@@ -29,7 +29,7 @@ use blend::Between;
 pub(crate) use constraint::Outcome as ConstraintOutcome;
 pub(crate) use data::StepData;
 use data::{load_data, warn_of_objectives};
-use engine::checkpoint::{Checkpoint, describe};
+use engine::checkpoint::{Checkpoint, StreamedModel, describe};
 use engine::{Error, LoraOptions, Model, ModelConfig, Result};
 pub(crate) use folder::RunFolder;
 use record::Made;
@@ -38,7 +38,7 @@ use train::Training;
 
 use crate::policy::{self, PolicyName};
 use crate::ui;
-use sacpo::recipe::{BASE, Merging, Plan, PlannedBlend, PlannedStep, PreviousAdapter, Recipe};
+use sacpo::recipe::{BASE, Merging, Plan, PlannedBlend, PlannedStep, PreviousAdapter, Recipe, Step};
 
 /// A policy of a run.
 pub(crate) struct Policy {
@@ -141,6 +141,7 @@ pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
     let base = Checkpoint::load(&recipe.model.base)?;
     ui::say(format!("Base model {}: {} parameters.", recipe.model.base.display(), base.model.layout.len));
     check_adapters(recipe, &base.model.config)?;
+    check_merges(recipe)?;
     warn_of_objectives(recipe)?;
     let data = recipe.steps.iter().map(|step| load_data(step, &base, recipe.run.seed)).collect::<Result<Vec<_>>>()?;
     Ok(Inputs { base, data })
@@ -149,7 +150,8 @@ pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
 /// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
 fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
     let base = &recipe.model.base;
-    if recipe.steps.first().is_some_and(|step| step.train.lora().is_some()) && describe(base)?.adapter.is_some() {
+    let adapts_base = |step: &Step| step.from.step.is_none() && step.train.lora().is_some();
+    if recipe.steps.iter().any(adapts_base) && describe(base)?.adapter.is_some() {
         return Err(Error::input(format!(
             "The base model {0} is an adapter, and an adapter on an adapter cannot be loaded. Write the model that it makes \
              by `sacpo model convert {0} OUT` and give that as model.base.",
@@ -175,6 +177,17 @@ fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
     Ok(())
 }
 
+/// Checks that the base model can be merged, if it is to be.
+fn check_merges(recipe: &Recipe) -> Result<()> {
+    let reads_base = |blend: &PlannedBlend| {
+        blend.merging.is_some_and(|merging| merging.method.needs_base() || blend.ends.contains(&None))
+    };
+    if recipe.plan().blends.iter().any(reads_base) {
+        StreamedModel::open(&recipe.model.base)?;
+    }
+    Ok(())
+}
+
 /// Makes all policies of a recipe, and ranks them on the held-out pairs of every step.
 ///
 /// # Errors
@@ -182,17 +195,18 @@ fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
 /// diverged training, or [`Error::Interrupted`].
 pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result<Outcome> {
     let mut run = Run::new(recipe, &inputs, folder);
-    run.refuse_other_policies()?;
+    // both are checked now rather than after hours of training
+    run.complete()?;
+    let prompts = constraint::prompts(&run)?;
     folder.write("recipe.toml", &recipe.to_toml()?)?;
     for number in 0..run.plan.steps.len() {
         let training = run.training(&run.plan.steps[number]);
         run.make(training)?;
     }
-    for PlannedBlend { name, ends, q, merging, extrapolate } in run.plan.blends.clone() {
-        let ends = ends.map(|end| end.map_or(0, |planned| planned + 1));
-        run.add_between(Between { name, ends, q, extrapolate }, merging)?;
+    for planned in run.plan.blends.clone() {
+        run.add_between(Between::from(&planned), planned.merging)?;
     }
-    let constraint = constraint::meet(&mut run)?;
+    let constraint = constraint::meet(&mut run, prompts)?;
     run.rank()?;
     let policies = run.policies;
     Ok(Outcome { policies, data: inputs.data, constraint })
@@ -232,20 +246,40 @@ impl<'r> Run<'r> {
         }
     }
 
-    /// Fails if a finished policy is not the one that the recipe asks for. A policy that depends on one which is still to be
-    /// trained cannot be judged yet.
-    fn refuse_other_policies(&self) -> Result<()> {
-        let mut hashes = vec![Some(self.policies[0].hash().to_owned())];
+    /// Which of the plan's policies are complete: those that are trained, and those between them, of which mixtures are as
+    /// soon as both ends are.
+    ///
+    /// # Errors
+    /// A policy that is not the one that the recipe asks for. One that depends on another which is still to be made cannot be
+    /// judged yet.
+    fn complete(&self) -> Result<[Vec<bool>; 2]> {
+        let mut hashes = vec![self.hash(0)];
         for planned in &self.plan.steps {
             let record = self.training(planned).finished(self, &|index| hashes[index].clone())?;
             hashes.push(record.map(|record| record.provenance.model));
         }
-        Ok(())
+        let is_complete = |planned: &PlannedBlend| {
+            let between = Between::from(planned);
+            Ok(match planned.merging {
+                Some(merging) => between.finished(self, merging, &|index| hashes[index].clone())?.is_some(),
+                None => between.ends.iter().all(|&end| hashes[end].is_some()),
+            })
+        };
+        let between = self.plan.blends.iter().map(is_complete).collect::<Result<_>>()?;
+        Ok([hashes[1..].iter().map(Option::is_some).collect(), between])
+    }
+
+    /// The hash of a policy that is made, by its index.
+    fn hash(&self, index: usize) -> Option<String> {
+        self.policies.get(index).map(|policy| policy.hash().to_owned())
     }
 
     /// The index of the policy of a training, which is done unless it is complete.
     fn make(&mut self, training: Training) -> Result<usize> {
-        let same = |policy: &Policy| policy.origin == Some((training.beta, training.parent));
+        let step = &self.recipe.steps[training.step];
+        let same = |policy: &Policy| {
+            policy.step.as_ref() == Some(&step.name) && policy.origin == Some((training.beta, training.parent))
+        };
         if let Some(index) = self.made(&training.name, same)? {
             return Ok(index);
         }

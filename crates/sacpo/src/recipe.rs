@@ -229,7 +229,8 @@ impl Recipe {
             };
             if step.from.step.is_some_and(unknown) && !chosen(number) {
                 return Err(section.error(&format!(
-                    "It starts from the step `{}`, of which there is no policy before its λ is chosen. Give that step                      `beta_over_lambda`, or start from another one.",
+                    "It starts from the step `{}`, of which there is no policy before its λ is chosen. Give that step \
+                     `beta_over_lambda`, or start from another one.",
                     step.from.name
                 )));
             }
@@ -243,14 +244,15 @@ impl Recipe {
         let check = |metric: &str, section: &Section<'_>, before: usize| {
             match self.judge(metric) {
             None => Err(section.error(&format!(
-                "The metric `{metric}` has no judge. Add a `[[judge]]` with `metric = \"{metric}\"` and `policy` or `quickstart`."
+                "The metric `{metric}` has no judge. Add a `[[judge]]` with `metric = \"{metric}\"` and `policy` or \
+                 `quickstart`."
             ))),
             Some(Judge { source: JudgeSource::Policy(PolicyRef { name, planned: Some(index) }), .. })
                 if plan[*index].step >= before =>
             {
                 Err(section.error(&format!(
-                    "The judge of `{metric}` is the policy `{name}`, which is not trained before this step. Let a policy of a step \
-                     above judge it."
+                    "The judge of `{metric}` is the policy `{name}`, which is not trained before this step. Let a policy \
+                     of a step above judge it."
                 )))
             }
             Some(_) => Ok(()),

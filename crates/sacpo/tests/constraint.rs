@@ -138,6 +138,7 @@ fn lambda_may_be_a_weight_in_labels() {
     );
     let result = constraint(&folder, &(joint + &safe(-0.1, "step = \"joint\"")));
     let shots = result["shots"].as_array().unwrap();
+    assert!(!shots.is_empty(), "{result}");
     for shot in shots {
         let (policy, lambda) = (shot["policy"].as_str().unwrap(), number(&shot["lambda"][0]));
         assert_eq!(policy, format!("joint-{lambda}"));
@@ -159,6 +160,7 @@ fn several_constraints_are_a_chain() {
     let result = constraint(&folder, &third);
     let met = result["constraints"].as_array().unwrap();
     assert_eq!(met.iter().map(|met| met["metric"].as_str().unwrap()).collect::<Vec<_>>(), ["safety", "reward"]);
+    assert!(!result["shots"].as_array().unwrap().is_empty(), "{result}");
     for shot in result["shots"].as_array().unwrap() {
         let policy = shot["policy"].as_str().unwrap();
         let lambda: Vec<f64> = shot["lambda"].as_array().unwrap().iter().map(number).collect();
@@ -169,6 +171,33 @@ fn several_constraints_are_a_chain() {
             assert_eq!(provenance["from"][0]["step"], "safety");
         }
     }
+}
+
+#[test]
+fn a_run_is_finished_as_long_as_its_prompts_are_the_same() {
+    let folder = folder();
+    let prompts = at(&folder, "prompts.jsonl");
+    fs::copy(quickstart().join("data/prompts.jsonl"), &prompts).unwrap();
+    let recipe = recipe(&folder, &safe(-1.0, ""));
+    let arguments = ["run", &recipe, "--set", &format!("constraint.1.prompts={prompts}")].map(str::to_owned);
+    let dry: Vec<String> = arguments.iter().cloned().chain(["--dry-run".into()]).collect();
+    let state = |forecast: &Value| forecast["stages"].as_array().unwrap().last().unwrap()["state"].clone();
+    assert_eq!(state(&json(&dry)), "open");
+    done(&arguments);
+    assert_eq!(state(&json(&dry)), "complete");
+    says(&done(&arguments).stderr, &["is finished"]);
+    let lines = fs::read_to_string(&prompts).unwrap();
+    fs::write(&prompts, lines.lines().skip(30).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    assert_eq!(state(&json(&dry)), "open");
+    assert!(!done(&arguments).stderr.contains("is finished"));
+}
+
+#[test]
+fn too_few_answers_are_the_reason_that_no_policy_is_nearer() {
+    let folder = folder();
+    let result = constraint(&folder, &safe(0.3, "").replace("answers = 24", "answers = 6"));
+    let reason = result["reason"].as_str().unwrap();
+    assert!(reason.contains("6 answers are worth only") || reason.contains("of 6 answers"), "{result}");
 }
 
 #[test]
@@ -183,6 +212,11 @@ fn bad_prompts_are_named() {
     let prompts = text(&quickstart().join("data/prompts.jsonl"));
     says(&with(&format!("constraint.1.held_out_prompts={prompts}")), &["nothing is held out", "prompts.jsonl"]);
     says(&with("constraint.1.prompts=nowhere.jsonl"), &["nowhere.jsonl"]);
+    let recipe_of_one =
+        ["run", &recipe(&folder, &safe(0.0, "")), "--set", &format!("constraint.1.prompts={one}"), "--dry-run"]
+            .map(str::to_owned);
+    says(&fails(2, &recipe_of_one), &["1 different prompts to choose λ from"]);
+    assert!(!Path::new(&out(&folder)).join("steps").exists(), "trained before the prompts were read");
     // prompts that are none of the world's, judged by it
     let world = World::new(1);
     let foreign: Vec<Value> =

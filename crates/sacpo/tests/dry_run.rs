@@ -48,6 +48,11 @@ fn it_says_what_is_there_and_writes_nothing() {
     // only what depends on a change is open
     let changed = fails(2, &["run", &recipe, "--dry-run", "--set", "step.2.epochs=2"]);
     says(&changed, &["safety-0.25", "other data or options"]);
+    let merged = fails(2, &["run", &recipe, "--dry-run", "--set", "merge.method=slerp"]);
+    says(&merged, &["merge-0.5", "other data or options"]);
+    // a run says so too, before it trains
+    let longer = fails(2, &["run", &recipe, "--set", "merge.method=slerp"]);
+    says(&longer, &["merge-0.5", "other data or options"]);
     fs::remove_dir_all(Path::new(&out(&folder)).join("steps/safety-0.25")).unwrap();
     let half = json(&["run", &recipe, "--dry-run"]);
     assert_eq!(
@@ -66,4 +71,15 @@ fn it_checks_what_a_run_checks() {
     let recipe = recipe(&folder);
     says(&fails(2, &["run", &recipe, "--dry-run", "--set", "step.1.data=nowhere"]), &["nowhere"]);
     says(&fails(2, &["run", &recipe, "--dry-run", "--set", "step.1.betta=1"]), &["Did you mean `beta`?"]);
+    // what would fail only after training: a base model that cannot be merged, an adapter on an adapter
+    let adapter = at(&folder, "adapter");
+    done(&["model", "add-adapter", &material().base(), &adapter]);
+    let text = fs::read_to_string(&recipe).unwrap();
+    let alone = format!(
+        "[[step]]\nname = \"alone\"\nmetric = \"safety\"\nfrom = \"base\"\nbeta = 1\nlora_rank = 2\ndata = {:?}\n",
+        material().data("safety")
+    );
+    fs::write(&recipe, text + &alone).unwrap();
+    let base = format!("model.base={adapter}");
+    says(&fails(2, &["run", &recipe, "--dry-run", "--set", &base]), &["is an adapter", "sacpo model convert"]);
 }

@@ -13,7 +13,7 @@ use evaluate::curves::{Series, curves_svg};
 use serde_json::{Value, json};
 
 use super::{on_threads, print_json};
-use crate::answers::{answer, as_chat, tokenize};
+use crate::answers::{answer, as_taken, tokenize};
 use crate::cli::{Global, Run, Train};
 use crate::pipeline::{self, Outcome, Policy, RunFolder, dry_run, manifest};
 use crate::ui;
@@ -195,9 +195,7 @@ fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec
 
 /// The recipe's prompts as the model takes them.
 fn prompts_for(checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<Prompt> {
-    let chat = checkpoint.tokenizer.has_chat_template();
-    let texts = recipe.evaluate.prompts.iter().map(|text| Prompt::Text(text.clone()));
-    texts.map(|prompt| if chat { as_chat(prompt, None) } else { prompt }).collect()
+    as_taken(recipe.evaluate.prompts.iter().map(|text| Prompt::Text(text.clone())), &checkpoint.tokenizer)
 }
 
 /// A metric over the optimizer steps of every policy that has it.

@@ -1,9 +1,9 @@
 //! Policies between two others: merged weights, or logits mixed at decode time.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use align::merge::{self, Method, Options};
+use align::merge::{self, Options};
 use engine::Result;
 use engine::checkpoint::load_model;
 
@@ -11,7 +11,7 @@ use super::record::{Made, PolicyRecord, Provenance};
 use super::{Policy, Run};
 use crate::policy::PolicyName;
 use crate::ui;
-use sacpo::recipe::Merging;
+use sacpo::recipe::{Merging, PlannedBlend};
 
 /// A policy between two others.
 pub(super) struct Between {
@@ -23,6 +23,18 @@ pub(super) struct Between {
     pub(super) q: f64,
     /// Whether q may lie outside 0 to 1.
     pub(super) extrapolate: bool,
+}
+
+impl From<&PlannedBlend> for Between {
+    /// The plan's trained policies are the run's, after the base model.
+    fn from(planned: &PlannedBlend) -> Self {
+        Self {
+            name: planned.name.clone(),
+            ends: planned.ends.map(|end| end.map_or(0, |planned| planned + 1)),
+            q: planned.q,
+            extrapolate: planned.extrapolate,
+        }
+    }
 }
 
 impl Between {
@@ -37,16 +49,14 @@ impl Between {
 
     /// The policy whose weights are merged, and kept, unless it is there already.
     pub(super) fn merged(&self, run: &Run<'_>, merging: Merging) -> Result<Policy> {
-        let folder = run.folder.path.join("merges").join(&self.name);
+        let folder = self.folder(run);
         let checkpoint = folder.join("checkpoint");
         let [a, b] = self.ends.map(|end| &run.policies[end]);
         let base = &run.policies[0];
         let method = merging.method;
         let seed = run.recipe.run.seed;
-        let reference = reference_of(method, [a.hash(), b.hash()], base.hash());
-        let key = hash(&[&reference, &format!("{method:?} {:?} {} {seed}", merging.density, self.q)]);
         let made = Made::Merge { method: method.name().into(), q: self.q, density: merging.density, seed };
-        if let Some(record) = PolicyRecord::finished(&folder, &key, &reference)? {
+        if let Some(record) = self.finished(run, merging, &|index| run.hash(index))? {
             ui::say(format!("Policy {}: complete.", self.name));
             let Provenance { model, .. } = record.provenance;
             return Ok(self.policy(run, PolicyName::Model(checkpoint), model, made, record.seconds));
@@ -72,6 +82,7 @@ impl Between {
         let seconds = start.elapsed().as_secs_f64();
         let model = load_model(&checkpoint)?.hash();
         let policy = self.policy(run, PolicyName::Model(checkpoint.clone()), model, made, seconds);
+        let [key, reference] = self.keys(run, merging, [a.hash(), b.hash()]);
         let record = PolicyRecord {
             key,
             reference,
@@ -82,6 +93,35 @@ impl Between {
         };
         record.write(&folder, &checkpoint)?;
         Ok(policy)
+    }
+
+    fn folder(&self, run: &Run<'_>) -> PathBuf {
+        run.folder.path.join("merges").join(&self.name)
+    }
+
+    /// Names everything that the merged policy depends on, and what is merged, by the hashes of the ends.
+    fn keys(&self, run: &Run<'_>, merging: Merging, [a, b]: [&str; 2]) -> [String; 2] {
+        let Merging { method, density } = merging;
+        let base = if method.needs_base() { run.policies[0].hash() } else { "" };
+        let reference = hash(&[a, b, base]);
+        let key = hash(&[&reference, &format!("{method:?} {density:?} {} {}", self.q, run.recipe.run.seed)]);
+        [key, reference]
+    }
+
+    /// The record of the merged policy if it is complete and the ends are known; `hash` gives those of policies by their
+    /// index, as far as they are.
+    ///
+    /// # Errors
+    /// A policy that depends on something else.
+    pub(super) fn finished(
+        &self,
+        run: &Run<'_>,
+        merging: Merging,
+        hash: &dyn Fn(usize) -> Option<String>,
+    ) -> Result<Option<PolicyRecord>> {
+        let [Some(a), Some(b)] = self.ends.map(hash) else { return Ok(None) };
+        let [key, reference] = self.keys(run, merging, [&a, &b]);
+        PolicyRecord::finished(&self.folder(run), &key, &reference)
     }
 
     fn policy(&self, run: &Run<'_>, source: PolicyName, model: String, made: Made, seconds: f64) -> Policy {
@@ -98,11 +138,6 @@ impl Between {
             provenance: Provenance { policy: self.name.clone(), model, made, from },
         }
     }
-}
-
-/// Names what is merged, by the hashes of the ends and the base model.
-pub(super) fn reference_of(method: Method, [a, b]: [&str; 2], base: &str) -> String {
-    hash(&[a, b, if method.needs_base() { base } else { "" }])
 }
 
 fn hash(parts: &[&str]) -> String {

@@ -2,8 +2,8 @@
 //!
 //! From answers of the policy that the first constrained step starts from, λ is chosen; a policy is made of it; and its own
 //! answers to the same prompts say whether it meets the thresholds. If not, or if it is much safer than asked for, the next λ
-//! is chosen from its answers, the step to it divided by the share of the last prediction that came true. The last word has a certificate
-//! on prompts that were used for nothing else.
+//! is chosen from its answers, the step to it divided by the share of the last prediction that came true. The last word has
+//! a certificate on prompts that were used for nothing else.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -100,16 +100,24 @@ struct Search<'s, 'r> {
     label_weights: Option<BTreeMap<String, f64>>,
 }
 
+/// The prompts that λ is chosen from and those that are held out, if the recipe has constraints.
+///
+/// # Errors
+/// Those of [`Prompts::both`].
+pub(super) fn prompts(run: &Run<'_>) -> Result<Option<[Prompts; 2]>> {
+    let Some(first) = run.recipe.constraints.first() else { return Ok(None) };
+    first.choice.as_ref().map(|choice| Prompts::both(run, choice, first.step.index)).transpose()
+}
+
 /// Finds and makes the policy that meets the recipe's constraints, if it has any.
 ///
 /// # Errors
-/// Prompts that are missing or cannot be answered; those of training, merging and judging.
-pub(super) fn meet(run: &mut Run<'_>) -> Result<Option<Outcome>> {
-    let Some(first) = run.recipe.constraints.first() else { return Ok(None) };
+/// Those of training, merging and judging.
+pub(super) fn meet(run: &mut Run<'_>, prompts: Option<[Prompts; 2]>) -> Result<Option<Outcome>> {
+    let (Some(first), Some([prompts, held_out])) = (run.recipe.constraints.first(), prompts) else { return Ok(None) };
     let Some(choice) = first.choice.clone() else { return Ok(None) };
     let step = first.step.index;
     let thresholds: Vec<f64> = run.recipe.constraints.iter().map(|constraint| constraint.at_least).collect();
-    let [prompts, held_out] = Prompts::both(run, &choice, step)?;
     let numbers = [prompts.len(), held_out.len()];
     let start = run.start_of(step);
     let label_weights = run.recipe.steps[step].relabel.clone();
@@ -186,16 +194,20 @@ impl Search<'_, '_> {
         let mut gains = vec![1.0; self.thresholds.len()];
         let mut shots: Vec<Shot> = Vec::new();
         loop {
+            // why no λ is nearer, if the policy for it is there already
+            let mut limit = "no λ of three digits is nearer".to_owned();
             let wanted = match samples.choose(&self.thresholds, &self.bootstrap)? {
                 Choice::Chosen(estimate) => estimate.lambda,
                 Choice::OutOfSupport { needed, reachable } => {
-                    ui::say(format!(
-                        "  λ = {} seems to be needed, but there the answers are worth only {:.1} to a prompt, which is too few \
-                         to trust; they reach to λ = {}.",
+                    limit = format!(
+                        "λ = {} seems to be needed, but there {} answers are worth only {:.1} to a prompt, which is too few to \
+                         trust; they reach to λ = {}. Draw more answers",
                         listed(&needed.lambda),
+                        self.choice.answers,
                         needed.effective_sample_size.average,
                         listed(&reachable)
-                    ));
+                    );
+                    ui::say(format!("  {limit}, or a policy that is nearer."));
                     reachable
                 }
                 Choice::Unreachable { lower_bounds, .. } => {
@@ -216,8 +228,7 @@ impl Search<'_, '_> {
                 Realised::Beyond(reason) => return Ok((shots, Some(reason))),
             };
             if shots.iter().any(|shot| shot.index == index) {
-                // no other λ is as near
-                return Ok((shots, None));
+                return Ok((shots, Some(limit)));
             }
             let Estimate { safety, bias, effective_sample_size, .. } = samples.estimate(&lambda, &self.bootstrap)?;
             samples = self.samples_of(index, &lambda)?;

@@ -10,12 +10,10 @@ use align::trainer::TrainOptions;
 use engine::{Error, Result, memory};
 use serde::Serialize;
 
-use super::blend::reference_of;
-use super::record::PolicyRecord;
 use super::train::options;
-use super::{Inputs, Run, RunFolder};
+use super::{Inputs, Run, RunFolder, constraint, manifest};
 use crate::ui;
-use sacpo::recipe::{PlannedBlend, Recipe, Step};
+use sacpo::recipe::{Recipe, Step};
 
 /// What a run would do.
 #[derive(Debug, Serialize)]
@@ -63,18 +61,18 @@ struct Rates {
 pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
     let folder = RunFolder::unlocked(&recipe.run.out);
     let run = Run::new(recipe, inputs, &folder);
-    let mut hashes = vec![Some(run.policies[0].hash().to_owned())];
+    let [trained, between] = run.complete()?;
+    constraint::prompts(&run)?;
     let mut measured: Vec<(Vec<String>, Rates)> = Vec::new();
     let mut scored: Vec<(usize, usize)> = Vec::new();
     let mut stages = Vec::new();
     let name = |planned: Option<usize>| planned.map_or("base", |i| &run.plan.steps[i].name).to_owned();
-    for planned in &run.plan.steps {
+    for (planned, complete) in run.plan.steps.iter().zip(trained) {
         let training = run.training(planned);
-        let record = training.finished(&run, &|index| hashes[index].clone())?;
-        let state = match &record {
-            Some(_) => State::Complete,
-            None if training.folder(&run).join("training-state.safetensors").exists() => State::Begun,
-            None => State::Open,
+        let state = match complete {
+            true => State::Complete,
+            false if training.folder(&run).join("training-state.safetensors").exists() => State::Begun,
+            false => State::Open,
         };
         let seconds = match state {
             State::Complete => None,
@@ -96,23 +94,14 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
                 Some(tokens * (rates.training * step.train.epochs as f64 + reference))
             }
         };
-        hashes.push(record.map(|record| record.provenance.model));
         let from = vec![name(planned.parent)];
         stages.push(Stage { name: planned.name.clone(), kind: "training", from, state, seconds });
     }
-    for PlannedBlend { name: blend, ends, merging, .. } in &run.plan.blends {
-        let kind = if merging.is_some() { "merge" } else { "mix" };
-        let made = ends.map(|end| hashes[end.map_or(0, |planned| planned + 1)].as_deref());
-        let state = match (merging, made) {
-            (None, [Some(_), Some(_)]) => State::Complete,
-            (Some(merging), [Some(a), Some(b)]) => {
-                let record = PolicyRecord::read(&folder.path.join("merges").join(blend))?;
-                let reference = reference_of(merging.method, [a, b], run.policies[0].hash());
-                if record.is_some_and(|record| record.reference == reference) { State::Complete } else { State::Open }
-            }
-            _ => State::Open,
-        };
-        stages.push(Stage { name: blend.clone(), kind, from: ends.map(name).to_vec(), state, seconds: None });
+    for (planned, complete) in run.plan.blends.iter().zip(between) {
+        let kind = if planned.merging.is_some() { "merge" } else { "mix" };
+        let state = if complete { State::Complete } else { State::Open };
+        let from = planned.ends.map(name).to_vec();
+        stages.push(Stage { name: planned.name.clone(), kind, from, state, seconds: None });
     }
     if let Some(choice) = recipe.constraints.first().and_then(|constraint| constraint.choice.as_ref()) {
         let names: Vec<&str> = recipe.constraints.iter().map(|constraint| constraint.metric.as_str()).collect();
@@ -125,7 +114,12 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             name: format!("{}: {name}", names.join(", ")),
             kind: "constraint",
             from,
-            state: State::Open,
+            // its policies are not known before, but a finished run has them
+            state: if manifest::finished(&folder, &manifest::key(recipe, inputs)?).is_some() {
+                State::Complete
+            } else {
+                State::Open
+            },
             seconds: None,
         });
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engine::checkpoint::load_model;
-use engine::{Result, memory};
+use engine::{Error, Result, memory};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -42,11 +42,11 @@ struct Made<'a> {
     provenance: &'a Provenance,
 }
 
-/// Names everything that a run's results depend on: the recipe but for where and how fast it runs, the base model, the data,
-/// and the arithmetic.
+/// Names everything that a run's results depend on: the recipe but for where and how fast it runs, the base model, the data and
+/// prompts, and the arithmetic.
 ///
 /// # Errors
-/// If a path of the recipe is not UTF-8.
+/// If a path of the recipe is not UTF-8, or a file of prompts cannot be read.
 pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     let mut recipe = recipe.clone();
     recipe.run.out = PathBuf::new();
@@ -56,8 +56,13 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
         hasher.update(part.as_bytes()).update(b"\n");
     }
     hasher.update(inputs.base.tokenizer.hash().as_bytes());
+    hasher.update(format!("{:?}", inputs.base.generation).as_bytes());
     for data in &inputs.data {
         hasher.update(data.train.fingerprint().as_bytes()).update(data.validation.fingerprint().as_bytes());
+    }
+    let choice = recipe.constraints.first().and_then(|constraint| constraint.choice.as_ref());
+    for path in choice.into_iter().flat_map(|choice| [&choice.prompts, &choice.held_out_prompts]).flatten() {
+        hasher.update(blake3::hash(&std::fs::read(path).map_err(Error::io("read", path))?).as_bytes());
     }
     Ok(hasher.finalize().to_hex().to_string())
 }

@@ -3,7 +3,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
-use align::data::{self, Prompt};
+use align::data;
 use align::judge::relative_to;
 use align::sequences::Sequences;
 use align::tabular::Table;
@@ -12,7 +12,7 @@ use engine::generate::{SamplingOptions, generate};
 use engine::{Error, Result};
 
 use super::{Policy, Run, judge};
-use crate::answers::{as_chat, tokenize};
+use crate::answers::{as_taken, tokenize};
 use crate::ui;
 use sacpo::recipe::ChoiceOptions;
 
@@ -200,9 +200,7 @@ fn ended(mut tokens: Vec<u32>, end: Option<u32>) -> Vec<u32> {
 /// The prompts of a file as the model takes them.
 fn read(run: &Run<'_>, path: &Path) -> Result<Vec<Vec<u32>>> {
     let tokenizer = &run.base.tokenizer;
-    let chat = tokenizer.has_chat_template();
-    let as_taken = |prompt: Prompt| if chat { as_chat(prompt, None) } else { prompt };
-    let prompts: Vec<Prompt> = data::read_prompts(path)?.into_iter().map(as_taken).collect();
+    let prompts = as_taken(data::read_prompts(path)?, tokenizer);
     tokenize(tokenizer, &(&run.base.model).into(), &prompts)
         .map_err(|error| Error::input(format!("In {}: {error}", path.display())))
 }

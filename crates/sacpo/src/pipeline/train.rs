@@ -89,7 +89,7 @@ impl Training {
 
     /// The policy, trained unless it is complete.
     pub(super) fn policy(&self, run: &Run<'_>) -> Result<Policy> {
-        let record = match self.finished(run, &|index| Some(run.policies[index].hash().to_owned()))? {
+        let record = match self.finished(run, &|index| run.hash(index))? {
             Some(record) => {
                 ui::say(format!("Policy {}: complete.", self.name));
                 record
@@ -178,9 +178,8 @@ impl Training {
         };
         let Aligned { policy, adapter, records } = alignment.run(&mut ui::TrainingBar::new("training"))?;
         let seconds = read_metric(&folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
-        let hash = |index: usize| Some(run.policies[index].hash().to_owned());
         let record = PolicyRecord {
-            key: self.key(run, &hash)?.unwrap_or_default(),
+            key: self.key(run, &|index| run.hash(index))?.unwrap_or_default(),
             reference: parent.hash().to_owned(),
             adapter_base: adapter.as_ref().map(|_| self.adapter_base(run)).transpose()?,
             version: env!("CARGO_PKG_VERSION").into(),
