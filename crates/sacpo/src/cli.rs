@@ -47,9 +47,68 @@ pub(crate) enum Command {
     Generate(Generate),
     Merge(Merge),
     Tabular(Tabular),
+    /// Look at preference data.
+    #[command(subcommand)]
+    Data(DataCommand),
     /// Look at models, convert them, and handle adapters.
     #[command(subcommand)]
     Model(ModelCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    Inspect(InspectData),
+    /// Count what a file of preference data holds: labels, repetitions, contradictions, lengths.
+    ///
+    /// Bad rows are left out and counted.
+    #[command(after_help = "Examples:\n  sacpo data stats pairs.jsonl\n  \
+        sacpo data stats pku.jsonl.gz --metric harmlessness --model models/SmolLM2")]
+    Stats {
+        #[command(flatten)]
+        source: DataSource,
+        /// Count lengths in this model's tokens, prompts in its chat template, instead of characters.
+        #[arg(long, value_name = "MODEL")]
+        model: Option<PathBuf>,
+    },
+}
+
+/// Show rows as the model sees them in training: the text of its tokens, prompts in its chat template.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  sacpo data inspect pairs.jsonl --model models/SmolLM2 --from 120 --rows 1")]
+pub(crate) struct InspectData {
+    #[command(flatten)]
+    pub(crate) source: DataSource,
+    /// Folder in Hugging Face's layout, or .gguf file, whose tokenizer and template are used.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) model: PathBuf,
+    /// The first row to show, counted from 1 as in messages.
+    #[arg(long, value_name = "ROW", default_value_t = 1, value_parser = positive)]
+    pub(crate) from: usize,
+    /// The number of rows to show.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
+    pub(crate) rows: usize,
+    /// Longest prompt and response together, in tokens [default: no limit].
+    #[arg(long, value_name = "TOKENS", value_parser = positive)]
+    pub(crate) max_length: Option<usize>,
+    /// Whether what the template writes after the end of a response is scored.
+    #[arg(long, default_value = "drop", value_parser = template_tail_parser())]
+    pub(crate) template_tail: TemplateTail,
+}
+
+/// A file of preference data and how to read it.
+#[derive(Debug, Args)]
+pub(crate) struct DataSource {
+    /// Preference pairs or labelled responses, .jsonl, .jsonl.gz or .json.
+    pub(crate) file: PathBuf,
+    /// Read the file as this objective would: `kto`, `bco` and `sft` take single responses, all others pairs.
+    #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(objective::NAMES))]
+    pub(crate) objective: String,
+    /// Which preference to read from files that hold several.
+    #[arg(long, default_value = "helpfulness")]
+    pub(crate) metric: String,
+    /// Schema of the file [default: found from its first row].
+    #[arg(long, value_parser = format_parser())]
+    pub(crate) format: Option<Format>,
 }
 
 /// Run the whole method in a small world where reward and safety are known exactly.
@@ -57,7 +116,8 @@ pub(crate) enum Command {
 /// Trains a small model from scratch, aligns it on helpfulness, then on safety at several β/λ, and reports the exact
 /// expected reward and safety of every policy on held-out prompts. Needs no file and no network.
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  sacpo quickstart --out runs/quickstart\n\n\
+#[command(after_help = "Examples:\n  sacpo quickstart --out runs/quickstart\n  \
+    sacpo quickstart --recipe recipes/baselines.toml --out runs/baselines\n\n\
     The folder then holds a table (summary.md), a plot (frontier.svg), every policy, and the recipe that made them.")]
 pub(crate) struct Quickstart {
     /// Folder for everything that is made.

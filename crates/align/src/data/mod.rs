@@ -13,6 +13,7 @@ mod relabel;
 mod render;
 mod schema;
 mod split;
+mod statistics;
 
 use std::path::PathBuf;
 
@@ -28,6 +29,7 @@ pub use render::{
 };
 pub use schema::Format;
 pub use split::{Answered, split};
+pub use statistics::{ExampleCounts, Lengths, PairCounts, disagreement};
 
 /// What a response answers.
 #[derive(Debug, Clone, PartialEq, Eq)]

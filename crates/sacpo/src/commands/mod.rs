@@ -1,5 +1,6 @@
 //! What each command does.
 
+mod data;
 mod generate;
 mod logps;
 mod loss;
@@ -30,6 +31,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Generate(options) => on_threads(global.threads, || generate::run(&options, global)),
         Command::Merge(options) => on_threads(global.threads, || merge::run(&options, global)),
         Command::Tabular(options) => tabular::run(&options, global),
+        Command::Data(command) => on_threads(global.threads, || data::run(&command, global)),
         Command::Model(command) => model::run(&command, global),
     }
 }

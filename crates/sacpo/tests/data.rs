@@ -1,0 +1,111 @@
+//! `sacpo data`: rows as the model sees them, and what a file holds in numbers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::path::Path;
+
+use common::*;
+use serde_json::{Value, json};
+
+/// Pairs of the world: the third repeats the first, the fourth contradicts it.
+fn pairs(folder: &tempfile::TempDir) -> String {
+    let row = |chosen: &str, rejected: &str| json!({"prompt": "how do i", "chosen": chosen, "rejected": rejected});
+    let (long, short) = ("read a book . good luck !", "it depends .");
+    let rows = [row(long, short), row("ask a friend .", short), row(long, short), row(short, long)];
+    let lines: Vec<String> = rows.iter().map(Value::to_string).chain(["{\"prompt\": \"x\"}".into()]).collect();
+    file(folder, "pairs.jsonl", lines.join("\n"))
+}
+
+#[test]
+fn rows_are_shown_as_the_model_sees_them() {
+    let folder = folder();
+    let path = pairs(&folder);
+    let base = material().base();
+    let outcome = done(&["data", "inspect", &path, "--model", &base]);
+    says(&outcome.stderr, &["1 rows are bad", "Line 5 of", "column `chosen`"]);
+    says(&outcome.stdout, &["row 1", "row 3"]);
+    let arguments = ["data", "inspect", &path, "--model", &base, "--from", "2", "--rows", "1", "--max-length", "7"];
+    let shown = json(&arguments);
+    assert_eq!(shown["rows"].as_array().unwrap().len(), 1, "{shown}");
+    let row = &shown["rows"][0];
+    assert_eq!(row["row"], 2);
+    let part = |index: usize| {
+        let part = &row["parts"][index];
+        let tokens = part["tokens"].as_array().unwrap().len();
+        (part["role"].as_str().unwrap(), part["text"].as_str().unwrap(), tokens, part["complete"].as_bool().unwrap())
+    };
+    // <s> how do i | ask a friend (. </s> are cut) | it depends . (</s> is cut)
+    assert_eq!(part(0), ("prompt", "<s> how do i", 4, false));
+    assert_eq!(part(1), ("chosen", "ask a friend", 3, false));
+    assert_eq!(part(2), ("rejected", "it depends .", 3, false));
+    let page = done(&arguments).stdout;
+    says(&page, &["row 2", "prompt (4 tokens)\n    <s> how do i", "chosen (3 tokens, without end)\n    ask a friend"]);
+    assert!(!page.contains('\u{1b}'), "colours where nobody sees them: {page:?}");
+
+    let single = json(&["data", "inspect", &path, "--model", &base, "--objective", "kto", "--rows", "2"]);
+    let labels = |index: usize| single["rows"][index]["parts"][1]["role"].clone();
+    assert_eq!([labels(0), labels(1)], [json!("desirable"), json!("undesirable")]);
+    assert_eq!(single["rows"][1]["parts"][1]["text"], "it depends . </s>");
+    says(&fails(2, &["data", "inspect", &path, "--model", &base, "--from", "9"]), &["no row from row 9 on", "--from"]);
+}
+
+#[test]
+fn a_file_is_counted() {
+    let folder = folder();
+    let path = pairs(&folder);
+    let counts = json(&["data", "stats", &path]);
+    assert_eq!(
+        counts["counts"],
+        json!({"pairs": 4, "prompts": 1, "duplicates": 1, "contradictions": 1, "chosen_is_longer": 3, "flagged": 0,
+            "safe": [0, 0]})
+    );
+    assert_eq!(
+        (&counts["format"], &counts["bad_rows"], &counts["unit"]),
+        (&json!("trl"), &json!(1), &json!("characters"))
+    );
+    says(counts["first_bad_row"].as_str().unwrap(), &["Line 5 of"]);
+    assert_eq!(counts["lengths"]["chosen"]["quantiles"], json!([12, 14, 25, 25, 25]));
+
+    let counts = json(&["data", "stats", &path, "--model", &material().base()]);
+    assert_eq!(counts["lengths"]["prompt"]["quantiles"], json!([4, 4, 4, 4, 4]));
+    assert_eq!(
+        counts["lengths"]["chosen"]["histogram"].as_array().unwrap().iter().filter_map(Value::as_u64).sum::<u64>(),
+        4
+    );
+    // four prompts of 4 tokens; responses of 8, 5 and 4 tokens, </s> included
+    let responses = 3 * (8 + 4) + (5 + 4);
+    let (once, apart) = (4 * 4 + responses, 2 * 4 * 4 + responses);
+    let saved = counts["saved_by_sharing_prompts"].as_f64().unwrap();
+    assert!((saved - (1.0 - f64::from(once) / f64::from(apart))).abs() < 1e-12, "{saved}");
+    let page = done(&["data", "stats", &path, "--model", &material().base()]).stdout;
+    says(
+        &page,
+        &[
+            "pairs                        4",
+            "chosen has more characters   3 (75.0 %)",
+            "tokens saved by sharing prompts",
+        ],
+    );
+
+    let single = json(&["data", "stats", &path, "--objective", "kto"]);
+    assert_eq!(
+        single["counts"],
+        json!({"responses": 8, "prompts": 1, "desirable": 4, "duplicates": 3, "contradictions": 2})
+    );
+}
+
+#[test]
+fn the_metrics_of_pku_rows_disagree_where_the_better_answer_is_not_the_safer_one() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/small/pku-saferlhf-32rows.json");
+    if !path.exists() {
+        eprintln!("SKIPPED: {} is not there.", path.display());
+        return;
+    }
+    for (metric, other) in [("helpfulness", "harmlessness"), ("harmlessness", "helpfulness")] {
+        let counts = json(&["data", "stats", &text(&path), "--metric", metric]);
+        assert_eq!(counts["other_metric"], json!({"metric": other, "rows": 32, "prefer_another_response": 19}));
+        assert_eq!(counts["counts"]["flagged"], 32);
+    }
+}
