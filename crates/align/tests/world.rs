@@ -340,8 +340,8 @@ fn both_steps_do_what_they_should_at_the_default_temperatures() {
     };
     let first = world.evaluate(&base, &base).unwrap();
     let (helpful, after_h) = step(&base, Metric::Reward, DEFAULT_BETA);
-    assert!(after_h.reward > first.reward + 1.0, "{first:?} {after_h:?}");
-    assert!(after_h.risky_safety < first.risky_safety - 1.0, "{first:?} {after_h:?}");
+    assert!(after_h.reward > first.reward + 0.8, "{first:?} {after_h:?}");
+    assert!(after_h.risky_safety < first.risky_safety - 0.9, "{first:?} {after_h:?}");
 
     let mut previous = after_h;
     for temperature in DEFAULT_BETA_OVER_LAMBDA {

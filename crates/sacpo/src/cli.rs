@@ -127,8 +127,13 @@ pub(crate) struct Quickstart {
     #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(WORLD_OBJECTIVES))]
     pub(crate) objective: String,
     /// The least E[g*] over all prompts. λ is chosen for it, a policy is trained at that λ, and its safety is certified.
-    #[arg(long, default_value_t = 0.0, value_parser = finite, allow_negative_numbers = true)]
-    pub(crate) threshold: f64,
+    /// [default: the recipe's, 0]
+    #[arg(long, value_parser = finite, allow_negative_numbers = true)]
+    pub(crate) threshold: Option<f64>,
+    /// Another recipe to run in the world: its base model, data and prompts are taken from there. Its steps are about
+    /// `helpfulness` or `safety`.
+    #[arg(long, value_name = "FILE", conflicts_with = "objective")]
+    pub(crate) recipe: Option<PathBuf>,
     /// How much data and training: `small` is a smoke test of seconds, whose policies are not well trained.
     #[arg(long, value_enum, default_value_t = Size::Full)]
     pub(crate) size: Size,

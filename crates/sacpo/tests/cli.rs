@@ -62,9 +62,9 @@ fn quickstart() -> &'static (PathBuf, Value, String) {
 const POLICIES: [&str; 11] = [
     "base",
     "helpfulness",
+    "safety-2",
     "safety-1",
     "safety-0.5",
-    "safety-0.25",
     "merge-0.25",
     "merge-0.5",
     "merge-0.75",
@@ -84,7 +84,7 @@ fn check_constraint(result: &Value) {
     let number = |key: &str| constraint[key].as_f64().unwrap();
     let (lambda, low) = (number("lambda"), number("lower_bound"));
     assert_eq!(number("threshold"), 0.0);
-    assert!(lambda > 0.0 && (lambda * number("beta_over_lambda") - 0.5).abs() < 1e-9, "{constraint}");
+    assert!(lambda > 0.0 && (lambda * number("beta_over_lambda") - 1.0).abs() < 1e-9, "{constraint}");
     let shots = constraint["shots"].as_array().unwrap();
     assert!((1..=4).contains(&shots.len()), "{constraint}");
     for shot in shots {
@@ -134,7 +134,7 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
     assert_eq!(read_json(made.join("results.json")), *result);
     says(
         stderr,
-        &["Base model", "Step helpfulness", "Policy safety-0.25", "Policy merge-0.5", "Constraint: λ is chosen"],
+        &["Base model", "Step helpfulness", "Policy safety-0.5", "Policy merge-0.5", "Constraint: λ is chosen"],
     );
     for name in ["summary.md", "frontier.svg", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"] {
         assert!(made.join(name).metadata().unwrap().len() > 0, "{name}");
@@ -149,7 +149,7 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
     // the base model, trained and merged policies
     let complete = 1 + 4 + 3 + tried.len();
     assert_eq!(second.stderr.matches(": complete.").count(), complete, "{}", second.stderr);
-    says(&second.stdout, &["| policy", "| safety-0.25", "| mix-0.5", "Constraint E[safety] ≥ 0: ", "Plot: "]);
+    says(&second.stdout, &["| policy", "| safety-0.5", "| mix-0.5", "Constraint E[safety] ≥ 0: ", "Plot: "]);
     assert_eq!(policies(&read_json(made.join("results.json"))), policies(result));
     assert!(weights(made) == before);
 
@@ -174,6 +174,39 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
         says(&message, &["another size, seed or objective", "--out"]);
     }
     assert!(files(made) == before);
+}
+
+#[test]
+fn the_baselines_run_in_the_quickstarts_world() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = text(&folder.path().join("baselines"));
+    let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/../../recipes/baselines.toml");
+    let arguments = ["quickstart", "--recipe", recipe, "--size", "small", "--json", "--out", &out];
+    let result = object(&done(&arguments).stdout);
+    let policy = |name: &str| {
+        let mut policies = result["policies"].as_array().unwrap().iter();
+        policies.find(|policy| policy["name"] == name).unwrap_or_else(|| panic!("{name}: {result}"))
+    };
+    let tilts = ["helpful", "sacpo-0.5", "safe"];
+    for name in tilts.iter().chain(&["c-dpo", "pecan", "modpo", "safe-dpo", "p-sacpo-0.5", "naive-0.5"]) {
+        assert_eq!(policy(name)["distance_to_optimum"].is_f64(), tilts.contains(name), "{name}");
+        let safer = policy(name)["safety"].as_f64() > policy("helpful")["safety"].as_f64();
+        assert_eq!(safer, *name != "helpful", "{name}: {result}");
+    }
+    // λ is a weight in the labels, so that there is no β/λ and no tilt by the step's metric
+    let constraint = &result["constraint"];
+    assert!(constraint["policy"].as_str().unwrap().starts_with("mocan-"), "{constraint}");
+    assert_eq!(keys(&constraint["exact"]), ["safety"]);
+    let provenance = read_json(Path::new(&out).join("steps/modpo/checkpoint/provenance.json"));
+    assert_eq!(provenance["label_weights"], json!({"implicit-reward": 1.0}));
+
+    // a world that knows of no such metric, and data that are made for it
+    let foreign = fs::read_to_string(recipe)
+        .unwrap()
+        .replace("metric = \"safety\"\nbeta_over", "metric = \"honesty\"\nbeta_over");
+    let foreign = file(&folder, "foreign.toml", foreign);
+    let message = fails(2, &["quickstart", "--recipe", &foreign, "--size", "small", "--out", &out]);
+    says(&message, &["`sacpo`", "`honesty`", "`helpfulness` or `safety`"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Exact expectations of a policy on the held-out prompts.
 
-use engine::{Error, Result};
+use engine::{Error, Mixture, PackedBatch, Result, Scorer};
 use serde::Serialize;
 
 use super::{Metric, Prompt, World};
@@ -38,6 +38,18 @@ impl World {
     pub fn base_logps(&self) -> Vec<Vec<f64>> {
         let of_prompt = |prompt| self.answers(prompt).iter().map(|answer| answer.p0.ln()).collect();
         self.heldout_prompts.iter().map(of_prompt).collect()
+    }
+
+    /// log π(y | x) of every answer y to these prompts under a language model of this world, `[prompt][answer]`.
+    pub fn answer_logps<'a>(&self, prompts: &[Prompt], policy: impl Into<Mixture<'a>>) -> Vec<Vec<f64>> {
+        let mut scorer = Scorer::new(policy, self.model_config().max_position_embeddings);
+        let of_prompt = |prompt| {
+            let answers: Vec<Vec<u32>> = self.answers(prompt).iter().map(|answer| self.answer_tokens(answer)).collect();
+            let mut batch = PackedBatch::default();
+            batch.push(&self.prompt_tokens(prompt), &answers.iter().map(Vec::as_slice).collect::<Vec<_>>());
+            scorer.logps(&batch)
+        };
+        prompts.iter().map(of_prompt).collect()
     }
 
     /// The optimum of one alignment step: on every held-out prompt the policy that maximises

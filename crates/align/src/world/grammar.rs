@@ -147,6 +147,9 @@ pub(super) fn answers() -> Vec<Vec<Answer>> {
     TOPICS.iter().map(answers_to).collect()
 }
 
+/// Everything that an answer says is a sentence of its own, and what may be left out comes after what may not. So whatever a
+/// policy has come to avoid, it can avoid at the end of a sentence, where something else may follow or nothing. After a
+/// comma or a word of caution a step would have to follow; a policy that avoids steps would then leave the grammar.
 fn answers_to(topic: &Topic) -> Vec<Answer> {
     let [refuse, deflect, tip, help] = if topic.risky { [0.25, 0.12, 0.13, 0.5] } else { [0.06, 0.1, 0.2, 0.64] };
     let caution_rate = CAUTION[usize::from(topic.risky)];
@@ -178,17 +181,17 @@ fn answers_to(topic: &Topic) -> Vec<Answer> {
             add(format!("{text}{end}"), p0, Form { content: Content::Deflection, caution: false, wishes });
         }
         for caution in [false, true] {
-            let start = if caution { "be careful . " } else { "" };
+            let end = format!("{}{end}", if caution { " be careful ." } else { "" });
             let manner = ending * chance(caution, caution_rate);
             for parts in subsets(&TIPS) {
                 let p0 = tip * manner * [0.3, 0.4][parts.len() - 1];
-                let text = format!("{start}{} .{end}", parts.join(" , "));
+                let text = format!("{} .{end}", parts.join(" . "));
                 add(text, p0, Form { content: Content::Tips(parts.len()), caution, wishes });
             }
             for parts in subsets(&topic.steps) {
                 // one, two or three steps with probability 0.4, 0.4, 0.2, spread over the 3, 3 and 1 ways to choose them
                 let p0 = help * manner * [0.4 / 3.0, 0.4 / 3.0, 0.2][parts.len() - 1];
-                let text = format!("{start}{} .{end}", parts.join(" , "));
+                let text = format!("{} .{end}", parts.join(" . "));
                 add(text, p0, Form { content: Content::Steps(parts.len()), caution, wishes });
             }
         }

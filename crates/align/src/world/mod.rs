@@ -11,6 +11,7 @@ mod lookup;
 mod sample;
 mod vocabulary;
 
+use engine::{ModelConfig, RopeScaling};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -21,13 +22,13 @@ pub use sample::{Completion, LabelledCompletion, Pair, json_lines};
 use vocabulary::Vocabulary;
 pub use vocabulary::{BOS, EOS, UNKNOWN};
 
-/// The temperature β of the reward step that suits this world: its optimum takes most of the reward that there
+/// The temperature β of the reward step that suits this world: its optimum takes half of the reward that there
 /// is to gain, at a clear cost in safety, and still leaves the safety step something to work with.
-pub const DEFAULT_BETA: f64 = 0.5;
+pub const DEFAULT_BETA: f64 = 1.0;
 
 /// Temperatures β/λ of the safety step that suit this world, that is λ = 0.5, 1 and 2 under [`DEFAULT_BETA`]:
 /// from a little of the safety that the reward step lost to more than there was at first.
-pub const DEFAULT_BETA_OVER_LAMBDA: [f64; 3] = [1.0, 0.5, 0.25];
+pub const DEFAULT_BETA_OVER_LAMBDA: [f64; 3] = [2.0, 1.0, 0.5];
 
 /// Held-out prompts per topic; the rest of a topic's prompts are for training.
 const HELDOUT_PER_TOPIC: usize = 4;
@@ -126,6 +127,27 @@ impl World {
     /// Number of token ids.
     pub fn vocab_size(&self) -> usize {
         self.vocabulary.len()
+    }
+
+    /// The shape of a language model that can learn this world within a minute, of a third of a million parameters.
+    pub fn model_config(&self) -> ModelConfig {
+        ModelConfig {
+            vocab_size: self.vocab_size(),
+            hidden_size: 96,
+            intermediate_size: 256,
+            num_hidden_layers: 3,
+            num_attention_heads: 3,
+            num_key_value_heads: 3,
+            head_dim: 32,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: true,
+            model_type: "llama".into(),
+            bos_token_id: Some(BOS),
+            eos_token_ids: vec![EOS],
+        }
     }
 
     /// The tokens of a prompt as a model sees it: `<s>`, then one token per word.

@@ -26,6 +26,10 @@ pub struct Pair {
     pub chosen: String,
     /// The text of the other answer.
     pub rejected: String,
+    /// Whether the preferred answer is safe: g* ≥ 0. Only `safe-dpo` reads it.
+    pub safe_chosen: bool,
+    /// Whether the other one is.
+    pub safe_rejected: bool,
 }
 
 /// A prompt with an answer and whether it is desirable, under TRL's names.
@@ -84,7 +88,13 @@ impl World {
             };
             let first_wins = 1.0 / (1.0 + (second.value(metric) - first.value(metric)).exp());
             let (chosen, rejected) = if rng.random::<f64>() < first_wins { (first, second) } else { (second, first) };
-            Pair { prompt: prompt.text.clone(), chosen: chosen.text.clone(), rejected: rejected.text.clone() }
+            Pair {
+                prompt: prompt.text.clone(),
+                chosen: chosen.text.clone(),
+                rejected: rejected.text.clone(),
+                safe_chosen: chosen.safety >= 0.0,
+                safe_rejected: rejected.safety >= 0.0,
+            }
         };
         (0..n).map(|_| pair()).collect()
     }

@@ -2,7 +2,7 @@
 
 use align::objective::{Objective, Options, Pairwise, Unpaired};
 use align::tabular::{Description, Labels, Pairs, Policy, Problem, Table};
-use align::world::{Answer, DEFAULT_BETA, World};
+use align::world::{Answer, World};
 use rand::RngExt;
 
 use crate::problems::{probabilities, problem, rng, table, uniform};
@@ -271,7 +271,7 @@ fn world_problem() -> Problem {
         reward: values(|answer| answer.reward),
         safety: vec![values(|answer| answer.safety)],
         prompt_weights: None,
-        beta: DEFAULT_BETA,
+        beta: 0.5,
         thresholds: vec![0.0],
     };
     Problem::new(description).unwrap()

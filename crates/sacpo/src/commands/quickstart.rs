@@ -11,7 +11,7 @@ use align::world::{self, Evaluation, Metric, World};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::optim::{OptimizerKind, Schedule};
 use engine::tokenizer::Tokenizer;
-use engine::{Error, Model, ModelConfig, PackedBatch, Result, RopeScaling, Scorer};
+use engine::{Error, Model, Result};
 use evaluate::frontier::{Metrics, Point, frontier_svg, table};
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ use crate::cli::{Global, Quickstart, Size};
 use crate::interrupt;
 use crate::pipeline::{self, RunFolder};
 use crate::ui;
-use sacpo::recipe::Recipe;
+use sacpo::recipe::{Recipe, Step};
 
 /// The recipe that the quickstart runs, with its paths and sizes set below.
 const RECIPE: &str = include_str!("../../../../recipes/quickstart.toml");
@@ -39,7 +39,7 @@ impl Amounts {
     fn of(size: Size) -> Self {
         match size {
             Size::Small => Self { demonstrations: 6_000, epochs: 2, pairs: 800 },
-            Size::Full => Self { demonstrations: 20_000, epochs: 2, pairs: 8_000 },
+            Size::Full => Self { demonstrations: 40_000, epochs: 2, pairs: 16_000 },
         }
     }
 }
@@ -65,10 +65,14 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let mut logps = Vec::new();
     for policy in &outcome.policies {
         interrupt::check()?;
-        logps.push(answer_logps(&world, &policy.load()?)?);
+        logps.push(world.answer_logps(&world.heldout_prompts, policy.load()?.mixture()?));
         let (base, own) = (&logps[0], &logps[logps.len() - 1]);
-        let distance = policy.origin.map(|(temperature, origin)| {
-            world.distance(own, &world.optimum(&logps[origin], metric_of(policy), temperature)?)
+        // labels and margins from judges, and the flags of `safe-dpo`, have other optima than the tilt by the step's metric
+        let step = recipe.steps.iter().find(|step| Some(&step.name) == policy.step.as_ref());
+        let tilts =
+            step.filter(|s| s.relabel.is_none() && !["modpo", "safe-dpo"].contains(&s.objective)).and_then(metric_of);
+        let distance = policy.origin.zip(tilts).map(|((temperature, origin), metric)| {
+            world.distance(own, &world.optimum(&logps[origin], metric, temperature)?)
         });
         policies.push((policy, world.evaluate(own, base)?, distance.transpose()?));
     }
@@ -164,27 +168,6 @@ fn claim(folder: &RunFolder, options: &Quickstart) -> Result<()> {
     }
 }
 
-/// The shape of the world's language model.
-fn shape(world: &World) -> ModelConfig {
-    ModelConfig {
-        vocab_size: world.vocab_size(),
-        hidden_size: 96,
-        intermediate_size: 256,
-        num_hidden_layers: 3,
-        num_attention_heads: 3,
-        num_key_value_heads: 3,
-        head_dim: 32,
-        max_position_embeddings: 64,
-        rms_norm_eps: 1e-5,
-        rope_theta: 10_000.0,
-        rope_scaling: RopeScaling::Default,
-        tie_word_embeddings: true,
-        model_type: "llama".into(),
-        bos_token_id: Some(world::BOS),
-        eos_token_ids: vec![world::EOS],
-    }
-}
-
 /// Trains the base model on the world's answers from random weights, unless it is there already.
 fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: &RunFolder) -> Result<()> {
     let training = folder.path.join("pretraining");
@@ -219,7 +202,7 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         patience: None,
         ema_decay: None,
     };
-    let model = Model::random(shape(world), 0.05, seed);
+    let model = Model::random(world.model_config(), 0.05, seed);
     ui::say(format!(
         "Base model: {} parameters, trained from scratch on {} answers.",
         model.layout.len,
@@ -244,34 +227,54 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
     discard_state(&training)
 }
 
-/// Writes the world's preference pairs and prompts as files and points the recipe at them.
+/// The recipe to run, with the base model, the world's data and its prompts in the place of its own.
 fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFolder, base: &Path) -> Result<Recipe> {
-    let data = folder.path.join("data");
-    std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
     let mut overrides =
         vec![setting("model.base", base)?, setting("run.out", &folder.path)?, format!("run.seed={}", options.seed)];
-    let objective = &options.objective;
-    let pairwise = matches!(objective::Options::default().build(objective, 1.0)?, Objective::Pairwise(_));
-    for (step, name, metric) in [(1, "helpfulness", Metric::Reward), (2, "safety", Metric::Safety)] {
-        let file = format!("data/{name}.jsonl");
-        let rows = if pairwise {
-            world::json_lines(&world.preference_pairs(metric, amounts.pairs, options.seed))
+    overrides.extend(options.threshold.map(|threshold| format!("constraint.at_least={threshold:?}")));
+    let mut recipe = match &options.recipe {
+        Some(path) => Recipe::load(path, &overrides)?,
+        None => {
+            overrides.extend([1, 2].map(|step| format!("step.{step}.objective={}", options.objective)));
+            Recipe::parse(RECIPE, Path::new("recipes/quickstart.toml"), &overrides)?
+        }
+    };
+    let data = folder.path.join("data");
+    std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
+    for step in &mut recipe.steps {
+        let metric = metric_of(step).ok_or_else(|| {
+            Error::input(format!(
+                "The step `{}` is about `{}`, of which the quickstart's world has no preferences. Its steps are about \
+                 `helpfulness` or `safety`.",
+                step.name, step.metric
+            ))
+        })?;
+        let pairwise = matches!(objective::Options::default().build(step.objective, 1.0)?, Objective::Pairwise(_));
+        let (file, rows) = if pairwise {
+            let pairs = world.preference_pairs(metric, amounts.pairs, options.seed);
+            (format!("data/{}.jsonl", step.metric), world::json_lines(&pairs)?)
         } else {
             // as many answers as the pairs have
-            world::json_lines(&world.labelled_completions(metric, 2 * amounts.pairs, options.seed))
+            let labelled = world.labelled_completions(metric, 2 * amounts.pairs, options.seed);
+            (format!("data/{}-labelled.jsonl", step.metric), world::json_lines(&labelled)?)
         };
-        folder.write(&file, &rows?)?;
-        overrides.push(format!("step.{step}.objective={objective}"));
-        overrides.push(setting(&format!("step.{step}.data"), &folder.path.join(file))?);
+        folder.write(&file, &rows)?;
+        step.data = folder.path.join(file);
     }
-    overrides.push(format!("constraint.at_least={:?}", options.threshold));
-    for (key, prompts) in [("prompts", &world.train_prompts), ("held_out_prompts", &world.heldout_prompts)] {
-        let file = format!("data/{key}.jsonl");
-        let rows: Vec<Value> = prompts.iter().map(|prompt| json!({"prompt": prompt.text})).collect();
-        folder.write(&file, &world::json_lines(&rows)?)?;
-        overrides.push(setting(&format!("constraint.{key}"), &folder.path.join(file))?);
+    let choice = recipe.constraints.iter_mut().find_map(|constraint| constraint.choice.as_mut());
+    if let Some(choice) = choice {
+        choice.prompts = Some(write_prompts("prompts", &world.train_prompts, folder)?);
+        choice.held_out_prompts = Some(write_prompts("held_out_prompts", &world.heldout_prompts, folder)?);
     }
-    Recipe::parse(RECIPE, Path::new("recipes/quickstart.toml"), &overrides)
+    Ok(recipe)
+}
+
+/// Writes prompts as a file of the run folder.
+fn write_prompts(name: &str, prompts: &[world::Prompt], folder: &RunFolder) -> Result<PathBuf> {
+    let file = format!("data/{name}.jsonl");
+    let rows: Vec<Value> = prompts.iter().map(|prompt| json!({"prompt": prompt.text})).collect();
+    folder.write(&file, &world::json_lines(&rows)?)?;
+    Ok(folder.path.join(file))
 }
 
 /// An override whose value is a path, quoted as TOML.
@@ -283,9 +286,13 @@ fn setting(key: &str, path: &Path) -> Result<String> {
     Ok(format!("{key}={}", toml::Value::String(text.to_owned())))
 }
 
-/// The metric of a trained policy's step.
-fn metric_of(policy: &pipeline::Policy) -> Metric {
-    if policy.step.as_deref() == Some("safety") { Metric::Safety } else { Metric::Reward }
+/// What a step aligns to, if the world knows it.
+fn metric_of(step: &Step) -> Option<Metric> {
+    match step.metric.as_str() {
+        "helpfulness" => Some(Metric::Reward),
+        "safety" => Some(Metric::Safety),
+        _ => None,
+    }
 }
 
 /// What policies are drawn as one line for.
@@ -307,30 +314,18 @@ fn exact(
 ) -> Result<(Value, String)> {
     let (mut result, mut text) = (json!(constraint), constraint.text());
     let judged = policies.iter().position(|(policy, ..)| Some(policy.name()) == constraint.policy.as_deref());
-    if let Some((index, (policy, worth, _))) = judged.map(|index| (index, &policies[index])) {
-        let optimum = match policy.origin.filter(|_| policy.beta_over_lambda.is_some()) {
-            Some((temperature, origin)) => {
-                let optimum = world.optimum(&logps[origin], Metric::Safety, temperature)?;
-                world.expectations(&optimum, Metric::Safety)?
-            }
-            None => world.expectations(&logps[index], Metric::Safety)?,
-        };
-        let optimum = optimum.iter().sum::<f64>() / optimum.len() as f64;
-        result["exact"] = json!({"safety": worth.safety, "optimum_safety": optimum});
-        text +=
-            &format!(" Its exact E[g*] there is {:.3}; that of the optimum for its λ is {optimum:.3}.", worth.safety);
+    if let Some((policy, worth, _)) = judged.map(|index| &policies[index]) {
+        result["exact"] = json!({"safety": worth.safety});
+        text += &format!(" Its exact E[g*] there is {:.3}", worth.safety);
+        // a policy that was trained at β/λ has an optimum
+        if let Some((temperature, origin)) = policy.origin.filter(|_| policy.beta_over_lambda.is_some()) {
+            let optimum =
+                world.expectations(&world.optimum(&logps[origin], Metric::Safety, temperature)?, Metric::Safety)?;
+            let optimum = optimum.iter().sum::<f64>() / optimum.len() as f64;
+            result["exact"]["optimum_safety"] = json!(optimum);
+            text += &format!("; that of the optimum for its λ is {optimum:.3}");
+        }
+        text += ".";
     }
     Ok((result, text))
-}
-
-/// The log-probability of every answer to the held-out prompts, `[prompt][answer]`.
-fn answer_logps(world: &World, policy: &crate::policy::Policy) -> Result<Vec<Vec<f64>>> {
-    let mut scorer = Scorer::new(policy.mixture()?, policy.first.model.config.max_position_embeddings);
-    let of_prompt = |prompt| {
-        let answers: Vec<Vec<u32>> = world.answers(prompt).iter().map(|a| world.answer_tokens(a)).collect();
-        let mut batch = PackedBatch::default();
-        batch.push(&world.prompt_tokens(prompt), &answers.iter().map(Vec::as_slice).collect::<Vec<_>>());
-        scorer.logps(&batch)
-    };
-    Ok(world.heldout_prompts.iter().map(of_prompt).collect())
 }

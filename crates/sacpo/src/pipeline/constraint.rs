@@ -261,8 +261,10 @@ impl Search<'_, '_> {
                 return Ok((shots, None));
             }
             if shots.len() == self.choice.shots {
-                let reason =
-                    format!("after {} policies none meets the constraint closely. Raise constraint.shots", shots.len());
+                let reason = format!(
+                    "none of the policies made for it ({}) meets the constraint closely. Raise constraint.shots",
+                    shots.len()
+                );
                 return Ok((shots, Some(reason)));
             }
         }

@@ -183,7 +183,8 @@ fn can_learn(pair: &TokenizedPair, objective: &Pairwise, step: &Step) -> Result<
              `is_response_0_safe` and `is_response_1_safe`)",
         ),
         (Pairwise::SafeDpo { .. }, Some([true, true]), _) => Ok(false),
-        (Pairwise::Modpo { .. }, _, None) => lacks(
+        // judges give it where the step says so
+        (Pairwise::Modpo { .. }, _, None) if step.margin.is_none() => lacks(
             "the margin of the other metrics between chosen and rejected response (the column `margin`, a number)",
         ),
         _ => Ok(true),

@@ -10,9 +10,9 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use align::world::{BOS, EOS, Metric, World, json_lines};
+use engine::Model;
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::tokenizer::Tokenizer;
-use engine::{Model, ModelConfig, RopeScaling};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -104,27 +104,10 @@ pub(crate) fn material() -> &'static Material {
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-material", env!("CARGO_CRATE_NAME")));
         let _ = fs::remove_dir_all(&folder);
         let world = World::new(0);
-        let shape = ModelConfig {
-            vocab_size: world.vocab_size(),
-            hidden_size: 96,
-            intermediate_size: 256,
-            num_hidden_layers: 3,
-            num_attention_heads: 3,
-            num_key_value_heads: 3,
-            head_dim: 32,
-            max_position_embeddings: 64,
-            rms_norm_eps: 1e-5,
-            rope_theta: 10_000.0,
-            rope_scaling: RopeScaling::Default,
-            tie_word_embeddings: true,
-            model_type: "llama".into(),
-            bos_token_id: Some(BOS),
-            eos_token_ids: vec![EOS],
-        };
         let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None).unwrap();
         let generation =
             GenerationConfig { bos_token_id: Some(BOS), eos_token_ids: vec![EOS], ..GenerationConfig::default() };
-        let base = Checkpoint { model: Model::random(shape, 0.1, 0), tokenizer, generation };
+        let base = Checkpoint { model: Model::random(world.model_config(), 0.1, 0), tokenizer, generation };
         base.save(&folder.join("base")).unwrap();
         for (name, metric) in [("helpfulness", Metric::Reward), ("safety", Metric::Safety)] {
             let pairs = json_lines(&world.preference_pairs(metric, 400, 0)).unwrap();
