@@ -97,6 +97,36 @@ fn a_file_is_counted() {
 }
 
 #[test]
+fn a_step_leaves_out_what_repeats_and_what_is_evaluated() {
+    let folder = folder();
+    let row = |prompt: &str, chosen: &str| {
+        json!({"prompt": prompt, "chosen": chosen, "rejected": "it depends ."}).to_string()
+    };
+    let one = [row("how do i", "ask a friend ."), row("how can i", "read a book ."), row("how do i", "ask a friend .")];
+    let path = file(&folder, "rows.jsonl", one.join("\n"));
+    let prompts = file(&folder, "evaluation.txt", "  How CAN  i\n");
+    let base = material().base();
+    let train = |out: &str, settings: &[&str]| {
+        let out = at(&folder, out);
+        let head = ["train", "--model", &base, "--data", &path, "--metric", "x", "--beta", "1", "--out", &out];
+        let fixed = ["--set", "data.validation_fraction=0", "--set", "train.batch_size=1"];
+        let settings: Vec<&str> = settings.iter().flat_map(|setting| ["--set", *setting]).collect();
+        done(&[&head[..], &fixed, &settings].concat()).stderr
+    };
+    says(&train("all", &["data.max_length=40"]), &["3 pairs to train on"]);
+    let exclude = format!("data.exclude_prompts=[{prompts:?}]");
+    let told = train("some", &["data.max_length=40", "data.deduplicate=true", &exclude]);
+    says(
+        &told,
+        &[
+            "1 rows left out, since they repeat others",
+            "1 rows left out, since their prompts are among",
+            "1 pairs to train on",
+        ],
+    );
+}
+
+#[test]
 fn the_metrics_of_pku_rows_disagree_where_the_better_answer_is_not_the_safer_one() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/small/pku-saferlhf-32rows.json");
     if !path.exists() {

@@ -28,7 +28,7 @@ pub use render::{
     tokenize_pairs, tokenize_prompt,
 };
 pub use schema::Format;
-pub use split::{Answered, split};
+pub use split::{Answered, split, without_prompts, without_repetitions};
 pub use statistics::{ExampleCounts, Lengths, PairCounts, disagreement};
 
 /// What a response answers.

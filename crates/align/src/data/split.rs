@@ -1,4 +1,6 @@
-//! Training and validation rows.
+//! Training and validation rows, and rows that are neither.
+
+use std::collections::HashSet;
 
 use engine::chat::Message;
 
@@ -9,17 +11,28 @@ use super::{LabelledExample, PreferencePair, Prompt};
 pub trait Answered {
     /// What is answered.
     fn prompt(&self) -> &Prompt;
+
+    /// The responses, each with whether it is preferred or desirable.
+    fn responses(&self) -> Vec<(&str, bool)>;
 }
 
 impl Answered for PreferencePair {
     fn prompt(&self) -> &Prompt {
         &self.prompt
     }
+
+    fn responses(&self) -> Vec<(&str, bool)> {
+        vec![(&self.chosen, true), (&self.rejected, false)]
+    }
 }
 
 impl Answered for LabelledExample {
     fn prompt(&self) -> &Prompt {
         &self.prompt
+    }
+
+    fn responses(&self) -> Vec<(&str, bool)> {
+        vec![(&self.completion, self.desirable)]
     }
 }
 
@@ -36,6 +49,37 @@ pub fn split<T: Answered>(rows: Vec<T>, validation_fraction: f64, seed: u64) -> 
         uniform(&hasher)
     };
     rows.into_iter().partition(|row| draw(row) >= validation_fraction)
+}
+
+/// Leaves out the rows whose conversations open with the same human turn as one of `prompts`, such as those of an evaluation,
+/// and says how many; case and white space do not count.
+pub fn without_prompts<T: Answered>(rows: Vec<T>, prompts: &[Prompt]) -> (Vec<T>, usize) {
+    let plain =
+        |prompt: &Prompt| first_turn(prompt).split_whitespace().map(str::to_lowercase).collect::<Vec<_>>().join(" ");
+    let excluded: HashSet<String> = prompts.iter().map(plain).collect();
+    let before = rows.len();
+    let rows: Vec<T> = rows.into_iter().filter(|row| !excluded.contains(&plain(row.prompt()))).collect();
+    let left_out = before - rows.len();
+    (rows, left_out)
+}
+
+/// Leaves out the rows that say the same as one before them, and says how many.
+pub fn without_repetitions<T: Answered>(mut rows: Vec<T>) -> (Vec<T>, usize) {
+    let mut seen = HashSet::new();
+    let mut is_new =
+        rows.iter().map(|row| seen.insert((turns(row.prompt()), row.responses()))).collect::<Vec<_>>().into_iter();
+    let before = rows.len();
+    rows.retain(|_| is_new.next() == Some(true));
+    let left_out = before - rows.len();
+    (rows, left_out)
+}
+
+/// Role and content of every message; a plain text has no role.
+pub(super) fn turns(prompt: &Prompt) -> Vec<[&str; 2]> {
+    match prompt {
+        Prompt::Text(text) => vec![["", text]],
+        Prompt::Chat(messages) => messages.iter().map(|Message { role, content }| [&**role, &**content]).collect(),
+    }
 }
 
 /// What the human says first, or the whole text of a prompt that is no transcript.

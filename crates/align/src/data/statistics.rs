@@ -2,10 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
-use engine::chat::Message;
 use serde::Serialize;
 
-use super::{LabelledExample, PreferencePair, Prompt};
+use super::split::turns;
+use super::{LabelledExample, PreferencePair};
 
 /// Counts over preference pairs.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -32,7 +32,7 @@ impl PairCounts {
         let mut seen = HashSet::new();
         let mut counts = Self {
             pairs: pairs.len(),
-            prompts: pairs.iter().map(|pair| key(&pair.prompt)).collect::<HashSet<_>>().len(),
+            prompts: pairs.iter().map(|pair| turns(&pair.prompt)).collect::<HashSet<_>>().len(),
             duplicates: 0,
             contradictions: 0,
             chosen_is_longer: 0,
@@ -40,7 +40,7 @@ impl PairCounts {
             safe: [0, 0],
         };
         for PreferencePair { prompt, chosen, rejected, is_unsafe, .. } in pairs {
-            let prompt = key(prompt);
+            let prompt = turns(prompt);
             counts.contradictions += usize::from(seen.contains(&(prompt.clone(), rejected, chosen)));
             counts.duplicates += usize::from(!seen.insert((prompt, chosen, rejected)));
             counts.chosen_is_longer += usize::from(chosen.chars().count() > rejected.chars().count());
@@ -74,13 +74,13 @@ impl ExampleCounts {
         let mut seen = HashSet::new();
         let mut counts = Self {
             responses: examples.len(),
-            prompts: examples.iter().map(|example| key(&example.prompt)).collect::<HashSet<_>>().len(),
+            prompts: examples.iter().map(|example| turns(&example.prompt)).collect::<HashSet<_>>().len(),
             desirable: examples.iter().filter(|example| example.desirable).count(),
             duplicates: 0,
             contradictions: 0,
         };
         for LabelledExample { prompt, completion, desirable, .. } in examples {
-            let prompt = key(prompt);
+            let prompt = turns(prompt);
             counts.contradictions += usize::from(seen.contains(&(prompt.clone(), completion, !desirable)));
             counts.duplicates += usize::from(!seen.insert((prompt, completion, *desirable)));
         }
@@ -124,13 +124,5 @@ impl Lengths {
             histogram[length * ranges / (lengths[last] + 1)] += 1;
         }
         Self { mean: lengths.iter().sum::<usize>() as f64 / lengths.len() as f64, quantiles, histogram }
-    }
-}
-
-/// What makes two prompts the same.
-fn key(prompt: &Prompt) -> Vec<[&str; 2]> {
-    match prompt {
-        Prompt::Text(text) => vec![["", text]],
-        Prompt::Chat(messages) => messages.iter().map(|Message { role, content }| [&**role, &**content]).collect(),
     }
 }

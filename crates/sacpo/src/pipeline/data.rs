@@ -128,7 +128,13 @@ fn divide<R: Answered, T>(
         template_tail: options.template_tail,
         long_prompts: options.long_prompts,
     };
-    let (train, validation) = data::split(file.rows, options.validation_fraction, seed);
+    let mut excluded = Vec::new();
+    for prompts in &options.exclude_prompts {
+        excluded.extend(data::read_prompts(prompts)?);
+    }
+    let (rows, known) = data::without_prompts(file.rows, &excluded);
+    let (rows, repeated) = if options.deduplicate { data::without_repetitions(rows) } else { (rows, 0) };
+    let (train, validation) = data::split(rows, options.validation_fraction, seed);
     let (mut dropped, mut truncated, mut useless) = (0, 0, 0);
     let mut tokens = |rows: &[R], most: Option<usize>| {
         let tokenized = tokenize(rows, &step.data, tokenizer, &render)?;
@@ -151,6 +157,8 @@ fn divide<R: Answered, T>(
         (truncated, "responses cut to the longest length"),
         (useless, "rows left out, from which the objective cannot learn"),
         (file.skipped, "bad rows left out"),
+        (known, "rows left out, since their prompts are among those of data.exclude_prompts"),
+        (repeated, "rows left out, since they repeat others"),
     ] {
         if count > 0 {
             ui::say(format!("  {count} {what}."));

@@ -1,6 +1,7 @@
 //! `[data]` and `[train]`: what every step has, and may set for itself.
 
 use std::ops::Bound::Excluded;
+use std::path::PathBuf;
 
 use align::data::{LongPrompts, TemplateTail};
 use engine::optim::{OptimizerKind, Schedule};
@@ -18,6 +19,8 @@ pub(super) const DATA_KEYS: &[&str] = &[
     "long_prompts",
     "skip_bad_rows",
     "template_tail",
+    "exclude_prompts",
+    "deduplicate",
 ];
 pub(super) const TRAIN_KEYS: &[&str] = &[
     "optimizer",
@@ -60,6 +63,10 @@ pub struct DataOptions {
     pub skip_bad_rows: bool,
     /// What happens to the text that a chat template writes after the end of a response. Default: dropped.
     pub template_tail: TemplateTail,
+    /// Files of prompts, such as those of an evaluation, whose rows are counted and left out. Default: none.
+    pub exclude_prompts: Vec<PathBuf>,
+    /// Whether a row that says the same as one before it is counted and left out. Default: no.
+    pub deduplicate: bool,
 }
 
 /// `[train]`: how a step trains.
@@ -130,6 +137,8 @@ impl Default for DataOptions {
             long_prompts: LongPrompts::Error,
             skip_bad_rows: false,
             template_tail: TemplateTail::Drop,
+            exclude_prompts: Vec::new(),
+            deduplicate: false,
         }
     }
 }
@@ -148,6 +157,11 @@ impl DataOptions {
             long_prompts: section.choice("long_prompts", long_prompts)?.unwrap_or(defaults.long_prompts),
             skip_bad_rows: section.flag("skip_bad_rows")?.unwrap_or(defaults.skip_bad_rows),
             template_tail: section.choice("template_tail", template_tail)?.unwrap_or(defaults.template_tail),
+            exclude_prompts: match section.texts("exclude_prompts")? {
+                Some(files) => files.into_iter().map(PathBuf::from).collect(),
+                None => defaults.exclude_prompts.clone(),
+            },
+            deduplicate: section.flag("deduplicate")?.unwrap_or(defaults.deduplicate),
         })
     }
 }
