@@ -175,6 +175,30 @@ fn prompts_without_room_are_errors_or_dropped() {
 }
 
 #[test]
+fn long_prompts_may_lose_their_beginning_but_for_bos() {
+    let tokenizer = characters(true, Some("$"), None);
+    let pair = pair(Prompt::Text("qxyqxy".into()), "yes", "no");
+    for (max_length, cuts, expected) in [
+        (11, (0, 0), ["^|q|x|y|q|x|y", "y|e|s|$", "n|o|$"]),
+        (10, (1, 0), ["^|x|y|q|x|y", "y|e|s|$", "n|o|$"]),
+        (8, (1, 0), ["^|q|x|y", "y|e|s|$", "n|o|$"]),
+        // half of the length is the prompt's, whatever the responses need
+        (7, (1, 0), ["^|x|y", "y|e|s|$", "n|o|$"]),
+        (6, (1, 1), ["^|x|y", "y|e|s", "n|o|$"]),
+        (2, (1, 2), ["y", "y", "n"]),
+    ] {
+        let options = RenderOptions { max_length, long_prompts: LongPrompts::KeepEnd, ..OPTIONS };
+        let all = tokenize(std::slice::from_ref(&pair), &tokenizer, &options).unwrap();
+        assert_eq!((all.cut_prompts, all.truncated_responses), cuts, "max_length {max_length}");
+        assert_eq!(shown(&pair, &tokenizer, &options), expected, "max_length {max_length}");
+    }
+    // without BOS there is nothing to keep in front
+    let options = RenderOptions { max_length: 8, long_prompts: LongPrompts::KeepEnd, ..OPTIONS };
+    assert_eq!(shown(&pair, &characters(false, Some("$"), None), &options)[0], "y|q|x|y");
+    assert!(tokenize(&[pair], &tokenizer, &RenderOptions { max_length: 1, ..options }).is_err());
+}
+
+#[test]
 fn pairs_that_cannot_be_rendered_are_named() {
     let chatting = pair(chat(&[("user", "q")]), "y", "n");
     let shifting =

@@ -53,13 +53,16 @@ pub enum TemplateTail {
 
 /// What happens to a row whose prompt leaves no room for a response.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "kebab-case")]
 pub enum LongPrompts {
     /// It is an error that names the row.
     #[default]
     Error,
     /// It is left out and counted.
     Drop,
+    /// Its first tokens are cut and counted, but for BOS: as many as the longest response needs, and no more than half of
+    /// `max_length`.
+    KeepEnd,
 }
 
 /// How text becomes tokens.
@@ -82,6 +85,8 @@ pub struct Tokenized<T> {
     pub truncated_responses: usize,
     /// How many rows were left out since their prompt leaves no room.
     pub dropped_prompts: usize,
+    /// How many prompts lost their first tokens.
+    pub cut_prompts: usize,
 }
 
 /// Tokenises pairs; `path` is the file they come from, for messages.
@@ -103,9 +108,9 @@ pub fn tokenize_pairs(
         |pair| {
             let responses = [("chosen response", &*pair.chosen), ("rejected response", &pair.rejected)];
             let fitted = tokenize_responses(&pair.prompt, responses, tokenizer, options)?;
-            Ok(fitted.map(|Fitted { prompt, responses: [chosen, rejected], truncated }| {
+            Ok(fitted.map(|Fitted { prompt, responses: [chosen, rejected], cuts }| {
                 let PreferencePair { is_unsafe, margin, row, .. } = *pair;
-                (TokenizedPair { prompt, chosen, rejected, is_unsafe, margin, row }, truncated)
+                (TokenizedPair { prompt, chosen, rejected, is_unsafe, margin, row }, cuts)
             }))
         },
     )
@@ -124,35 +129,37 @@ pub fn tokenize_examples(
         path,
         |example| {
             let fitted = tokenize_responses(&example.prompt, [("response", &*example.completion)], tokenizer, options)?;
-            Ok(fitted.map(|Fitted { prompt, responses: [response], truncated }| {
+            Ok(fitted.map(|Fitted { prompt, responses: [response], cuts }| {
                 let LabelledExample { desirable, row, .. } = *example;
-                (TokenizedExample { prompt, response, desirable, row }, truncated)
+                (TokenizedExample { prompt, response, desirable, row }, cuts)
             }))
         },
     )
 }
 
-/// Tokenises rows in parallel; `tokens` gives those of one row and how many of its responses were cut, or nothing if
-/// the prompt leaves no room.
+/// Tokenises rows in parallel; `tokens` gives those of one row and what was cut of it, or nothing if the prompt leaves no
+/// room.
 fn tokenize_rows<R: Sync, T: Send>(
     rows: &[R],
     number: impl Fn(&R) -> usize + Sync,
     path: &Path,
-    tokens: impl Fn(&R) -> Result<Option<(T, usize)>> + Sync,
+    tokens: impl Fn(&R) -> Result<Option<(T, Cuts)>> + Sync,
 ) -> Result<Tokenized<T>> {
     let tokenize = |row: &R| {
         tokens(row).map_err(|error| {
             Error::input(format!("Row {} of {} cannot be tokenised. {error}", number(row), path.display()))
         })
     };
-    let all: Vec<Result<Option<(T, usize)>>> = rows.par_iter().map(tokenize).collect();
-    let mut tokenized = Tokenized { rows: Vec::with_capacity(rows.len()), truncated_responses: 0, dropped_prompts: 0 };
+    let all: Vec<Result<Option<(T, Cuts)>>> = rows.par_iter().map(tokenize).collect();
+    let mut tokenized =
+        Tokenized { rows: Vec::with_capacity(rows.len()), truncated_responses: 0, dropped_prompts: 0, cut_prompts: 0 };
     // In the order of the rows, so that the first bad row is the one that is reported.
     for fitted in all {
         match fitted? {
-            Some((tokens, truncated)) => {
+            Some((tokens, cuts)) => {
                 tokenized.rows.push(tokens);
-                tokenized.truncated_responses += truncated;
+                tokenized.truncated_responses += cuts.responses;
+                tokenized.cut_prompts += usize::from(cuts.prompt);
             }
             None => tokenized.dropped_prompts += 1,
         }
@@ -168,11 +175,20 @@ pub fn tokenize_prompt(prompt: &Prompt, tokenizer: &Tokenizer) -> Result<Vec<u32
     Ok(with_bos(tokenizer.encode(&prompt_text(prompt, tokenizer)?)?, tokenizer))
 }
 
-/// A prompt and its responses within `max_length`, and how many responses were cut for it.
+/// What was cut of a row to make it fit.
+#[derive(Clone, Copy)]
+struct Cuts {
+    /// How many responses lost their end.
+    responses: usize,
+    /// Whether the prompt lost its beginning.
+    prompt: bool,
+}
+
+/// A prompt and its responses within `max_length`.
 struct Fitted<const N: usize> {
     prompt: Vec<u32>,
     responses: [Vec<u32>; N],
-    truncated: usize,
+    cuts: Cuts,
 }
 
 /// The tokens of a prompt and of its responses, each named for messages; nothing if the prompt leaves no room.
@@ -184,42 +200,53 @@ fn tokenize_responses<const N: usize>(
 ) -> Result<Option<Fitted<N>>> {
     let text = prompt_text(prompt, tokenizer)?;
     let bare_prompt = tokenizer.encode(&text)?;
-    let mut truncated = 0;
-    let mut response = |name: &str, answer: &str, room: usize| {
-        let rest = response_text(prompt, &text, answer, tokenizer)?;
-        let mut tokens = encode_after(&text, &bare_prompt, &rest, tokenizer)?;
-        end_response(&mut tokens, tokenizer.eos(), options.template_tail);
-        if tokens.first().is_none_or(|first| Some(*first) == tokenizer.eos()) {
-            return Err(Error::input(format!("Its {name} gives no tokens. Correct or remove the row.")));
-        }
-        if tokens.len() > room {
-            tokens.truncate(room);
-            truncated += 1;
-        }
-        Ok(tokens)
-    };
-    let tokens = with_bos(bare_prompt.clone(), tokenizer);
-    let room = options.max_length.saturating_sub(tokens.len());
+    let mut tokens = with_bos(bare_prompt.clone(), tokenizer);
     if tokens.is_empty() {
         return Err(Error::input("Its prompt gives no tokens. Correct or remove the row."));
     }
-    if room == 0 {
-        return match options.long_prompts {
-            LongPrompts::Drop => Ok(None),
-            LongPrompts::Error => Err(Error::input(format!(
-                "Its prompt has {} tokens and max_length is {}, which leaves no room for a response. Raise \
-                 it if the model's context allows it, shorten or remove the row, or let a recipe leave such \
-                 rows out and count them with data.long_prompts = \"drop\".",
+    let max_length = options.max_length;
+    match options.long_prompts {
+        LongPrompts::Drop if tokens.len() >= max_length => return Ok(None),
+        _ if tokens.len() >= max_length && (options.long_prompts == LongPrompts::Error || max_length < 2) => {
+            return Err(Error::input(format!(
+                "Its prompt has {} tokens and max_length is {max_length}, which leaves no room for a response. Raise \
+                 it if the model's context allows it, shorten or remove the row, or let a recipe cut such prompts \
+                 (data.long_prompts = \"keep-end\") or leave such rows out (data.long_prompts = \"drop\"), and count them.",
                 tokens.len(),
-                options.max_length
-            ))),
-        };
+            )));
+        }
+        _ => {}
     }
-    let mut fitted = [const { Vec::new() }; N];
-    for (fitted, (name, answer)) in fitted.iter_mut().zip(responses) {
-        *fitted = response(name, answer, room)?;
+    let mut encoded = [const { Vec::new() }; N];
+    for (encoded, (name, answer)) in encoded.iter_mut().zip(responses) {
+        let rest = response_text(prompt, &text, answer, tokenizer)?;
+        *encoded = encode_after(&text, &bare_prompt, &rest, tokenizer)?;
+        end_response(encoded, tokenizer.eos(), options.template_tail);
+        if encoded.first().is_none_or(|first| Some(*first) == tokenizer.eos()) {
+            return Err(Error::input(format!("Its {name} gives no tokens. Correct or remove the row.")));
+        }
     }
-    Ok(Some(Fitted { prompt: tokens, responses: fitted, truncated }))
+    let mut cuts = Cuts { responses: 0, prompt: false };
+    if options.long_prompts == LongPrompts::KeepEnd {
+        let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
+        let kept = max_length.saturating_sub(longest).max(max_length / 2);
+        cuts.prompt = tokens.len() > kept;
+        cut_beginning(&mut tokens, kept, tokenizer);
+    }
+    let room = max_length - tokens.len();
+    for tokens in &mut encoded {
+        cuts.responses += usize::from(tokens.len() > room);
+        tokens.truncate(room);
+    }
+    Ok(Some(Fitted { prompt: tokens, responses: encoded, cuts }))
+}
+
+/// Keeps the last tokens of a prompt, at least one, behind its BOS if it has one.
+fn cut_beginning(tokens: &mut Vec<u32>, kept: usize, tokenizer: &Tokenizer) {
+    let surplus = tokens.len().saturating_sub(kept);
+    let has_bos = tokenizer.bos().is_some() && tokens.first().copied() == tokenizer.bos() && kept > 1;
+    let from = usize::from(has_bos);
+    tokens.drain(from..from + surplus);
 }
 
 fn prompt_text(prompt: &Prompt, tokenizer: &Tokenizer) -> Result<String> {

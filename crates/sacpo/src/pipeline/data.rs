@@ -135,10 +135,11 @@ fn divide<R: Answered, T>(
     let (rows, known) = data::without_prompts(file.rows, &excluded);
     let (rows, repeated) = if options.deduplicate { data::without_repetitions(rows) } else { (rows, 0) };
     let (train, validation) = data::split(rows, options.validation_fraction, seed);
-    let (mut dropped, mut truncated, mut useless) = (0, 0, 0);
+    let (mut dropped, mut cut, mut truncated, mut useless) = (0, 0, 0, 0);
     let mut tokens = |rows: &[R], most: Option<usize>| {
         let tokenized = tokenize(rows, &step.data, tokenizer, &render)?;
         dropped += tokenized.dropped_prompts;
+        cut += tokenized.cut_prompts;
         truncated += tokenized.truncated_responses;
         let mut kept = Vec::with_capacity(tokenized.rows.len());
         for row in tokenized.rows {
@@ -154,6 +155,7 @@ fn divide<R: Answered, T>(
     let divided = [tokens(&train, options.max_pairs)?, tokens(&validation, options.max_validation_pairs)?];
     for (count, what) in [
         (dropped, "rows left out, since their prompt leaves no room for a response"),
+        (cut, "prompts that lost their beginning"),
         (truncated, "responses cut to the longest length"),
         (useless, "rows left out, from which the objective cannot learn"),
         (file.skipped, "bad rows left out"),

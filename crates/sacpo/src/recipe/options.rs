@@ -145,7 +145,8 @@ impl Default for DataOptions {
 
 impl DataOptions {
     pub(super) fn read(section: &Section<'_>, defaults: &Self) -> Result<Self> {
-        let long_prompts = &[("error", LongPrompts::Error), ("drop", LongPrompts::Drop)];
+        let long_prompts =
+            &[("error", LongPrompts::Error), ("drop", LongPrompts::Drop), ("keep-end", LongPrompts::KeepEnd)];
         let template_tail = &[("drop", TemplateTail::Drop), ("keep", TemplateTail::Keep)];
         Ok(Self {
             max_length: section.count("max_length", 2)?.unwrap_or(defaults.max_length),
