@@ -25,6 +25,42 @@ impl Message {
     }
 }
 
+/// A Jinja chat template from a plain text with `{prompt}` in it, for models that were trained on such a text: the user's message
+/// takes the place of `{prompt}`, and the answer follows, with EOS.
+///
+/// # Errors
+/// [`Error::Input`] if `{prompt}` does not stand in the text exactly once, or the text has control characters other than line
+/// ends and tabs.
+pub fn plain_template(text: &str) -> Result<String> {
+    let Some((before, after)) = text.split_once("{prompt}").filter(|(_, after)| !after.contains("{prompt}")) else {
+        return Err(Error::input(format!(
+            "The template {text:?} must have the place of the user's message, {{prompt}}, exactly once. An example is \
+             'USER: {{prompt}} ASSISTANT:'."
+        )));
+    };
+    if text.chars().any(|c| c.is_control() && !matches!(c, '\n' | '\r' | '\t')) {
+        return Err(Error::input(format!("The template {text:?} has control characters. Leave them out.")));
+    }
+    // both Jinja and Python know these escapes
+    let literal = |text: &str| {
+        let escaped = text.replace('\\', "\\\\").replace('"', "\\\"");
+        escaped.replace('\n', "\\n").replace('\r', "\\r").replace('\t', "\\t")
+    };
+    Ok(format!(
+        "{{%- for message in messages -%}}\n\
+         {{%- if loop.index == 1 and message.role == 'user' -%}}\n\
+         {{{{- \"{}\" + message.content + \"{}\" -}}}}\n\
+         {{%- elif loop.index == 2 and message.role == 'assistant' -%}}\n\
+         {{{{- message.content + eos_token -}}}}\n\
+         {{%- else -%}}\n\
+         {{{{- raise_exception('This template takes one message of the user and one answer') -}}}}\n\
+         {{%- endif -%}}\n\
+         {{%- endfor -%}}\n",
+        literal(before),
+        literal(after)
+    ))
+}
+
 /// A Jinja chat template, rendered as `transformers` renders it.
 #[derive(Debug, Clone)]
 pub(crate) struct ChatTemplate {
@@ -37,7 +73,7 @@ impl ChatTemplate {
     /// Parses a template.
     pub(crate) fn new(source: &str) -> Self {
         let parsed = environment().and_then(|mut environment| {
-            environment.add_template_owned("chat_template", source.to_owned())?;
+            environment.add_template_owned("chat_template", without_generation(source))?;
             Ok(environment)
         });
         let parsed = parsed.map_err(|e| explain(&e));
@@ -91,6 +127,25 @@ fn explain(error: &minijinja::Error) -> String {
     format!("{}{}", detail.trim_end_matches('.'), line.unwrap_or_default())
 }
 
+/// The template without the tags `generation` and `endgeneration`, by which `transformers` marks what the assistant says: they
+/// become a condition that always holds, on the same line and with the same control of white space.
+fn without_generation(source: &str) -> String {
+    let mut rest = source;
+    let mut text = String::with_capacity(source.len());
+    while let Some(start) = rest.find("{%") {
+        let Some(length) = rest[start..].find("%}") else { break };
+        let (tag, end) = (&rest[start + 2..start + length], start + length);
+        text.push_str(&rest[..start + 2]);
+        text.push_str(&match tag.trim_matches(['-', '+', ' ', '\t', '\r', '\n']) {
+            "generation" => tag.replace("generation", "if true"),
+            "endgeneration" => tag.replace("endgeneration", "endif"),
+            _ => tag.to_owned(),
+        });
+        rest = &rest[end..];
+    }
+    text + rest
+}
+
 /// Jinja as `transformers` sets it up.
 fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> {
     let mut environment = Environment::new();
@@ -101,6 +156,8 @@ fn environment() -> std::result::Result<Environment<'static>, minijinja::Error> 
     });
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
+    // Python's None cannot be iterated over, which templates rely on for `tools`
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     Ok(environment)
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use common::gguf::Writer;
 use common::{byte_tokens, tiny_config, tokenizer, tokenizer_json};
-use engine::chat::Message;
+use engine::chat::{Message, plain_template};
 use engine::checkpoint::Checkpoint;
 use engine::tokenizer::Tokenizer;
 use engine::{Model, ModelConfig};
@@ -87,6 +87,39 @@ First{% endif %}
 
     let error = tokenizer.chat(&[Message::new("judge", "?")], true).unwrap_err();
     assert!(error.to_string().contains("Unknown role: judge") && error.exit_code() == 2, "{error}");
+}
+
+#[test]
+fn templates_may_mark_what_the_assistant_says_and_ask_what_is_iterable() {
+    // Also what transformers makes of it.
+    let template = "{% for m in messages %}
+{% if m.role == 'assistant' %}
+  {%- generation -%}
+    A:{{ m.content }}
+  {%- endgeneration %}
+|
+{% else %}U:{{ m.content }}
+{% endif %}
+{% endfor %}{{ tools is iterable }} {{ messages is iterable }} {{ 'x' is iterable }} {{ nothing is iterable }}";
+    let rendered = with_template(template).chat(&conversation(), false).unwrap();
+    assert_eq!(rendered.to_lowercase(), "u:is 1 < 2 & \"so\" on?\na: yes. |\nfalse true true true");
+}
+
+#[test]
+fn a_text_with_a_place_for_the_prompt_is_a_template_of_one_turn() {
+    let text = "It's \"quoted\" {{ code }} \\n:\nUSER: {prompt} ASSISTANT:";
+    let template = plain_template(text).unwrap();
+    let tokenizer = with_template(&template);
+    let [user, assistant] = [conversation()[0].clone(), conversation()[1].clone()];
+    let prompt = text.replace("{prompt}", &user.content);
+    assert_eq!(tokenizer.chat(std::slice::from_ref(&user), true).unwrap(), prompt);
+    assert_eq!(tokenizer.chat(&[user.clone(), assistant.clone()], false).unwrap(), format!("{prompt} Yes. </s>"));
+    for wrong in [vec![Message::new("system", "x"), user.clone()], vec![user.clone(), assistant, user]] {
+        assert!(tokenizer.chat(&wrong, true).unwrap_err().to_string().contains("one message of the user"));
+    }
+    for (wrong, part) in [("USER:", "once"), ("{prompt} {prompt}", "once"), ("{prompt}\0", "control")] {
+        assert!(plain_template(wrong).unwrap_err().to_string().contains(part), "{wrong}");
+    }
 }
 
 #[test]

@@ -448,6 +448,15 @@ pub(crate) enum ModelCommand {
         /// Folder to write.
         to: PathBuf,
     },
+    /// Give a model the chat template of a plain text, as a chat_template.jinja in its folder.
+    #[command(after_help = "Example:\n  sacpo model set-template models/alpaca-7b-reproduced \\\n    \
+        'BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:'")]
+    SetTemplate {
+        /// Folder in Hugging Face's layout.
+        model: PathBuf,
+        /// The text, with {prompt} where the user's message stands. The answer follows it, and EOS.
+        text: String,
+    },
     AddAdapter(AddAdapter),
     /// Write the model that an adapter makes of its base, as a folder in Hugging Face's layout.
     #[command(after_help = "Example:\n  sacpo model fold-adapter models/SmolLM2 adapters/helpful models/helpful")]

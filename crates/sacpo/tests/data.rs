@@ -97,6 +97,32 @@ fn a_file_is_counted() {
 }
 
 #[test]
+fn a_model_can_be_given_the_template_of_a_text() {
+    let folder = folder();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for (name, bytes) in files(material().base()) {
+        std::fs::write(model.join(name), bytes).unwrap();
+    }
+    let model = text(&model);
+    let row = json!({"prompt": [{"role": "user", "content": "how do i"}], "chosen": [{"role": "assistant", "content": " ask a friend ."}],
+        "rejected": [{"role": "assistant", "content": " it depends ."}]});
+    let rows = file(&folder, "rows.jsonl", row.to_string());
+    let inspect = ["data", "inspect", &rows, "--model", &model];
+    says(&fails(2, &inspect), &["no chat template", "chat_template.jinja"]);
+    let set = |template: &str| ["model", "set-template", &model, template].map(str::to_owned);
+    let template = "hello ! {prompt} ?";
+    done(&set(template));
+    done(&set(template));
+    let part = |index: usize| json(&inspect)["rows"][0]["parts"][index]["text"].clone();
+    assert_eq!([part(0), part(1)], [json!("<s> hello ! how do i ?"), json!("ask a friend . </s>")]);
+    says(&fails(2, &set("another {prompt}")), &["chat_template.jinja", "another template"]);
+    says(&fails(2, &set("no place")), &["{prompt}", "once"]);
+    let nowhere = ["model", "set-template", "nowhere", template];
+    fails(2, &nowhere);
+}
+
+#[test]
 fn a_step_leaves_out_what_repeats_and_what_is_evaluated() {
     let folder = folder();
     let row = |prompt: &str, chosen: &str| {

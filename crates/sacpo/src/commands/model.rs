@@ -2,7 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use engine::checkpoint::{Checkpoint, describe};
+use engine::chat::plain_template;
+use engine::checkpoint::{Checkpoint, atomic, describe};
+use engine::tokenizer::Tokenizer;
 use engine::{Adapter, Error, LoraOptions, Projection, Result};
 
 use super::{print_json, refuse_existing};
@@ -19,6 +21,7 @@ pub(super) fn run(command: &ModelCommand, global: Global) -> Result<()> {
             ui::print(description.to_string().trim_end())
         }
         ModelCommand::Convert { from, to } => convert(from, to, global),
+        ModelCommand::SetTemplate { model, text } => set_template(model, text, global),
         ModelCommand::AddAdapter(options) => add_adapter(options, global),
         ModelCommand::FoldAdapter { model, adapter, to } => fold_adapter(model, adapter, to, global),
         ModelCommand::StackAdapters { model, adapters, to } => stack_adapters(model, adapters, to, global),
@@ -28,6 +31,26 @@ pub(super) fn run(command: &ModelCommand, global: Global) -> Result<()> {
 fn convert(from: &Path, to: &Path, global: Global) -> Result<()> {
     refuse_existing(to)?;
     save(&Checkpoint::load(from)?, to, global)
+}
+
+fn set_template(model: &Path, text: &str, global: Global) -> Result<()> {
+    let template = plain_template(text)?;
+    // what is no model's folder gets no template
+    Tokenizer::from_folder(model)?;
+    let path = model.join("chat_template.jinja");
+    match std::fs::read_to_string(&path) {
+        Ok(found) if found != template => {
+            return Err(Error::input(format!(
+                "{} is there already, with another template. Move it away first if the model is to have another template.",
+                path.display()
+            )));
+        }
+        _ => atomic::write_file(&path, |out| out.write_all(template.as_bytes()))?,
+    }
+    if global.json {
+        return print_json(&serde_json::json!({"template": path}));
+    }
+    ui::print(path.display().to_string())
 }
 
 fn add_adapter(options: &AddAdapter, global: Global) -> Result<()> {
