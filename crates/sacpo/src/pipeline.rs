@@ -30,7 +30,7 @@ pub(crate) use constraint::Outcome as ConstraintOutcome;
 pub(crate) use data::StepData;
 use data::{load_data, warn_of_objectives};
 use engine::checkpoint::{Checkpoint, StreamedModel, describe};
-use engine::{Error, LoraOptions, Model, ModelConfig, Result};
+use engine::{Error, LoraOptions, ModelConfig, Result};
 pub(crate) use folder::RunFolder;
 use record::Made;
 pub(crate) use record::Provenance;
@@ -84,25 +84,24 @@ impl Policy {
         // q was checked in the recipe
         let extrapolate = matches!(self.source, PolicyName::Mix { .. });
         let loaded = policy::Policy::load(&self.source, extrapolate).map_err(|error| {
-            Error::input(format!("The policy `{}` was made, but cannot be read. {error}", self.name()))
+            Error::input(format!(
+                "The policy `{}` was made, but cannot be read. {error} Put it back, or delete the folder above its checkpoint to \
+                 make it again.",
+                self.name()
+            ))
         })?;
-        if self.path().is_some() {
-            self.check_weights(&loaded.first.model)?;
+        match (&self.source, self.provenance.from.as_slice()) {
+            (PolicyName::Model(path), _) => self.provenance.check(path, &loaded.first.model.hash())?,
+            (PolicyName::Mix { a, b, .. }, [first, second]) => {
+                // both ends have weights of their own
+                if let Some(model) = loaded.second() {
+                    first.check(a, &loaded.first.model.hash())?;
+                    second.check(b, &model.hash())?;
+                }
+            }
+            _ => {}
         }
         Ok(loaded)
-    }
-
-    /// Fails unless these are the policy's weights.
-    fn check_weights(&self, model: &Model) -> Result<()> {
-        if model.hash() == self.hash() {
-            return Ok(());
-        }
-        Err(Error::input(format!(
-            "The weights in {} are not those of the policy `{}` that was made there. Put them back, or delete the folder above \
-             to make the policy again.",
-            self.path().cloned().unwrap_or_default().display(),
-            self.name()
-        )))
     }
 }
 
@@ -120,6 +119,11 @@ pub(crate) struct Outcome {
     pub(crate) data: Vec<StepData>,
     /// What came of the constraints, if there are any.
     pub(crate) constraint: Option<ConstraintOutcome>,
+}
+
+/// The index among a run's policies of one that is planned, or of the base model.
+fn index_of(planned: Option<usize>) -> usize {
+    planned.map_or(0, |planned| planned + 1)
 }
 
 /// A run in progress.
@@ -198,6 +202,8 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
     // both are checked now rather than after hours of training
     run.complete()?;
     let prompts = constraint::prompts(&run)?;
+    // from here on the folder is this recipe's, and no other one's that was finished in it
+    folder.remove("manifest.json")?;
     folder.write("recipe.toml", &recipe.to_toml()?)?;
     for number in 0..run.plan.steps.len() {
         let training = run.training(&run.plan.steps[number]);
@@ -240,7 +246,7 @@ impl<'r> Run<'r> {
         Training {
             name: planned.name.clone(),
             step: planned.step,
-            parent: planned.parent.map_or(0, |parent| parent + 1),
+            parent: index_of(planned.parent),
             beta: planned.beta,
             relabel: self.recipe.steps[planned.step].relabel.clone(),
         }
@@ -290,11 +296,8 @@ impl<'r> Run<'r> {
     /// The index of a policy between two others, whose weights are merged or whose logits are mixed.
     fn add_between(&mut self, between: Between, merging: Option<Merging>) -> Result<usize> {
         let from = between.ends.map(|end| self.policies[end].provenance.clone());
-        let same = |policy: &Policy| {
-            policy.provenance.from == from
-                && policy.q == Some(between.q)
-                && policy.path().is_some() == merging.is_some()
-        };
+        let made = between.made(self, merging);
+        let same = |policy: &Policy| policy.provenance.from == from && policy.provenance.made == made;
         if let Some(index) = self.made(&between.name, same)? {
             return Ok(index);
         }
@@ -322,7 +325,7 @@ impl<'r> Run<'r> {
     /// The index of the one policy that a constrained step starts from.
     fn start_of(&self, step: usize) -> usize {
         let origin = self.recipe.steps[step].from.step;
-        self.plan.steps.iter().position(|policy| Some(policy.step) == origin).map_or(0, |planned| planned + 1)
+        index_of(self.plan.steps.iter().position(|policy| Some(policy.step) == origin))
     }
 
     /// The name of that policy.
@@ -333,7 +336,7 @@ impl<'r> Run<'r> {
     /// The index of the policy of a step that has the smallest temperature.
     fn strongest(&self, step: usize) -> usize {
         let own = self.plan.steps.iter().enumerate().filter(|(_, policy)| policy.step == step);
-        own.min_by(|(_, a), (_, b)| a.beta.total_cmp(&b.beta)).map_or(0, |(planned, _)| planned + 1)
+        index_of(own.min_by(|(_, a), (_, b)| a.beta.total_cmp(&b.beta)).map(|(planned, _)| planned))
     }
 
     /// β of the first step on the way to a policy.

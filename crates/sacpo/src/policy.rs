@@ -109,6 +109,14 @@ impl Policy {
         Ok(policy)
     }
 
+    /// The model B of a mixture that has one in memory.
+    pub(crate) fn second(&self) -> Option<&engine::Model> {
+        match &self.mixed {
+            Some((Mixed::Apart(second), _)) => Some(&second.model),
+            _ => None,
+        }
+    }
+
     /// The mixture of two policies over `base`, and the hash of B's tokenizer.
     fn load_shared(base: &Path, a: &Path, b: &Path, q: f64) -> Result<(Self, String)> {
         let mut first = Checkpoint::load(base)?;

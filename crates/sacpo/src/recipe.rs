@@ -223,6 +223,14 @@ impl Recipe {
             if step.temperature.is_open() && !chosen(number) {
                 section.required::<()>("beta_over_lambda", None, "beta_over_lambda = 0.1")?;
             }
+            let made = |origin: usize| self.plan().steps.iter().any(|policy| policy.step == origin);
+            if chosen(number) && !step.temperature.is_open() && step.from.step.is_some_and(|origin| !made(origin)) {
+                return Err(section.error(&format!(
+                    "It starts from the step `{}`, of which there is no policy before its λ is chosen, so its own \
+                     `beta_over_lambda` makes none. Remove it: a constraint gives the value.",
+                    step.from.name
+                )));
+            }
             let unknown = |origin: usize| {
                 let open = self.steps[origin].temperature.is_open();
                 open || self.constraints.iter().any(|c| c.step.index == origin && c.weighs_labels(&self.steps))
@@ -279,9 +287,6 @@ impl Recipe {
         let names = trained.iter().map(|policy| (&policy.name, &steps[policy.step]));
         let names: Vec<_> = names.chain(blends.iter().map(|policy| &policy.name).zip(blend_of)).collect();
         for (i, (name, section)) in names.iter().enumerate() {
-            if *name == BASE {
-                return Err(section.error("The name `base` is taken by the untrained model. Set another `name`."));
-            }
             if names[..i].iter().any(|(other, _)| other == name) {
                 return Err(section.error(&format!("Two policies would be called `{name}`. Set a `name` of its own.")));
             }
@@ -360,5 +365,18 @@ impl Evaluate {
             prompts: section.texts("prompts")?.unwrap_or_default(),
             max_new_tokens: section.count("max_new_tokens", 1)?.unwrap_or(64),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SECTIONS;
+
+    #[test]
+    fn every_key_is_documented() {
+        let docs = include_str!("../../../docs/recipes.md");
+        for key in SECTIONS.iter().flat_map(|(_, keys)| *keys) {
+            assert!(docs.contains(&format!("| `{key}` |")), "docs/recipes.md says nothing of `{key}`");
+        }
     }
 }

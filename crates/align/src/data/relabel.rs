@@ -1,5 +1,7 @@
 //! Labels and margins made from scores.
 
+use std::collections::HashMap;
+
 use super::TokenizedPair;
 use super::split::uniform;
 use crate::tabular::Table;
@@ -37,22 +39,26 @@ pub fn set_margins(pairs: &mut [TokenizedPair], margins: &[f64]) {
 /// 2405.19544) with models or implicit rewards and weights 1 and λ. Labels are random as in the published program of the
 /// latter two. Taking the sign of the margin instead would leave no finite optimum.
 ///
-/// The outcome for a row depends on the seed, its number, its texts and how much better one is than the other: not on other
-/// rows, and not on which response was chosen. The random number is the same for every margin, so that labels drawn
-/// for several weights by one seed differ only where the weights make them.
+/// The outcome for a row depends on the seed, its texts, how many rows before it have the same texts, and how much better one
+/// response is than the other: not on other rows, and not on which response was chosen. The random number is the same for
+/// every margin, so that labels drawn for several weights by one seed differ only where the weights make them.
 ///
 /// # Panics
 /// If there is not one margin per pair.
 pub fn relabel(pairs: &mut [TokenizedPair], margins: &[f64], seed: u64) -> usize {
     assert_eq!(pairs.len(), margins.len(), "every pair needs its margin");
     let mut swapped = 0;
+    let mut before: HashMap<blake3::Hash, u64> = HashMap::new();
     for (pair, margin) in pairs.iter_mut().zip(margins) {
         // the draw is whether the first of the two in an order that no label changes is chosen
         let mut sequences = pair.sequences();
         sequences.responses.sort_unstable();
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&seed.to_le_bytes()).update(&(pair.row as u64).to_le_bytes());
+        hasher.update(&seed.to_le_bytes());
         sequences.hash_into(&mut hasher);
+        let same = before.entry(hasher.finalize()).or_default();
+        hasher.update(&same.to_le_bytes());
+        *same += 1;
         let chosen_is_first = pair.chosen <= pair.rejected;
         let for_first = if chosen_is_first { *margin } else { -margin };
         let first_wins = uniform(&hasher) < 1.0 / (1.0 + (-for_first).exp());

@@ -8,7 +8,7 @@ use engine::Result;
 use engine::checkpoint::load_model;
 
 use super::record::{Made, PolicyRecord, Provenance};
-use super::{Policy, Run};
+use super::{Policy, Run, index_of};
 use crate::policy::PolicyName;
 use crate::ui;
 use sacpo::recipe::{Merging, PlannedBlend};
@@ -30,7 +30,7 @@ impl From<&PlannedBlend> for Between {
     fn from(planned: &PlannedBlend) -> Self {
         Self {
             name: planned.name.clone(),
-            ends: planned.ends.map(|end| end.map_or(0, |planned| planned + 1)),
+            ends: planned.ends.map(index_of),
             q: planned.q,
             extrapolate: planned.extrapolate,
         }
@@ -38,13 +38,23 @@ impl From<&PlannedBlend> for Between {
 }
 
 impl Between {
+    /// How it is made.
+    pub(super) fn made(&self, run: &Run<'_>, merging: Option<Merging>) -> Made {
+        match merging {
+            Some(Merging { method, density }) => {
+                Made::Merge { method: method.name().into(), q: self.q, density, seed: run.recipe.run.seed }
+            }
+            None => Made::Mix { q: self.q },
+        }
+    }
+
     /// The policy whose logits are mixed. Nothing is written.
     pub(super) fn mixed(&self, run: &Run<'_>) -> Policy {
         let [a, b] = self.ends.map(|end| &run.policies[end]);
         let path = |policy: &Policy| policy.path().cloned().unwrap_or_default();
         let source = PolicyName::Mix { a: path(a), b: path(b), q: self.q };
         let model = hash(&["mix", a.hash(), b.hash(), &self.q.to_string()]);
-        self.policy(run, source, model, Made::Mix { q: self.q }, 0.0)
+        self.policy(run, source, model, self.made(run, None), 0.0)
     }
 
     /// The policy whose weights are merged, and kept, unless it is there already.
@@ -55,7 +65,7 @@ impl Between {
         let base = &run.policies[0];
         let method = merging.method;
         let seed = run.recipe.run.seed;
-        let made = Made::Merge { method: method.name().into(), q: self.q, density: merging.density, seed };
+        let made = self.made(run, Some(merging));
         if let Some(record) = self.finished(run, merging, &|index| run.hash(index))? {
             ui::say(format!("Policy {}: complete.", self.name));
             let Provenance { model, .. } = record.provenance;
@@ -74,11 +84,15 @@ impl Between {
         let ends = [a, b].map(|policy| policy.path().cloned().unwrap_or_default());
         let below = base.path().filter(|_| method.needs_base()).map(Path::new);
         let bar = ui::bar(0, "weights");
-        merge::merge(&ends, below, &options, &checkpoint, &mut |done, total| {
+        let merged = merge::merge(&ends, below, &options, &checkpoint, &mut |done, total| {
             bar.set_length(total as u64);
             ui::advance(&bar)(done)
         })?;
         bar.finish_and_clear();
+        // what was merged is what is written down, or the merge never becomes complete
+        for (input, policy) in merged.models.iter().zip([a, b]).chain(merged.base.iter().zip([base])) {
+            policy.provenance.check(&input.path, &input.hash)?;
+        }
         let seconds = start.elapsed().as_secs_f64();
         let model = load_model(&checkpoint)?.hash();
         let policy = self.policy(run, PolicyName::Model(checkpoint.clone()), model, made, seconds);

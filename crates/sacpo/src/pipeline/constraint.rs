@@ -20,7 +20,7 @@ use crate::ui;
 use sacpo::recipe::{ChoiceOptions, Merging, Realise, short};
 
 /// The least share of a predicted gain that the next step reckons with; the greatest is its inverse.
-const LEAST_GAIN: f64 = 0.25;
+const LEAST_GAIN: f64 = 0.1;
 
 /// What came of the constraints.
 #[derive(Debug, Serialize)]
@@ -223,10 +223,8 @@ impl Search<'_, '_> {
             let from = shots.last().map_or_else(|| vec![0.0; wanted.len()], |shot| shot.lambda.clone());
             let steps = from.iter().zip(wanted.iter().zip(&gains));
             let wanted: Vec<f64> = steps.map(|(from, (to, gain))| (from + (to - from) / gain).max(0.0)).collect();
-            let (index, lambda) = match self.realise(&wanted)? {
-                Realised::Policy { index, lambda } => (index, lambda),
-                Realised::Beyond(reason) => return Ok((shots, Some(reason))),
-            };
+            let Realised { index, lambda, beyond } = self.realise(&wanted)?;
+            let limit = beyond.unwrap_or(limit);
             if shots.iter().any(|shot| shot.index == index) {
                 return Ok((shots, Some(limit)));
             }
@@ -261,9 +259,11 @@ impl Search<'_, '_> {
                 return Ok((shots, None));
             }
             if shots.len() == self.choice.shots {
+                let met = shots.iter().any(|shot| shot.margin(&self.thresholds) >= 0.0);
                 let reason = format!(
-                    "none of the policies made for it ({}) meets the constraint closely. Raise constraint.shots",
-                    shots.len()
+                    "none of the policies made for it ({}) meets the constraint{}. Raise constraint.shots",
+                    shots.len(),
+                    if met { " closely" } else { "" }
                 );
                 return Ok((shots, Some(reason)));
             }
@@ -296,7 +296,7 @@ impl Search<'_, '_> {
     /// Makes the policy of a λ, or of one that is a little larger and has few digits.
     fn realise(&mut self, wanted: &[f64]) -> Result<Realised> {
         if wanted.iter().all(|lambda| *lambda == 0.0) && self.label_weights.is_none() {
-            return Ok(Realised::Policy { index: self.start, lambda: wanted.to_vec() });
+            return Ok(Realised { index: self.start, lambda: wanted.to_vec(), beyond: None });
         }
         let steps: Vec<usize> = self.run.recipe.constraints.iter().map(|constraint| constraint.step.index).collect();
         if let Some(weights) = &self.label_weights {
@@ -306,7 +306,7 @@ impl Search<'_, '_> {
             let name = format!("{}-{}", self.run.recipe.steps[steps[0]].name, short(lambda));
             let training =
                 Training { name, step: steps[0], parent: self.start, beta: self.beta, relabel: Some(relabel) };
-            return Ok(Realised::Policy { index: self.run.make(training)?, lambda: vec![lambda] });
+            return Ok(Realised { index: self.run.make(training)?, lambda: vec![lambda], beyond: None });
         }
         let merging = match self.choice.realise {
             Realise::Train => {
@@ -327,7 +327,7 @@ impl Search<'_, '_> {
                     let name = format!("{prefix}{}-{}", self.run.recipe.steps[step].name, short(temperature));
                     index = self.run.make(Training { name, step, parent: index, beta: temperature, relabel: None })?;
                 }
-                return Ok(Realised::Policy { index, lambda });
+                return Ok(Realised { index, lambda, beyond: None });
             }
             Realise::Mix => None,
             Realise::Merge => Some(Merging::P_SACPO),
@@ -336,21 +336,20 @@ impl Search<'_, '_> {
         let strongest = &self.run.policies[end];
         let most = self.beta / strongest.beta_over_lambda.unwrap_or(self.beta);
         let q = rounded_up(wanted[0] / most);
-        if q > 1.0 {
-            return Ok(Realised::Beyond(format!(
+        if q >= 1.0 {
+            // the estimate may be wrong, so the strongest policy is measured before it is called too weak
+            let beyond = format!(
                 "λ = {} seems to be needed, but the strongest policy of the step, {}, has λ = {}. Train one at a smaller β/λ",
                 short(rounded_up(wanted[0])),
                 strongest.name(),
                 short(rounded_up(most))
-            )));
-        }
-        if q == 1.0 {
-            return Ok(Realised::Policy { index: end, lambda: vec![most] });
+            );
+            return Ok(Realised { index: end, lambda: vec![most], beyond: (q > 1.0).then_some(beyond) });
         }
         let kind = if merging.is_some() { "merge" } else { "mix" };
         let name = format!("{}-{kind}-{}", self.run.recipe.steps[steps[0]].name, short(q));
         let between = Between { name, ends: [self.start, end], q, extrapolate: false };
-        Ok(Realised::Policy { index: self.run.add_between(between, merging)?, lambda: vec![q * most] })
+        Ok(Realised { index: self.run.add_between(between, merging)?, lambda: vec![q * most], beyond: None })
     }
 
     /// Of the policies that meet the constraints the one of the least λ; if none does, the one that misses them least.
@@ -362,11 +361,14 @@ impl Search<'_, '_> {
     }
 }
 
-enum Realised {
-    /// The index of the policy, and the λ that it was made for.
-    Policy { index: usize, lambda: Vec<f64> },
-    /// Why there is none.
-    Beyond(String),
+/// A policy for a λ.
+struct Realised {
+    /// Its index.
+    index: usize,
+    /// The λ that it was made for.
+    lambda: Vec<f64>,
+    /// Why it is not the one that was wanted.
+    beyond: Option<String>,
 }
 
 impl Outcome {
@@ -426,9 +428,12 @@ fn rounded(value: f64, whole: fn(f64) -> f64) -> f64 {
         return value;
     }
     let decimals = 2 - value.log10().floor() as i32;
+    let scaled = value * 10f64.powi(decimals);
+    // a number of three digits stays as it is, though the product is rounded
+    let is_whole = (scaled - scaled.round()).abs() < 1e-9 * scaled;
+    let digits = if is_whole { scaled.round() } else { whole(scaled) };
     // by way of a text, whose nearest number reads as short as it is
-    let scaled = whole(value * 10f64.powi(decimals));
-    format!("{scaled}e{}", -decimals).parse().unwrap_or(value)
+    format!("{digits}e{}", -decimals).parse().unwrap_or(value)
 }
 
 #[cfg(test)]
@@ -447,5 +452,13 @@ mod tests {
             assert_eq!((rounded_down(value), rounded_up(value)), (down, up));
         }
         assert_eq!(rounded_up(0.0), 0.0);
+        for (digits, exponent) in
+            (100..1000).flat_map(|digits| [-7, -4, -3, -2, 0, 3].map(|exponent| (digits, exponent)))
+        {
+            let value: f64 = format!("{digits}e{exponent}").parse().unwrap();
+            assert_eq!((rounded_down(value), rounded_up(value)), (value, value), "{digits}e{exponent}");
+            // as λ and back again
+            assert_eq!(rounded_down(0.1 / (0.1 / value)), value, "{digits}e{exponent}");
+        }
     }
 }

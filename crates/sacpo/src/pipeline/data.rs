@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
-use align::data::{self, Answered, DataFile, Dataset, RenderOptions, Tokenized, TokenizedExample, TokenizedPair};
+use align::data::{
+    self, Answered, DataFile, Dataset, Prompt, RenderOptions, Tokenized, TokenizedExample, TokenizedPair,
+};
 use align::objective::{Objective, Pairwise, Unpaired, WeightRule};
 use align::trainer::check_size;
 use engine::checkpoint::Checkpoint;
@@ -15,6 +17,8 @@ use crate::ui;
 pub(crate) struct StepData {
     pub(crate) train: Dataset,
     pub(crate) validation: Dataset,
+    /// Whether its prompts are plain texts, to which no chat template applies.
+    pub(crate) plain_text: bool,
 }
 
 /// Says which steps of a chain Theorem 1 does not cover.
@@ -62,16 +66,18 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
         Objective::Pairwise(objective) => {
             let file = data::read_pairs(path, *format, metric, skip)?;
             let keep = |pair: &TokenizedPair| can_learn(pair, &objective, step);
+            let plain_text = is_plain_text(&file.rows);
             let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_pairs, keep)?;
-            StepData { train: Dataset::Pairs(train), validation: Dataset::Pairs(validation) }
+            StepData { train: Dataset::Pairs(train), validation: Dataset::Pairs(validation), plain_text }
         }
         Objective::Unpaired(objective) => {
             let file = data::read_examples(path, *format, metric, skip)?;
             // what is not imitated need not be computed
             let keep = |example: &TokenizedExample| Ok(objective != Unpaired::Sft || example.desirable);
+            let plain_text = is_plain_text(&file.rows);
             let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_examples, keep)?;
-            check_weights(&train, &objective, step);
-            StepData { train: Dataset::Examples(train), validation: Dataset::Examples(validation) }
+            check_kto_weights(&train, &objective, step);
+            StepData { train: Dataset::Examples(train), validation: Dataset::Examples(validation), plain_text }
         }
     };
     ui::say(format!(
@@ -201,8 +207,13 @@ fn can_learn(pair: &TokenizedPair, objective: &Pairwise, step: &Step) -> Result<
     }
 }
 
+/// Whether the rows have plain texts as prompts; the rows of one file are alike.
+fn is_plain_text(rows: &[impl Answered]) -> bool {
+    rows.first().is_some_and(|row| matches!(row.prompt(), Prompt::Text(_)))
+}
+
 /// Says when the weights of `kto` do not suit the numbers of desirable and undesirable examples.
-fn check_weights(examples: &[TokenizedExample], objective: &Unpaired, step: &Step) {
+fn check_kto_weights(examples: &[TokenizedExample], objective: &Unpaired, step: &Step) {
     let Unpaired::Kto { desirable_weight, undesirable_weight, .. } = *objective else { return };
     let desirable = examples.iter().filter(|example| example.desirable).count();
     let counts = [desirable, examples.len() - desirable];

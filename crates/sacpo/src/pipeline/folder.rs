@@ -47,6 +47,15 @@ impl RunFolder {
         atomic::write_file(&self.path.join(name), |out| out.write_all(text.as_bytes()))
     }
 
+    /// Removes a file of the run, if it is there.
+    pub(super) fn remove(&self, name: &str) -> Result<()> {
+        let path = self.path.join(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &path)(error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Where log-probabilities and answers are kept.
     pub(crate) fn cache(&self) -> PathBuf {
         self.path.join("cache")

@@ -9,8 +9,7 @@ use align::tabular::Table;
 use align::world::World;
 use engine::{Error, Result};
 
-use super::Run;
-use super::train::load_trained;
+use super::{Run, index_of};
 use crate::ui;
 use sacpo::recipe::JudgeSource;
 
@@ -20,8 +19,8 @@ pub(super) fn identity(run: &Run<'_>, metric: &str, hash: &dyn Fn(usize) -> Opti
     match &run.recipe.judge(metric)?.source {
         JudgeSource::Policy(policy) => {
             let planned = &run.plan.steps[policy.planned?];
-            let start = planned.parent.map_or(0, |parent| parent + 1);
-            Some(format!("implicit {} {} {}", planned.beta, hash(policy.planned? + 1)?, hash(start)?))
+            let start = index_of(planned.parent);
+            Some(format!("implicit {} {} {}", planned.beta, hash(index_of(policy.planned))?, hash(start)?))
         }
         JudgeSource::Quickstart(metric) => Some(format!("quickstart {} {metric:?}", run.recipe.run.seed)),
     }
@@ -44,9 +43,9 @@ pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro
                 return Err(Error::input("The base model is no judge. Name a trained policy."));
             };
             let &sacpo::recipe::PlannedStep { beta, parent, .. } = &run.plan.steps[planned];
-            let model = load_trained(&run.policies[planned + 1])?;
-            let start = parent.map(|parent| load_trained(&run.policies[parent + 1])).transpose()?;
-            let start = start.as_ref().unwrap_or(&run.base.model);
+            let model = run.policies[index_of(Some(planned))].load()?.first.model;
+            let start = parent.map(|parent| run.policies[index_of(Some(parent))].load()).transpose()?;
+            let start = start.as_ref().map_or(&run.base.model, |start| &start.first.model);
             ask(Judge::Implicit { policy: (&model).into(), start: start.into(), temperature: beta })
         }
         JudgeSource::Quickstart(metric) => {

@@ -20,6 +20,21 @@ pub(crate) struct Provenance {
     pub(crate) from: Vec<Provenance>,
 }
 
+impl Provenance {
+    /// Fails unless weights with this hash, which were read from `path`, are the policy's.
+    pub(super) fn check(&self, path: &Path, hash: &str) -> Result<()> {
+        if hash == self.model {
+            return Ok(());
+        }
+        Err(Error::input(format!(
+            "The weights in {} are not those of the policy `{}` that was made there. Put them back, or delete the folder above \
+             to make the policy again.",
+            path.display(),
+            self.policy
+        )))
+    }
+}
+
 /// How a policy was made.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "made_by", rename_all = "snake_case")]

@@ -48,21 +48,39 @@ impl Prompts {
         let data = &run.data[step];
         let of_data = |sequences: Vec<Sequences<'_>>| sequences.iter().map(|item| item.prompt.to_vec()).collect();
         let choosing = match &choice.prompts {
-            Some(path) => read(run, path)?,
+            Some(path) => read(run, path, data.plain_text)?,
             None => of_data(data.train.sequences()),
         };
         let held_out = match &choice.held_out_prompts {
-            Some(path) => read(run, path)?,
+            Some(path) => read(run, path, data.plain_text)?,
             None => of_data(data.validation.sequences()),
         };
+        let stopping = run.recipe.steps.iter().find(|step| step.train.patience.is_some());
+        if let (Some(step), None) = (stopping, &choice.held_out_prompts) {
+            return Err(Error::input(format!(
+                "The step `{}` chooses its weights by the held-out rows (train.patience), so these cannot certify what becomes of \
+                 it. Set constraint.held_out_prompts to a file of other prompts, or leave train.patience out.",
+                step.name
+            )));
+        }
         let choosing = different(choosing, &[]);
         let all = held_out.len();
-        let held_out = different(held_out, &choosing);
+        let trained = run.data.iter().flat_map(|data| data.train.sequences()).map(|item| item.prompt.to_vec());
+        let known: Vec<Vec<u32>> = trained.chain(choosing.iter().cloned()).collect();
+        let held_out = different(held_out, &known);
         if let Some(path) = choice.held_out_prompts.as_ref().filter(|_| held_out.len() < 2 && all >= 2) {
             return Err(Error::input(format!(
-                "Almost all prompts of {} are among those that λ is chosen from, so nothing is held out. Give other prompts.",
+                "Almost all prompts of {} are among those that steps train on or that λ is chosen from, so nothing is held out. \
+                 Give other prompts.",
                 path.display()
             )));
+        }
+        if held_out.len() < all {
+            ui::say(format!(
+                "Constraint: {} of {all} prompts are left out of the certificate, since they repeat others, or are trained on or \
+                 chosen from.",
+                all - held_out.len()
+            ));
         }
         let kinds =
             [(choosing, "prompts", "choose λ from", 0), (held_out, "held_out_prompts", "judge the policy on", 1)];
@@ -197,10 +215,11 @@ fn ended(mut tokens: Vec<u32>, end: Option<u32>) -> Vec<u32> {
     tokens
 }
 
-/// The prompts of a file as the model takes them.
-fn read(run: &Run<'_>, path: &Path) -> Result<Vec<Vec<u32>>> {
+/// The prompts of a file as the model takes them: as plain text, or in the chat template if there is one.
+fn read(run: &Run<'_>, path: &Path, plain_text: bool) -> Result<Vec<Vec<u32>>> {
     let tokenizer = &run.base.tokenizer;
-    let prompts = as_taken(data::read_prompts(path)?, tokenizer);
+    let prompts = data::read_prompts(path)?;
+    let prompts = if plain_text { prompts } else { as_taken(prompts, tokenizer) };
     tokenize(tokenizer, &(&run.base.model).into(), &prompts)
         .map_err(|error| Error::input(format!("In {}: {error}", path.display())))
 }

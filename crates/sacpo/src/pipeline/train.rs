@@ -9,7 +9,7 @@ use align::log::read_metric;
 use align::step::{Aligned, Alignment};
 use align::trainer::{TrainOptions, discard_state};
 use engine::checkpoint::Checkpoint;
-use engine::{Adapter, Error, Model, ModelConfig, Result};
+use engine::{Adapter, Error, ModelConfig, Result};
 
 use super::record::{Made, PolicyRecord, Provenance};
 use super::{Policy, Run, judge};
@@ -66,7 +66,8 @@ impl Training {
         let mut labels = String::new();
         for (metric, weight) in self.label_weights(step).into_iter().flatten() {
             let Some(judge) = judge::identity(run, metric, hash) else { return Ok(None) };
-            labels += &format!("{weight} {judge} ");
+            let made = if self.relabel.is_some() { "labels" } else { "margins" };
+            labels += &format!("{made} {weight} {judge} ");
         }
         let parts = [&*reference, &objective, &course, &data.train.fingerprint(), &held_out, stacked, &labels];
         Ok(Some(blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string()))
@@ -164,11 +165,11 @@ impl Training {
         let [data, validation] =
             [&run.data[self.step].train, &run.data[self.step].validation].map(|data| self.labelled(run, data));
         let (data, validation) = (data?, validation?);
-        let loaded = (self.parent != 0).then(|| load_trained(parent)).transpose()?;
+        let loaded = (self.parent != 0).then(|| parent.load()).transpose()?;
         let adapter_below = self.adapter_below(run, config)?;
         let folder = self.folder(run);
         let alignment = Alignment {
-            start: loaded.as_ref().unwrap_or(&base.model),
+            start: loaded.as_ref().map_or(&base.model, |loaded| &loaded.first.model),
             data: &data,
             validation: &validation,
             objective: &objective,
@@ -246,25 +247,4 @@ pub(super) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainO
         patience: train.patience.map(|patience| patience as u64),
         ema_decay: train.ema_decay,
     }
-}
-
-/// The model of a trained policy, which must be the one that was trained.
-pub(super) fn load_trained(policy: &Policy) -> Result<Model> {
-    let PolicyName::Model(path) = &policy.source else {
-        return Err(Error::Failed(format!(
-            "The policy `{}` is a mixture and has no weights of its own.",
-            policy.name()
-        )));
-    };
-    let loaded = Checkpoint::load(path).map_err(|error| {
-        Error::input(format!(
-            "The policy `{}` was trained, but cannot be read. {error} Put it back, or delete the folder above {} to train it \
-             again.",
-            policy.name(),
-            path.display()
-        ))
-    });
-    let model = loaded?.model;
-    policy.check_weights(&model)?;
-    Ok(model)
 }

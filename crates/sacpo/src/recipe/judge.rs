@@ -47,12 +47,7 @@ impl Judge {
         let source = match (section.text("policy")?, section.choice("quickstart", &WORLD_METRICS)?) {
             (Some(name), None) => {
                 let policy = trained.policy(section, "policy", &name)?;
-                if policy.planned.is_none() {
-                    return Err(section.error(
-                        "The base model is where implicit rewards are 0, so it is no judge. Name a policy that was trained on \
-                         the metric.",
-                    ));
-                }
+                check_implicit(section, &metric, &policy, trained)?;
                 JudgeSource::Policy(policy)
             }
             (None, Some(metric)) => JudgeSource::Quickstart(metric),
@@ -66,4 +61,37 @@ impl Judge {
         };
         Ok(Self { metric, source })
     }
+}
+
+/// Fails unless a policy's log-ratio to its start says what responses are worth by the metric.
+fn check_implicit(section: &Section<'_>, metric: &str, policy: &PolicyRef, trained: &Sweep<'_>) -> Result<()> {
+    let Some(planned) = policy.planned else {
+        return Err(section.error(
+            "The base model is where implicit rewards are 0, so it is no judge. Name a policy that was trained on the metric.",
+        ));
+    };
+    let step = &trained.steps[trained.plan[planned].step];
+    if step.metric != metric && trained.steps.iter().any(|other| other.metric == metric) {
+        return Err(section.error(&format!(
+            "The policy `{}` was trained on `{}`, and not on `{metric}`, on which there is another step. Name a policy of that one.",
+            policy.name, step.metric
+        )));
+    }
+    // parameters decide, not temperatures
+    let has_none = if !step.objective_at(1.0)?.uses_reference() {
+        Some(format!("`{}`, which has no reference", step.objective))
+    } else if step.objective == "modpo" {
+        Some("`modpo`, whose margins are in it too".to_owned())
+    } else if step.relabel.is_some() {
+        Some("labels that were drawn anew from several metrics".to_owned())
+    } else {
+        None
+    };
+    has_none.map_or(Ok(()), |how| {
+        Err(section.error(&format!(
+            "The policy `{}` was trained by {how}, so its log-ratio to its start is not the metric alone. Name a policy that was \
+             trained by `dpo` or another objective with a reference, on the data's own labels.",
+            policy.name
+        )))
+    })
 }

@@ -144,7 +144,7 @@ impl<'a> Section<'a> {
 
     /// A finite number in `range`.
     pub(super) fn number(&self, key: &str, range: impl RangeBounds<f64>) -> Result<Option<f64>> {
-        self.get(key, |node| as_number(node, &range), &format!("a number {}", described(&range)))
+        self.get(key, |node| as_number(node, &range), &format!("a number{}", described(&range)))
     }
 
     /// A finite number in `range`, or a list of such numbers that is not empty and repeats none.
@@ -158,7 +158,7 @@ impl<'a> Section<'a> {
             _ => as_number(node, &range).map(|value| vec![value]),
         };
         let range = described(&range);
-        self.get(key, read, &format!("a number {range}, or a list of different such numbers"))
+        self.get(key, read, &format!("a number{range}, or a list of different such numbers"))
     }
 
     /// Finite numbers under names of their own, at least one.
@@ -213,11 +213,11 @@ fn as_number(node: &Node, range: &impl RangeBounds<f64>) -> Option<f64> {
     (value.is_finite() && range.contains(&value)).then_some(value)
 }
 
-/// A range in words: "of at least 0 and less than 1".
+/// A range in words: " of at least 0 and less than 1", or nothing.
 fn described(range: &impl RangeBounds<f64>) -> String {
     let lower = match range.start_bound() {
-        Bound::Included(least) => format!("of at least {least}"),
-        Bound::Excluded(least) => format!("greater than {least}"),
+        Bound::Included(least) => format!(" of at least {least}"),
+        Bound::Excluded(least) => format!(" greater than {least}"),
         Bound::Unbounded => String::new(),
     };
     match range.end_bound() {

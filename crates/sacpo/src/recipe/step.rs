@@ -161,6 +161,12 @@ impl Step {
                 step.objective
             )));
         }
+        if step.relabel.is_some() && step.margin.is_some() {
+            return Err(section.error(
+                "It has both `relabel` and `margin`, but a pair's margin is for labels of another metric than those that are drawn \
+                 anew. Keep one of them.",
+            ));
+        }
         Ok(step)
     }
 
@@ -233,6 +239,9 @@ impl Temperature {
 
 /// Fails unless a name can name a folder on every system.
 pub(super) fn check_name(section: &Section<'_>, what: &str, name: &str) -> Result<()> {
+    if name == BASE {
+        return Err(section.error("The name `base` is taken by the untrained model. Set another `name`."));
+    }
     let safe = name.len() <= 64
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));

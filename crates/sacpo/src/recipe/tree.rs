@@ -81,8 +81,8 @@ pub(super) fn apply_override(root: &mut Table, setting: &str) -> Result<()> {
     };
     let keys: Vec<&str> = path.split('.').map(str::trim).collect();
     let [parents @ .., last] = keys.as_slice() else { return Err(no_such_place(&origin, path)) };
-    // no place in a recipe lies deeper than `step.1.beta`
-    if keys.len() > 3 || keys.iter().any(|key| key.is_empty()) {
+    // no place in a recipe lies deeper than `step.1.relabel.helpfulness`
+    if keys.len() > 4 || keys.iter().any(|key| key.is_empty()) {
         return Err(no_such_place(&origin, path));
     }
     let value = match DeValue::parse(text.trim()) {
