@@ -32,8 +32,8 @@ use data::{load_data, warn_of_objectives};
 use engine::checkpoint::{Checkpoint, StreamedModel, describe};
 use engine::{Error, LoraOptions, ModelConfig, Result};
 pub(crate) use folder::RunFolder;
-use record::Made;
 pub(crate) use record::Provenance;
+use record::{KeptAdapter, Made};
 use train::Training;
 
 use crate::policy::{self, PolicyName};
@@ -51,8 +51,8 @@ pub(crate) struct Policy {
     pub(crate) origin: Option<(f64, usize)>,
     /// Where its weights are, or those of the policies that are mixed.
     pub(crate) source: PolicyName,
-    /// The model that its adapter belongs to, if one was trained.
-    adapter_base: Option<PathBuf>,
+    /// Its adapter, if one was trained.
+    adapter: Option<KeptAdapter>,
     /// Ranking of each step's held-out pairs, in the order of the steps.
     pub(crate) validation: Vec<PreferenceReport>,
     /// Seconds of training or merging, also of the calls before this one.
@@ -228,7 +228,7 @@ impl<'r> Run<'r> {
             q: None,
             origin: None,
             source: PolicyName::Model(path.clone()),
-            adapter_base: None,
+            adapter: None,
             validation: Vec::new(),
             seconds: 0.0,
             provenance: Provenance {

@@ -92,10 +92,18 @@ fn labelled_responses_and_pairs_train_losses_of_single_responses() {
 fn data_that_lack_what_the_objective_needs_are_named() {
     let folder = folder();
     let labelled = labelled(&folder);
+    let without_flags = read_lines(material().data("safety")).into_iter().map(|mut row| {
+        row.as_object_mut().unwrap().retain(|name, _| !name.starts_with("safe_"));
+        row.to_string()
+    });
+    let plain = file(&folder, "plain.jsonl", without_flags.collect::<Vec<_>>().join("\n"));
     for (settings, parts) in [
         (vec![format!("step.2.data={labelled}")], &["single responses with a label", "`kto`, `bco`, `sft`"][..]),
         (vec!["step.2.objective=modpo".into()], &["`modpo`", "which row ", "`margin`"]),
-        (vec!["step.2.objective=safe-dpo".into()], &["`safe-dpo`", "`safe_chosen`", "safety.jsonl"]),
+        (
+            vec!["step.2.objective=safe-dpo".into(), format!("step.2.data={plain}")],
+            &["`safe-dpo`", "`safe_chosen`", "plain.jsonl"],
+        ),
         (vec!["step.2.objective=kto".into(), "train.batch_size=1".into()], &["at least 2", "batch_size is 1"]),
         (vec!["step.2.objective=dpo".into(), "step.2.gamma=1".into()], &["`gamma`", "`simpo`"]),
         (vec!["step.2.lora_rank=1000".into()], &["step `safety`", "the rank is 1000"]),
@@ -159,10 +167,19 @@ fn adapters_are_folded_or_stacked_and_make_the_policy() {
     assert_eq!(reference, read_json(step_of(&folder, "helpfulness", "policy.json"))["model"]);
     says(&fails(2, &run_with(&folder, &lora)), &["other data or options"]);
 
-    // a lost adapter is missed before the training of what would be stacked on it
-    fs::remove_dir_all(step_of(&folder, "helpfulness", "adapter")).unwrap();
+    // a changed or lost adapter is missed before the training of what would be stacked on it
     fs::remove_dir_all(step_of(&folder, "safety-0.25", "")).unwrap();
+    let weights = step_of(&folder, "helpfulness", "adapter/adapter_model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let last = bytes.len() - 4;
+    bytes[last] ^= 1;
+    fs::write(&weights, bytes).unwrap();
     let stack = [&lora[..], &["step.2.lora_previous=stack", "step.2.lora_rank=3"]].concat();
+    says(
+        &fails(2, &run_with(&folder, &stack)),
+        &["`helpfulness`", "not the one that was trained", "train the policy again"],
+    );
+    fs::remove_dir_all(step_of(&folder, "helpfulness", "adapter")).unwrap();
     says(&fails(2, &run_with(&folder, &stack)), &["adapter_config.json", "`helpfulness`", "train the policy again"]);
     assert!(!Path::new(&step_of(&folder, "safety-0.25", "metrics.jsonl")).exists());
 }

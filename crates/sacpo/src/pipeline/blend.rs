@@ -100,7 +100,7 @@ impl Between {
         let record = PolicyRecord {
             key,
             reference,
-            adapter_base: None,
+            adapter: None,
             version: env!("CARGO_PKG_VERSION").into(),
             seconds,
             provenance: policy.provenance.clone(),
@@ -146,7 +146,7 @@ impl Between {
             q: Some(self.q),
             origin: None,
             source,
-            adapter_base: None,
+            adapter: None,
             validation: Vec::new(),
             seconds,
             provenance: Provenance { policy: self.name.clone(), model, made, from },

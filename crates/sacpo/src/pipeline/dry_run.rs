@@ -63,7 +63,7 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
     let run = Run::new(recipe, inputs, &folder);
     let [trained, between] = run.complete()?;
     constraint::prompts(&run)?;
-    let mut measured: Vec<(Vec<String>, Rates)> = Vec::new();
+    let mut measured: Vec<(String, Rates)> = Vec::new();
     let mut scored: Vec<(usize, usize)> = Vec::new();
     let mut stages = Vec::new();
     let name = |planned: Option<usize>| planned.map_or("base", |i| &run.plan.steps[i].name).to_owned();
@@ -78,7 +78,9 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             State::Complete => None,
             _ => {
                 let step = &recipe.steps[planned.step];
-                let kind = vec![step.objective.to_owned(), format!("{:?}", step.train.lora())];
+                let train = &step.train;
+                let kind =
+                    format!("{} {:?} {:?} {}", step.objective, train.lora(), train.optimizer, train.micro_batch_tokens);
                 let rates = match measured.iter().find(|(other, _)| *other == kind) {
                     Some((_, rates)) => *rates,
                     None => {

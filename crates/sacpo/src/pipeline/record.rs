@@ -70,6 +70,15 @@ pub(crate) enum Made {
     },
 }
 
+/// An adapter that was trained.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct KeptAdapter {
+    /// The model that it belongs to.
+    pub(super) base: PathBuf,
+    /// [`engine::Adapter::hash`] of it.
+    pub(super) hash: String,
+}
+
 /// `policy.json`, written last: the policy is complete.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct PolicyRecord {
@@ -77,8 +86,8 @@ pub(super) struct PolicyRecord {
     pub(super) key: String,
     /// The hash of the model that it started from, or of those that were merged.
     pub(super) reference: String,
-    /// The model that the adapter beside the checkpoint belongs to; nothing if all weights were trained.
-    pub(super) adapter_base: Option<PathBuf>,
+    /// The adapter beside the checkpoint; nothing if all weights were trained.
+    pub(super) adapter: Option<KeptAdapter>,
     /// The version of the program.
     pub(super) version: String,
     /// Seconds that making it took.

@@ -11,7 +11,7 @@ use align::trainer::{TrainOptions, discard_state};
 use engine::checkpoint::Checkpoint;
 use engine::{Adapter, Error, ModelConfig, Result};
 
-use super::record::{Made, PolicyRecord, Provenance};
+use super::record::{KeptAdapter, Made, PolicyRecord, Provenance};
 use super::{Policy, Run, judge};
 use crate::policy::PolicyName;
 use crate::ui;
@@ -103,7 +103,7 @@ impl Training {
             q: None,
             origin: Some((self.beta, self.parent)),
             source: PolicyName::Model(self.folder(run).join("checkpoint")),
-            adapter_base: record.adapter_base,
+            adapter: record.adapter,
             validation: Vec::new(),
             seconds: record.seconds,
             provenance: record.provenance,
@@ -118,7 +118,7 @@ impl Training {
     /// The model that this policy's adapter belongs to, as a path that holds from any folder.
     fn adapter_base(&self, run: &Run<'_>) -> Result<PathBuf> {
         let parent = &run.policies[self.parent];
-        let below = parent.adapter_base.as_ref().filter(|_| self.stacks(run));
+        let below = parent.adapter.as_ref().map(|adapter| &adapter.base).filter(|_| self.stacks(run));
         let below = below.or(parent.path()).unwrap_or(&run.recipe.model.base);
         std::path::absolute(below).map_err(Error::io("find", below))
     }
@@ -127,7 +127,14 @@ impl Training {
     fn adapter_below(&self, run: &Run<'_>, config: &ModelConfig) -> Result<Option<Adapter>> {
         let parent = &run.policies[self.parent];
         let Some(path) = parent.path().filter(|_| self.stacks(run)) else { return Ok(None) };
-        let adapter = Adapter::load(&path.with_file_name(ADAPTER), config);
+        let known = parent.adapter.as_ref().map(|adapter| &adapter.hash);
+        let adapter = Adapter::load(&path.with_file_name(ADAPTER), config).and_then(|adapter| {
+            if known == Some(&adapter.hash()) {
+                Ok(adapter)
+            } else {
+                Err(Error::input("It is not the one that was trained."))
+            }
+        });
         adapter.map(Some).map_err(|error| {
             Error::input(format!(
                 "The adapter of the policy `{}`, on which the next is to be stacked, is not usable. {error} Put it back, or \
@@ -178,11 +185,16 @@ impl Training {
             cache: &run.folder.cache(),
         };
         let Aligned { policy, adapter, records } = alignment.run(&mut ui::TrainingBar::new("training"))?;
+        let adapter = match (adapter, &adapter_below) {
+            (Some(adapter), Some(below)) => Some(Adapter::stack(config, &[below, &adapter])?),
+            (adapter, _) => adapter,
+        };
+        let kept = |adapter: &Adapter| Ok(KeptAdapter { base: self.adapter_base(run)?, hash: adapter.hash() });
         let seconds = read_metric(&folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
         let record = PolicyRecord {
             key: self.key(run, &|index| run.hash(index))?.unwrap_or_default(),
             reference: parent.hash().to_owned(),
-            adapter_base: adapter.as_ref().map(|_| self.adapter_base(run)).transpose()?,
+            adapter: adapter.as_ref().map(kept).transpose()?,
             version: env!("CARGO_PKG_VERSION").into(),
             seconds,
             provenance: Provenance {
@@ -205,11 +217,8 @@ impl Training {
         let checkpoint =
             Checkpoint { model: policy, tokenizer: base.tokenizer.clone(), generation: base.generation.clone() };
         checkpoint.save(&folder.join("checkpoint"))?;
-        if let (Some(mut adapter), Some(model_below)) = (adapter, &record.adapter_base) {
-            if let Some(below) = adapter_below {
-                adapter = Adapter::stack(config, &[&below, &adapter])?;
-            }
-            adapter.save(model_below, &folder.join(ADAPTER))?;
+        if let (Some(adapter), Some(kept)) = (adapter, &record.adapter) {
+            adapter.save(&kept.base, &folder.join(ADAPTER))?;
         }
         record.write(&folder, &folder.join("checkpoint"))?;
         discard_state(&folder)?;
