@@ -1,13 +1,14 @@
 //! Generation: cached keys and values, continuous batching, greedy and random sampling.
 
-use rand::distr::{Distribution, StandardUniform};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+mod sequence;
 
-use crate::decoder::{Decoder, KeyValueCache};
+use rand::Rng;
+use rand::distr::{Distribution, StandardUniform};
+
+use crate::decoder::Decoder;
 use crate::error::{Error, Result};
 use crate::mixture::Mixture;
-use crate::ops::attention::{Heads, Prefix, Span};
+use sequence::{PassCache, SeenPrompt, Sequence};
 
 /// How the next token is chosen, and when an answer ends.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,6 +130,7 @@ pub fn generate<'a>(
     let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
     let mut waiting = prompts.iter().enumerate();
     let mut active: Vec<Sequence> = Vec::new();
+    let mut seen: Option<SeenPrompt> = None;
     let mut done = 0;
     loop {
         while active.len() < options.batch_size {
@@ -139,20 +141,36 @@ pub fn generate<'a>(
             break;
         }
         // prompts by themselves, so that the bits of an answer do not depend on which others are in progress
-        active.sort_by_key(|sequence| sequence.pending.len() > 1);
-        let first_prompt = active.partition_point(|sequence| sequence.pending.len() == 1);
-        let (next, prompts) = active.split_at_mut(first_prompt);
-        let mut tokens = Vec::new();
-        for sequences in [next, prompts] {
-            if !sequences.is_empty() {
-                let logits = next_logits(&policy, &mut decoders, sequences, &mut sum);
-                for (sequence, logits) in sequences.iter_mut().zip(logits.chunks_exact(policy.vocab_size())) {
-                    tokens.push(sequence.choose(logits, options)?);
-                }
+        let (mut next, new): (Vec<_>, Vec<_>) = active.into_iter().partition(|sequence| sequence.pending.len() == 1);
+        let mut chosen = Vec::new();
+        if !next.is_empty() {
+            let logits = next_logits(&policy, &mut decoders, &mut next, &mut sum);
+            for (mut sequence, logits) in next.into_iter().zip(logits.chunks_exact(policy.vocab_size())) {
+                let token = sequence.choose(logits, options)?;
+                chosen.push((sequence, token));
             }
         }
-        let mut still = Vec::with_capacity(active.len());
-        for (mut sequence, token) in active.into_iter().zip(tokens) {
+        // a prompt that comes several times in a row is computed once: by the first, which sets `seen` for its copies
+        let comes_again = |index: usize| prompts.get(index + 1) == Some(&prompts[index]);
+        let (mut first, copies): (Vec<_>, Vec<_>) =
+            new.into_iter().partition(|sequence| sequence.index == 0 || !comes_again(sequence.index - 1));
+        let mut copies = copies.into_iter().peekable();
+        let logits = if first.is_empty() { &[] } else { next_logits(&policy, &mut decoders, &mut first, &mut sum) };
+        let mut first = first.into_iter().zip(logits.chunks_exact(policy.vocab_size())).peekable();
+        loop {
+            let until = first.peek().map_or(prompts.len(), |(sequence, _)| sequence.index);
+            while let (Some(mut sequence), Some(seen)) = (copies.next_if(|copy| copy.index < until), &seen) {
+                let logits = seen.copy_to(&mut sequence);
+                let token = sequence.choose(logits, options)?;
+                chosen.push((sequence, token));
+            }
+            let Some((mut sequence, logits)) = first.next() else { break };
+            seen = comes_again(sequence.index).then(|| SeenPrompt::new(&sequence, logits));
+            let token = sequence.choose(logits, options)?;
+            chosen.push((sequence, token));
+        }
+        let mut still = Vec::with_capacity(chosen.len());
+        for (mut sequence, token) in chosen {
             match sequence.accept(token, options, context, decode)? {
                 Some(answer) => {
                     answers[sequence.index] = Some(answer);
@@ -222,128 +240,6 @@ fn check_prompt(policy: &Mixture<'_>, prompt: &[u32], index: usize) -> Result<()
     }
 }
 
-/// A sequence in generation.
-struct Sequence {
-    index: usize,
-    /// For each pass of the policy, what each of its policies keeps of past tokens.
-    caches: Vec<Vec<Cache>>,
-    past: usize,
-    /// Tokens that the model has not seen yet: the prompt, then one token at a time.
-    pending: Vec<u32>,
-    answer: Vec<u32>,
-    rng: ChaCha8Rng,
-}
-
-/// Keys and values of past tokens, per block `[past, key_value_width]`.
-#[derive(Clone)]
-struct Cache {
-    keys: Vec<Vec<f32>>,
-    values: Vec<Vec<f32>>,
-}
-
-impl Sequence {
-    /// A sequence that the policy has not seen yet.
-    fn new(index: usize, prompt: &[u32], policy: &Mixture<'_>, seed: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(index as u64);
-        let caches = policy.passes().iter().map(|pass| {
-            let blocks = vec![Vec::new(); pass.model.config.num_hidden_layers];
-            vec![Cache { keys: blocks.clone(), values: blocks }; pass.adapters.len()]
-        });
-        Self { index, caches: caches.collect(), past: 0, pending: prompt.to_vec(), answer: Vec::new(), rng }
-    }
-
-    fn positions(&self) -> impl Iterator<Item = u32> + use<> {
-        (self.past as u32)..(self.past + self.pending.len()) as u32
-    }
-
-    /// The next token.
-    ///
-    /// # Errors
-    /// [`Error::Failed`] for logits that are not numbers.
-    fn choose(&mut self, logits: &[f32], options: &SamplingOptions) -> Result<u32> {
-        choose(logits, options, &mut self.rng).ok_or_else(|| {
-            Error::Failed(format!(
-                "The model's logits for prompt {} are not numbers. Its weights are damaged, or training diverged: check the \
-                 checkpoint.",
-                self.index + 1
-            ))
-        })
-    }
-
-    /// Takes the next token; returns the answer when it is complete.
-    fn accept(
-        &mut self,
-        token: u32,
-        options: &SamplingOptions,
-        context: usize,
-        decode: &dyn Fn(&[u32]) -> Result<String>,
-    ) -> Result<Option<Answer>> {
-        let ended = options.end_tokens.contains(&token);
-        if !ended {
-            self.answer.push(token);
-            self.pending = vec![token];
-        }
-        let full = self.answer.len() >= options.max_new_tokens || self.past + 1 >= context;
-        let mut stopped_at = None;
-        if !options.stop.is_empty() {
-            let text = decode(&self.answer)?;
-            stopped_at =
-                options.stop.iter().filter_map(|s| text.find(s.as_str())).min().map(|at| text[..at].to_owned());
-        }
-        if !(ended || full || stopped_at.is_some()) {
-            return Ok(None);
-        }
-        let finish = if ended || stopped_at.is_some() { Finish::Stop } else { Finish::Length };
-        let tokens = std::mem::take(&mut self.answer);
-        let text = stopped_at.map_or_else(|| decode(&tokens), Ok)?;
-        Ok(Some(Answer { tokens, text, finish, end: ended.then_some(token) }))
-    }
-}
-
-/// The sequences of one forward pass; its rows are their pending tokens, under one policy after the other.
-struct PassCache<'s> {
-    heads: Heads,
-    /// The place of the pass in the mixture.
-    pass: usize,
-    sequences: &'s mut [Sequence],
-}
-
-impl PassCache<'_> {
-    /// Number of policies of the pass.
-    fn policies(&self) -> usize {
-        self.sequences.first().map_or(0, |sequence| sequence.caches[self.pass].len())
-    }
-}
-
-impl KeyValueCache for PassCache<'_> {
-    fn spans(&self, block: usize) -> Vec<Span<'_>> {
-        let mut end = 0;
-        let of_policies = (0..self.policies()).flat_map(|policy| self.sequences.iter().map(move |s| (policy, s)));
-        let spans = of_policies.map(|(policy, s)| {
-            let start = end;
-            end += s.pending.len();
-            let Cache { keys, values } = &s.caches[self.pass][policy];
-            Span { rows: start..end, prefix: Prefix::Cache { keys: &keys[block], values: &values[block] } }
-        });
-        spans.collect()
-    }
-
-    fn store(&mut self, block: usize, qkv: &[f32]) {
-        let (q, kv) = (self.heads.query_width(), self.heads.key_value_width());
-        let mut rows = qkv.chunks_exact(self.heads.qkv_width());
-        for policy in 0..self.policies() {
-            for sequence in &mut *self.sequences {
-                let cache = &mut sequence.caches[self.pass][policy];
-                for row in rows.by_ref().take(sequence.pending.len()) {
-                    cache.keys[block].extend_from_slice(&row[q..q + kv]);
-                    cache.values[block].extend_from_slice(&row[q + kv..]);
-                }
-            }
-        }
-    }
-}
-
 /// The next token, or nothing when a logit is not a number.
 fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Option<u32> {
     if logits.iter().any(|l| l.is_nan()) {
@@ -390,6 +286,9 @@ fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Opti
 
 #[cfg(test)]
 mod tests {
+    use rand::SeedableRng;
+    use rand_chacha::ChaCha8Rng;
+
     use super::*;
     use crate::batch::PackedBatch;
     use crate::mixture::tests::adapted;
@@ -406,6 +305,34 @@ mod tests {
 
     fn prompts() -> Vec<Vec<u32>> {
         vec![vec![1, 2, 3], vec![4], vec![5, 6, 7, 8, 9], vec![10, 1], vec![3, 3, 3]]
+    }
+
+    #[test]
+    fn a_prompt_that_comes_again_is_answered_as_if_it_did_not() {
+        let [model, second] = [3, 4].map(|seed| Model::random(tiny_config(), 0.5, seed));
+        let prompts = prompts();
+        let in_a_row: Vec<Vec<u32>> =
+            prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), 7)).collect();
+        for policy in [Mixture::from(&model), Mixture::new(&model, &second, 0.4).unwrap()] {
+            for batch_size in [1, 3, 8, 64] {
+                let options =
+                    SamplingOptions { max_new_tokens: 5, temperature: 1.0, batch_size, ..SamplingOptions::default() };
+                let answers =
+                    |prompts: &[Vec<u32>]| generate(policy.clone(), prompts, &options, &text, &mut |_| Ok(())).unwrap();
+                let together = answers(&in_a_row);
+                for place in 0..7 {
+                    // every seventh stays, between prompts that differ from their neighbours
+                    let apart: Vec<Vec<u32>> = (0..in_a_row.len())
+                        .map(|i| if i % 7 == place { in_a_row[i].clone() } else { vec![2, 1 + (i % 10) as u32, 5] })
+                        .collect();
+                    let apart = answers(&apart);
+                    assert!(
+                        (place..in_a_row.len()).step_by(7).all(|i| apart[i] == together[i]),
+                        "{batch_size}, {place}"
+                    );
+                }
+            }
+        }
     }
 
     #[test]
