@@ -173,6 +173,8 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
         let message = fails(2, &["quickstart", "--size", size, "--seed", seed, "--out", &text(made)]);
         says(&message, &["another size, seed or objective", "--out"]);
     }
+    let recipe = text(&made.join("recipe.toml"));
+    says(&fails(2, &["run", &recipe]), &["the folder of a quickstart", "run.out"]);
     assert!(files(made) == before);
 }
 

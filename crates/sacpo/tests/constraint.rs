@@ -292,8 +292,19 @@ fn a_run_is_finished_as_long_as_its_prompts_are_the_same() {
 #[test]
 fn too_few_answers_are_the_reason_that_no_policy_is_nearer() {
     let folder = folder();
-    let result = constraint(&folder, &safe(-0.1, "").replace("answers = 24", "answers = 6"));
-    says(result["reason"].as_str().unwrap(), &["6 answers are worth only"]);
+    let result = constraint(&folder, &safe(0.02, "").replace("answers = 24", "answers = 16"));
+    says(result["reason"].as_str().unwrap(), &["16 answers are worth only"]);
+}
+
+#[test]
+fn answers_that_were_cut_are_told() {
+    let folder = folder();
+    let result = constraint(&folder, &safe(-0.2, "").replace("max_new_tokens = 24", "max_new_tokens = 4"));
+    assert!(number(&result["unfinished"]) > 0.5, "{result}");
+    let page = fs::read_to_string(Path::new(&out(&folder)).join("summary.md")).unwrap();
+    says(&page, &["% of its answers were cut before their end", "constraint.max_new_tokens"]);
+    let whole = constraint(&common::folder(), &safe(-1.0, ""));
+    assert!(number(&whole["unfinished"]) < 0.2, "{whole}");
 }
 
 #[test]

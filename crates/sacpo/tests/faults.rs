@@ -267,6 +267,12 @@ fn what_a_run_made_is_not_built_on_when_it_was_changed() {
     let steps = Path::new(&out(&folder)).join("steps");
     let helpful = steps.join("helpfulness");
 
+    // another command's folder stays as it is
+    let before = files(out(&folder));
+    let quickstart = ["quickstart", "--size", "small", "--out", &out(&folder)];
+    says(&fails(2, &quickstart), &["a run that is no quickstart", "--out"]);
+    assert!(files(out(&folder)) == before);
+
     // what a killed process leaves is swept
     for (parent, name) in [(steps.clone(), ".sacpo-1.partial"), (helpful.clone(), ".sacpo-2.partial")] {
         fs::create_dir(parent.join(name)).unwrap();

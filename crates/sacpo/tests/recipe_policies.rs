@@ -261,7 +261,7 @@ fn constraints_name_their_step_and_how_to_meet_them() {
     // the step of its metric is found, and need not have a sweep of its own
     let found = CHAIN.replace("beta_over_lambda = [0.1, 0.025]\n", "");
     let quickstart = "[[judge]]\nmetric = \"harmlessness\"\nquickstart = \"safety\"\n";
-    let all = "realise = \"train\"\nconfidence = 0.9\nprompts = \"p\"\nheld_out_prompts = \"q\"\nmax_prompts = 5\nanswers = 3\nmax_new_tokens = 7\nshots = 1\n";
+    let all = "realise = \"train\"\nconfidence = 0.9\nprompts = \"p\"\nheld_out_prompts = \"q\"\nmax_prompts = 5\nanswers = 17\nmax_new_tokens = 7\nshots = 1\n";
     let recipe = read(&[&found, quickstart, constraint, all]);
     assert_eq!(trained(&recipe), ["helpfulness < base @ 0.1"]);
     assert_eq!(recipe.constraints[0].choice.as_ref().unwrap().held_out_prompts.as_deref(), Some(Path::new("q")));

@@ -162,6 +162,12 @@ fn claim(folder: &RunFolder, options: &Quickstart) -> Result<()> {
             path.display()
         ))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            if folder.path.join("recipe.toml").exists() {
+                return Err(Error::input(format!(
+                    "{} holds a run that is no quickstart. Choose another folder with --out.",
+                    folder.path.display()
+                )));
+            }
             folder.write("quickstart.json", &format!("{wanted:#}\n"))
         }
         Err(error) => Err(Error::io("read", &path)(error)),

@@ -69,6 +69,12 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
         return if global.json { print_json(&forecast) } else { ui::print(forecast.text()) };
     }
     let folder = RunFolder::open(&recipe.run.out)?;
+    if folder.path.join("quickstart.json").exists() {
+        return Err(Error::input(format!(
+            "{} is the folder of a quickstart, whose exact results this run would write over. Set another run.out.",
+            folder.path.display()
+        )));
+    }
     let key = manifest::key(recipe, &inputs)?;
     if let Some(results) = manifest::finished(&folder, &key) {
         ui::say(format!("The run in {} is finished. Nothing is done.", folder.path.display()));
@@ -85,8 +91,13 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     {
         let curves = curves(&outcome, &folder, metric)?;
         // not every objective has margins
-        if !curves.is_empty() {
-            folder.write(file, &curves_svg(title, metric, &curves)?)?;
+        if curves.is_empty() {
+            continue;
+        }
+        // the results matter more than their picture
+        match curves_svg(title, metric, &curves) {
+            Ok(plot) => folder.write(file, &plot)?,
+            Err(error) => ui::say(format!("Warning: {file} is not drawn. {error}")),
         }
     }
     let table = validation_table(&metrics, &outcome.policies);

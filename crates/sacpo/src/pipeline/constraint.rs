@@ -38,6 +38,8 @@ pub(crate) struct Outcome {
     beta_over_lambda: Option<f64>,
     /// Why there is no policy, or why there may be a better one.
     reason: Option<String>,
+    /// The share of the judged policy's answers to held-out prompts that did not end within their length.
+    unfinished: Option<f64>,
     /// Numbers of prompts that λ was chosen from, and that were held out.
     prompts: [usize; 2],
     answers: usize,
@@ -147,6 +149,7 @@ pub(super) fn meet(run: &mut Run<'_>, prompts: Option<[Prompts; 2]>) -> Result<O
         }
         None => vec![None; thresholds.len()],
     };
+    let unfinished = best.as_ref().map(|shot| held_out.unfinished(run, &run.policies[shot.index])).transpose()?;
     let constraints: Vec<Met> = run
         .recipe
         .constraints
@@ -170,6 +173,7 @@ pub(super) fn meet(run: &mut Run<'_>, prompts: Option<[Prompts; 2]>) -> Result<O
         policy: policy.map(|policy| policy.name().to_owned()),
         beta_over_lambda: policy.and_then(|policy| policy.beta_over_lambda),
         reason,
+        unfinished,
         prompts: numbers,
         answers: choice.answers,
         constraints,
@@ -261,7 +265,8 @@ impl Search<'_, '_> {
             if shots.len() == self.choice.shots {
                 let met = shots.iter().any(|shot| shot.margin(&self.thresholds) >= 0.0);
                 let reason = format!(
-                    "none of the policies made for it ({}) meets the constraint{}. Raise constraint.shots",
+                    "on the prompts that λ is chosen from, none of the policies made for it ({}) meets the constraint{}. Raise \
+                     constraint.shots, or train longer",
                     shots.len(),
                     if met { " closely" } else { "" }
                 );
@@ -388,7 +393,7 @@ impl Outcome {
             let (Some(certificate), Some(lambda)) = (met.certificate, met.lambda) else { continue };
             let _ = write!(
                 text,
-                ", made for λ = {lambda:.3}, has {:.3} of {} on {} held-out prompts ({} % bounds {:.3} and {:.3})",
+                ", made for λ = {lambda:.3}, has {:.3} of {} on {} held-out prompts (one-sided {} % bounds {:.3} and {:.3})",
                 certificate.safety,
                 met.metric,
                 self.prompts[1],
@@ -398,6 +403,13 @@ impl Outcome {
             );
         }
         text.push('.');
+        if let Some(unfinished) = self.unfinished.filter(|share| *share >= 0.01) {
+            let _ = write!(
+                text,
+                " Note: {:.0} % of its answers were cut before their end, and were judged so. Raise constraint.max_new_tokens.",
+                100.0 * unfinished
+            );
+        }
         if let Some(reason) = &self.reason {
             let _ = write!(text, " Note: {reason}.");
         }

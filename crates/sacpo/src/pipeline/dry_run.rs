@@ -126,7 +126,8 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
         });
     }
     Ok(Forecast {
-        seconds: stages.iter().filter_map(|stage| stage.seconds).sum(),
+        // the sum of nothing would be −0
+        seconds: stages.iter().filter_map(|stage| stage.seconds).fold(0.0, |sum, seconds| sum + seconds),
         peak_memory_bytes: memory::peak().filter(|_| !measured.is_empty()),
         stages,
     })
@@ -197,8 +198,8 @@ impl Forecast {
             self.peak_memory_bytes.map(|bytes| format!(", {:.2} GiB of memory", bytes as f64 / (1u64 << 30) as f64));
         let memory = memory.unwrap_or_default();
         text += &format!(
-            "Open trainings: about {:.0} s{memory}, by two optimizer steps on this machine. Merging, judging, ranking and answers are \
-             not estimated. Nothing was written.",
+            "Open trainings: about {:.0} s{memory}, by two optimizer steps on this machine. Merging, judging, ranking, answers and \
+             the trainings that a constraint asks for are not estimated. Nothing was written.",
             self.seconds
         );
         text

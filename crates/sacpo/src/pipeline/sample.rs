@@ -133,6 +133,14 @@ impl Prompts {
         metrics.iter().map(of_metric).collect()
     }
 
+    /// The share of a policy's answers that did not end by themselves.
+    pub(super) fn unfinished(&self, run: &Run<'_>, policy: &Policy) -> Result<f64> {
+        let answers = self.answers(run, policy)?;
+        let ends = |answer: &&Vec<u32>| answer.last().is_some_and(|last| self.options.end_tokens.contains(last));
+        let ended = answers.iter().flatten().filter(ends).count();
+        Ok(1.0 - ended as f64 / answers.iter().map(Vec::len).sum::<usize>() as f64)
+    }
+
     /// The scores of answers, each different one judged once.
     fn judged(&self, run: &Run<'_>, metric: &str, answers: &Answers) -> Result<Table> {
         let different: Vec<Vec<&[u32]>> = answers.iter().map(|of_prompt| sorted(of_prompt)).collect();

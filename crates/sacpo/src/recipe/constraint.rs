@@ -26,6 +26,9 @@ pub(super) const CONSTRAINT_KEYS: &[&str] = &[
     "shots",
 ];
 
+/// From fewer answers to a prompt no λ above 0 can be chosen, since it takes ten effective ones.
+const MIN_ANSWERS: usize = 16;
+
 /// `[constraint]`: the least expected score of one metric.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Constraint {
@@ -68,7 +71,7 @@ pub struct ChoiceOptions {
     pub held_out_prompts: Option<PathBuf>,
     /// The number of different prompts of each kind at most, ≥ 2, drawn by the seed. Default 200.
     pub max_prompts: usize,
-    /// Answers that are drawn for each prompt, ≥ 1. Default 64.
+    /// Answers that are drawn for each prompt, ≥ 16. Default 64.
     pub answers: usize,
     /// The length of an answer at most, in tokens, ≥ 1. Default 128.
     pub max_new_tokens: usize,
@@ -202,7 +205,7 @@ impl ChoiceOptions {
             prompts: section.text("prompts")?.map(PathBuf::from),
             held_out_prompts: section.text("held_out_prompts")?.map(PathBuf::from),
             max_prompts: section.count("max_prompts", 2)?.unwrap_or(200),
-            answers: section.count("answers", 1)?.unwrap_or(64),
+            answers: section.count("answers", MIN_ANSWERS)?.unwrap_or(64),
             max_new_tokens: section.count("max_new_tokens", 1)?.unwrap_or(128),
             shots: section.count("shots", 1)?.unwrap_or(4),
         })
