@@ -1,9 +1,9 @@
 //! Whether policies that are really trained in the quickstart world are where the theory says.
 //!
-//!     cargo run --release -p sacpo-align --example quickstart_bars -- 10 11 12 13 14
+//!     cargo run --release -p sacpo-align --example quickstart_bars -- 30 31 32 33 34
 //!
 //! For every seed three tables, with exact expectations, and a summary over seeds in the end; `docs/quickstart.md` has the
-//! results. A seed takes some eight minutes on two cores.
+//! results. A seed takes some ten minutes on two cores.
 //!
 //! 1. Ĝ(λ), estimated from answers of π_r, against E\[g*\] of policies trained at β/λ, on training prompts.
 //! 2. Safety first with the β/λ, then reward with the β, against the original order, on held-out prompts. The interval of a
