@@ -5,40 +5,14 @@
 mod common;
 
 use std::collections::HashSet;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use align::data::{DataFile, Format, PreferencePair, Prompt, read_pairs, read_prompts, split};
-use common::{chat, pair, shared};
-use flate2::Compression;
-use flate2::write::GzEncoder;
+use common::{chat, file, gzip, lines, pair, shared};
 use proptest::prelude::*;
 use serde_json::{Value, json};
-use tempfile::TempDir;
 
 // ------------------------------------------------------------------------------------------- helpers
-
-struct TempFile {
-    _folder: TempDir,
-    path: PathBuf,
-}
-
-fn file(name: &str, bytes: impl AsRef<[u8]>) -> TempFile {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join(name);
-    std::fs::write(&path, bytes).unwrap();
-    TempFile { _folder: folder, path }
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
-    encoder.write_all(bytes).unwrap();
-    encoder.finish().unwrap()
-}
-
-fn lines(rows: &[Value]) -> String {
-    rows.iter().map(|row| format!("{row}\n")).collect()
-}
 
 fn read(path: &Path) -> DataFile<PreferencePair> {
     read_pairs(path, None, "helpfulness", false).unwrap()

@@ -136,7 +136,7 @@ fn tokenised_pairs_of_the_world_have_the_values_of_their_texts() {
     let pairs: Vec<_> = drawn.iter().map(|p| pair(Prompt::Text(p.prompt.clone()), &p.chosen, &p.rejected)).collect();
     let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None).unwrap();
     let options = RenderOptions { max_length: 26, template_tail: TemplateTail::Drop, long_prompts: LongPrompts::Error };
-    let tokenized = tokenize_pairs(&pairs, "pairs.jsonl".as_ref(), &tokenizer, &options).unwrap();
+    let tokenized = tokenize_pairs(&pairs, &|row| row.to_string(), &tokenizer, &options).unwrap();
     let items: Vec<_> = tokenized.rows.iter().map(TokenizedPair::sequences).collect();
     let found = scores(&Judge::Quickstart { world: &world, metric: Metric::Safety }, &items, None);
     let mut cut = 0;

@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::path::Path;
-
 use align::data::{
     LongPrompts, PreferencePair, Prompt, RenderOptions, TemplateTail, Tokenized, TokenizedPair, read_pairs,
     tokenize_pairs, tokenize_prompt,
@@ -59,7 +57,7 @@ fn tokenize(
     tokenizer: &Tokenizer,
     options: &RenderOptions,
 ) -> engine::Result<Tokenized<TokenizedPair>> {
-    tokenize_pairs(pairs, Path::new("rows.jsonl"), tokenizer, options)
+    tokenize_pairs(pairs, &|row| format!("Line {row} of rows.jsonl"), tokenizer, options)
 }
 
 /// Prompt, chosen, rejected with `|` between their tokens.
@@ -165,7 +163,7 @@ fn prompts_without_room_are_errors_or_dropped() {
         .collect();
     let options = RenderOptions { max_length: 3, ..OPTIONS };
     let error = tokenize(&pairs, &tokenizer, &options).unwrap_err().to_string();
-    for part in ["Row 11 of rows.jsonl", "3 tokens", "max_length is 3", "long_prompts"] {
+    for part in ["Line 11 of rows.jsonl", "3 tokens", "max_length is 3", "long_prompts"] {
         assert!(error.contains(part), "{part} is not in: {error}");
     }
     let dropped = tokenize(&pairs, &tokenizer, &RenderOptions { long_prompts: LongPrompts::Drop, ..options }).unwrap();
@@ -217,7 +215,7 @@ fn pairs_that_cannot_be_rendered_are_named() {
         let error = tokenize(std::slice::from_ref(pair), &tokenizer, &OPTIONS).unwrap_err();
         assert_eq!(error.exit_code(), 2);
         let error = error.to_string();
-        assert!(error.starts_with("Row 1 of rows.jsonl") && error.contains(reason), "{error}");
+        assert!(error.starts_with("Line 1 of rows.jsonl") && error.contains(reason), "{error}");
     }
 }
 

@@ -192,7 +192,7 @@ pub(crate) struct Train {
     /// Folder in Hugging Face's layout, or .gguf file: where training starts, and the reference.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PathBuf,
-    /// Preference pairs or labelled responses, .jsonl, .jsonl.gz or .json.
+    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder or a pattern ('train-*.parquet').
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     /// What the preferences are about, such as helpfulness or harmlessness.
@@ -227,7 +227,7 @@ pub(crate) struct Logps {
     /// Allow q outside 0 to 1 in mix(A, B, q), which leads beyond the models.
     #[arg(long)]
     pub(crate) extrapolate: bool,
-    /// Preference pairs, .jsonl, .jsonl.gz or .json.
+    /// Preference pairs: .jsonl, .json or Parquet; a file, a folder or a pattern ('train-*.parquet').
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     /// Which preference to read from files that hold several.
@@ -259,7 +259,7 @@ pub(crate) struct Logps {
     sacpo loss --objective kto --beta 0.1 --undesirable-weight 0.5 singles.jsonl.gz --json\n\n\
     The loss is the mean over the rows (sft: over the desirable ones), and gradients are those of the mean. docs/objectives.md lists the objectives.")]
 pub(crate) struct Loss {
-    /// Rows of log-probabilities, .jsonl, .jsonl.gz or .json.
+    /// Rows of log-probabilities: .jsonl, .json or Parquet.
     pub(crate) file: PathBuf,
     /// The loss.
     #[arg(long, value_parser = PossibleValuesParser::new(objective::NAMES))]
@@ -335,7 +335,7 @@ pub(crate) struct Generate {
     /// A prompt; may be given several times.
     #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "prompts")]
     pub(crate) prompt: Vec<String>,
-    /// A file of prompts: .txt with one a line, or .json, .jsonl, .jsonl.gz with a column `prompt`.
+    /// A file of prompts: .txt with one a line, or .jsonl, .json, .csv or Parquet with a column `prompt`.
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub(crate) prompts: Option<PathBuf>,
     /// A system message before every prompt.

@@ -276,7 +276,8 @@ fn a_run_is_finished_as_long_as_its_prompts_are_the_same() {
     let prompts = at(&folder, "prompts.jsonl");
     fs::copy(quickstart().join("data/prompts.jsonl"), &prompts).unwrap();
     let recipe = recipe(&folder, &safe(-1.0, ""));
-    let arguments = ["run", &recipe, "--set", &format!("constraint.1.prompts={prompts}")].map(str::to_owned);
+    let arguments =
+        ["run", &recipe, "--set", &format!("constraint.1.prompts={}", at(&folder, "pro*.jsonl"))].map(str::to_owned);
     let dry: Vec<String> = arguments.iter().cloned().chain(["--dry-run".into()]).collect();
     let state = |forecast: &Value| forecast["stages"].as_array().unwrap().last().unwrap()["state"].clone();
     assert_eq!(state(&json(&dry)), "open");

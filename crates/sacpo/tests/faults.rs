@@ -54,7 +54,7 @@ fn data_that_is_no_data_is_named_by_file_row_and_column() {
         ("garbage.json.gz", [&[0x1f, 0x8b][..], &[7; 500]].concat(), &["garbage.json.gz", "gzip"]),
         ("empty.jsonl", Vec::new(), &["empty.jsonl", "no rows"]),
         ("blank.jsonl", b"\n\n \n".to_vec(), &["blank.jsonl", "no rows"]),
-        ("long.jsonl", rows(&long), &["Row 2 of", "long.jsonl", "81 tokens", "64", "no room", "long_prompts"]),
+        ("long.jsonl", rows(&long), &["Line 2 of", "long.jsonl", "81 tokens", "64", "no room", "long_prompts"]),
     ];
     for (name, bytes, parts) in cases {
         let path = file(&folder, name, bytes);
@@ -62,7 +62,9 @@ fn data_that_is_no_data_is_named_by_file_row_and_column() {
         says(&fails(2, &["logps", "--model", &base, "--data", &path]), parts);
     }
     says(&refused(&folder, 2, &base, &at(&folder, "nowhere.jsonl"), &[]), &["nowhere.jsonl", "Check the path"]);
-    says(&refused(&folder, 2, &base, &text(folder.path()), &[]), &["directory", "Give a file"]);
+    // all files of a folder are one data set
+    says(&refused(&folder, 2, &base, &text(folder.path()), &[]), &["Line 2 of", "column.jsonl", "`rejected`"]);
+    says(&refused(&folder, 2, &base, &at(&folder, "none-*.jsonl"), &[]), &["No file matches", "none-*.jsonl"]);
 }
 
 #[test]

@@ -80,11 +80,17 @@ fn labelled_responses_and_pairs_train_losses_of_single_responses() {
     let positive: Vec<&str> = positive.lines().filter(|line| line.contains("true")).collect();
     let second = common::folder();
     let one_class = file(&second, "positive.jsonl", positive.join("\n"));
-    let outcome = done(&run_with(
-        &second,
-        &["step.2.objective=kto", &format!("step.2.data={one_class}"), "step.1.objective=sft"],
-    ));
-    says(&outcome.stderr, &["KTO's rule is a ratio from 1 to 4/3", "One of the classes is missing"]);
+    let unlabelled: Vec<String> = positive.iter().map(|line| line.replace("\"label\":true", "\"id\":0")).collect();
+    let demonstrations = file(&second, "demonstrations.jsonl", unlabelled.join("\n"));
+    let settings = [
+        "step.1.objective=sft",
+        &format!("step.1.data={demonstrations}"),
+        "step.2.objective=kto",
+        &format!("step.2.data={one_class}"),
+    ];
+    let outcome = done(&run_with(&second, &settings));
+    let trained = "Step helpfulness: 120 labelled responses";
+    says(&outcome.stderr, &[trained, "KTO's rule is a ratio from 1 to 4/3", "One of the classes is missing"]);
     assert!(metrics(&second, "safety-0.25").iter().all(|line| line["loss"].as_f64().is_some_and(f64::is_finite)));
 }
 
@@ -98,8 +104,8 @@ fn data_that_lack_what_the_objective_needs_are_named() {
     });
     let plain = file(&folder, "plain.jsonl", without_flags.collect::<Vec<_>>().join("\n"));
     for (settings, parts) in [
-        (vec![format!("step.2.data={labelled}")], &["single responses with a label", "`kto`, `bco`, `sft`"][..]),
-        (vec!["step.2.objective=modpo".into()], &["`modpo`", "which row ", "`margin`"]),
+        (vec![format!("step.2.data={labelled}")], &["single responses", "`kto`, `bco`, `sft`"][..]),
+        (vec!["step.2.objective=modpo".into()], &["`modpo`", "Line ", "`margin`"]),
         (
             vec!["step.2.objective=safe-dpo".into(), format!("step.2.data={plain}")],
             &["`safe-dpo`", "`safe_chosen`", "plain.jsonl"],

@@ -1,8 +1,8 @@
 //! Preference data: from a file to tokens.
 //!
 //! ```text
-//! file ──read──► rows ──schema──► PreferencePair ──split──► training, validation ──render──► TokenizedPair
-//!                                 LabelledExample                                           TokenizedExample
+//! files ──source──► rows ──schema──► PreferencePair ──split──► training, validation ──render──► TokenizedPair
+//!                                    LabelledExample                                           TokenizedExample
 //! ```
 //!
 //! `docs/data.md` describes the formats and the rules for users.
@@ -12,10 +12,9 @@ mod read;
 mod relabel;
 mod render;
 mod schema;
+mod source;
 mod split;
 mod statistics;
-
-use std::path::PathBuf;
 
 use engine::chat::Message;
 use serde_json::{Map, Value};
@@ -28,6 +27,7 @@ pub use render::{
     tokenize_pairs, tokenize_prompt,
 };
 pub use schema::Format;
+pub use source::{Places, files};
 pub use split::{Answered, split, without_prompts, without_repetitions};
 pub use statistics::{ExampleCounts, Lengths, PairCounts, disagreement};
 
@@ -55,7 +55,8 @@ pub struct PreferencePair {
     pub is_unsafe: Option<[bool; 2]>,
     /// Σ_j w_j (m_j(chosen) − m_j(rejected)) of other metrics, where the row has it.
     pub margin: Option<f64>,
-    /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
+    /// The 1-based line of the file, or row where it is a JSON array or Parquet; of several files, after those of the files
+    /// before. [`Places::of`] says which file and line that is.
     pub row: usize,
 }
 
@@ -64,7 +65,7 @@ pub struct PreferencePair {
 pub struct Record {
     /// The values by their column.
     pub columns: Map<String, Value>,
-    /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
+    /// The 1-based number of the row in the data set, as in [`PreferencePair::row`].
     pub row: usize,
     /// Row and file, for messages: "Line 3 of logps.jsonl".
     pub place: String,
@@ -79,16 +80,16 @@ pub struct LabelledExample {
     pub completion: String,
     /// Whether it is a response to learn from, instead of one to avoid.
     pub desirable: bool,
-    /// The 1-based line of the file, or the 1-based element where the file is one JSON array.
+    /// The 1-based number of the row in the data set, as in [`PreferencePair::row`].
     pub row: usize,
 }
 
-/// The rows of a file as pairs or as labelled examples, in its order.
+/// The rows of a file, or of several, as pairs or as labelled examples, in their order.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DataFile<T> {
-    /// The file.
-    pub path: PathBuf,
-    /// The schema of its rows, found or given.
+    /// Where the rows stand.
+    pub places: Places,
+    /// The schema of the rows, found or given.
     pub format: Format,
     /// What the usable rows hold, at least one.
     pub rows: Vec<T>,

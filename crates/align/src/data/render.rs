@@ -1,7 +1,5 @@
 //! Pairs as the tokens that the model sees.
 
-use std::path::Path;
-
 use engine::chat::Message;
 use engine::tokenizer::Tokenizer;
 use engine::{Error, Result};
@@ -89,7 +87,10 @@ pub struct Tokenized<T> {
     pub cut_prompts: usize,
 }
 
-/// Tokenises pairs; `path` is the file they come from, for messages.
+/// Names a row in messages, from its number: [`Places::of`](super::Places::of).
+type Place<'a> = &'a (dyn Fn(usize) -> String + Sync);
+
+/// Tokenises pairs; `place` gives file and line of a row from its number, for messages.
 ///
 /// A response starts on a token boundary: the prompt's tokens are those that generation starts from.
 /// It ends with exactly one EOS, unless it is truncated. Errors name the row: a conversation without a
@@ -97,14 +98,14 @@ pub struct Tokenized<T> {
 /// a response that gives no tokens, and a prompt of `max_length` tokens or more unless those are dropped.
 pub fn tokenize_pairs(
     pairs: &[PreferencePair],
-    path: &Path,
+    place: Place<'_>,
     tokenizer: &Tokenizer,
     options: &RenderOptions,
 ) -> Result<Tokenized<TokenizedPair>> {
     tokenize_rows(
         pairs,
         |pair| pair.row,
-        path,
+        place,
         |pair| {
             let responses = [("chosen response", &*pair.chosen), ("rejected response", &pair.rejected)];
             let fitted = tokenize_responses(&pair.prompt, responses, tokenizer, options)?;
@@ -119,14 +120,14 @@ pub fn tokenize_pairs(
 /// Tokenises labelled responses, as [`tokenize_pairs`] does pairs.
 pub fn tokenize_examples(
     examples: &[LabelledExample],
-    path: &Path,
+    place: Place<'_>,
     tokenizer: &Tokenizer,
     options: &RenderOptions,
 ) -> Result<Tokenized<TokenizedExample>> {
     tokenize_rows(
         examples,
         |example| example.row,
-        path,
+        place,
         |example| {
             let fitted = tokenize_responses(&example.prompt, [("response", &*example.completion)], tokenizer, options)?;
             Ok(fitted.map(|Fitted { prompt, responses: [response], cuts }| {
@@ -142,13 +143,11 @@ pub fn tokenize_examples(
 fn tokenize_rows<R: Sync, T: Send>(
     rows: &[R],
     number: impl Fn(&R) -> usize + Sync,
-    path: &Path,
+    place: Place<'_>,
     tokens: impl Fn(&R) -> Result<Option<(T, Cuts)>> + Sync,
 ) -> Result<Tokenized<T>> {
     let tokenize = |row: &R| {
-        tokens(row).map_err(|error| {
-            Error::input(format!("Row {} of {} cannot be tokenised. {error}", number(row), path.display()))
-        })
+        tokens(row).map_err(|error| Error::input(format!("{} cannot be tokenised. {error}", place(number(row)))))
     };
     let all: Vec<Result<Option<(T, Cuts)>>> = rows.par_iter().map(tokenize).collect();
     let mut tokenized =

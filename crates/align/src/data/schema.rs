@@ -32,11 +32,13 @@ pub enum Format {
     Hh,
     /// `prompt`, `completion`, `label`: single responses, desirable or not, as TRL reads them.
     Unpaired,
+    /// `prompt` and `completion`, or `messages`: single responses to learn from.
+    Sft,
 }
 
 impl Format {
     /// All formats.
-    pub const ALL: [Self; 4] = [Self::Trl, Self::Pku, Self::Hh, Self::Unpaired];
+    pub const ALL: [Self; 5] = [Self::Trl, Self::Pku, Self::Hh, Self::Unpaired, Self::Sft];
 
     /// The name in recipes and on the command line.
     pub fn name(self) -> &'static str {
@@ -45,6 +47,7 @@ impl Format {
             Self::Pku => "pku",
             Self::Hh => "hh",
             Self::Unpaired => "unpaired",
+            Self::Sft => "sft",
         }
     }
 
@@ -55,7 +58,7 @@ impl Format {
         } else if has("completion") && has("label") {
             Some(Self::Unpaired)
         } else if !has("chosen") || !has("rejected") {
-            None
+            (has("completion") || has("messages")).then_some(Self::Sft)
         } else if !has("prompt") && row["chosen"].is_string() {
             Some(Self::Hh)
         } else {
@@ -92,10 +95,10 @@ impl BadRow {
         Self { column: Some(column), problem: problem.into() }
     }
 
-    /// A sentence that names file, row and column.
-    pub(super) fn describe(&self, path: &Path, unit: &str, number: usize) -> String {
+    /// A sentence that names file, row and column; `place` is the first two.
+    pub(super) fn describe(&self, place: &str) -> String {
         let column = self.column.map(|column| format!(", column `{column}`")).unwrap_or_default();
-        format!("{unit} {number} of {}{column}: {}", path.display(), self.problem)
+        format!("{place}{column}: {}", self.problem)
     }
 }
 
@@ -110,6 +113,7 @@ pub(super) enum Schema {
     PkuFlags,
     Hh,
     Unpaired,
+    Sft,
 }
 
 impl Schema {
@@ -121,7 +125,7 @@ impl Schema {
                 "The rows of {} are no preference pairs: the columns are {}. Expected are `prompt`, `chosen`, `rejected` \
                  (TRL), `chosen`, `rejected` (hh-rlhf transcripts or message lists), or `prompt`, `response_0`, \
                  `response_1` with `better_response_id` or `safer_response_id` (PKU-SafeRLHF). Single responses have \
-                 `prompt`, `completion`, `label`.",
+                 `prompt`, `completion` and perhaps `label`, or `messages`.",
                 path.display(),
                 columns()
             ))
@@ -129,8 +133,8 @@ impl Schema {
         match format {
             Format::Trl => Ok(Self::Trl),
             Format::Hh => Ok(Self::Hh),
-            Format::Unpaired => Err(Error::input(format!(
-                "The rows of {} are single responses with a label, but the objective compares the two responses of a \
+            Format::Unpaired | Format::Sft => Err(Error::input(format!(
+                "The rows of {} are single responses, but the objective compares the two responses of a \
                  pair. Choose an objective of single responses (`kto`, `bco`, `sft`), or data with `chosen` and `rejected`.",
                 path.display()
             ))),
@@ -163,6 +167,7 @@ impl Schema {
     pub(super) fn find_labelled(first: &Columns, path: &Path, format: Option<Format>, metric: &str) -> Result<Self> {
         match format.or_else(|| Format::of_row(first)) {
             Some(Format::Unpaired) => Ok(Self::Unpaired),
+            Some(Format::Sft) => Ok(Self::Sft),
             Some(Format::Pku)
                 if matches!(metric, "harmlessness" | "safety") && SAFE.iter().all(|flag| first.contains_key(*flag)) =>
             {
@@ -178,6 +183,7 @@ impl Schema {
             Self::Pku { .. } | Self::PkuFlags => Format::Pku,
             Self::Hh => Format::Hh,
             Self::Unpaired => Format::Unpaired,
+            Self::Sft => Format::Sft,
         }
     }
 
@@ -187,7 +193,7 @@ impl Schema {
             Self::Trl => (["chosen", "rejected"], trl(row)?),
             Self::Hh => (["chosen", "rejected"], hh(row)?),
             Self::Pku { label } => pku(row, label)?,
-            Self::PkuFlags | Self::Unpaired => return Err(BadRow::whole("the row holds no pair.")),
+            Self::PkuFlags | Self::Unpaired | Self::Sft => return Err(BadRow::whole("the row holds no pair.")),
         };
         for (column, answer) in columns.iter().zip([&chosen, &rejected]) {
             not_blank(answer, column)?;
@@ -223,6 +229,10 @@ impl Schema {
                 let (prompt, completion) = unpaired(columns)?;
                 not_blank(&completion, "completion")?;
                 Ok(vec![example(prompt, completion, flag(columns, "label")?)])
+            }
+            Self::Sft => {
+                let (prompt, completion) = demonstration(columns)?;
+                Ok(vec![example(prompt, completion, true)])
             }
             Self::PkuFlags => {
                 let (prompt, responses) = pku_responses(columns)?;
@@ -312,6 +322,28 @@ fn unpaired(row: &Columns) -> RowResult<(Prompt, String)> {
         }
         value => Ok((prompt_of(row)?, text(value, "completion")?.to_owned())),
     }
+}
+
+/// The prompt and the response of a row of single responses without labels.
+fn demonstration(row: &Columns) -> RowResult<(Prompt, String)> {
+    if row.get("label").is_some_and(|label| !label.is_null()) {
+        return Err(BadRow::at(
+            "label",
+            "the row has a label, but the rows are read as `sft`, which have none. Give the format `unpaired`.",
+        ));
+    }
+    if row.contains_key("completion") {
+        let (prompt, completion) = unpaired(row)?;
+        not_blank(&completion, "completion")?;
+        return Ok((prompt, completion));
+    }
+    let mut conversation = match column(row, "messages")? {
+        Value::Array(list) => messages(list, "messages")?,
+        other => return Err(BadRow::at("messages", format!("expected a list of messages, found {}.", short(other)))),
+    };
+    let answer = pop_answer(&mut conversation, "messages")?;
+    not_blank(&answer, "messages")?;
+    Ok((Prompt::Chat(prompt_messages(conversation, "messages")?), answer))
 }
 
 fn hh(row: &Columns) -> RowResult<Answers> {

@@ -1,11 +1,15 @@
 //! What the tests of preference data share.
-#![allow(dead_code)]
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use align::data::{PreferencePair, Prompt};
 use engine::chat::Message;
+use flate2::Compression;
+use flate2::write::GzEncoder;
+use serde_json::Value;
+use tempfile::TempDir;
 
 /// A file of the shared test data, or nothing (loudly) where that is absent.
 pub(crate) fn shared(name: &str) -> Option<PathBuf> {
@@ -41,4 +45,29 @@ pub(crate) fn chat(turns: &[(&str, &str)]) -> Prompt {
 /// A pair on row 1.
 pub(crate) fn pair(prompt: Prompt, chosen: &str, rejected: &str) -> PreferencePair {
     PreferencePair { prompt, chosen: chosen.into(), rejected: rejected.into(), is_unsafe: None, margin: None, row: 1 }
+}
+
+/// A file that goes with its folder.
+pub(crate) struct TempFile {
+    _folder: TempDir,
+    pub(crate) path: PathBuf,
+}
+
+/// A file of this name that holds these bytes.
+pub(crate) fn file(name: &str, bytes: impl AsRef<[u8]>) -> TempFile {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    TempFile { _folder: folder, path }
+}
+
+pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// JSON lines.
+pub(crate) fn lines(rows: &[Value]) -> String {
+    rows.iter().map(|row| format!("{row}\n")).collect()
 }

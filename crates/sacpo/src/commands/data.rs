@@ -80,11 +80,11 @@ impl Rows {
     fn tokens(&self, tokenizer: &Tokenizer, render: &RenderOptions) -> Result<(Dataset, usize)> {
         Ok(match self {
             Self::Pairs(file) => {
-                let tokenized = tokenize_pairs(&file.rows, &file.path, tokenizer, render)?;
+                let tokenized = tokenize_pairs(&file.rows, &|row| file.places.of(row), tokenizer, render)?;
                 (Dataset::Pairs(tokenized.rows), tokenized.truncated_responses)
             }
             Self::Examples(file) => {
-                let tokenized = tokenize_examples(&file.rows, &file.path, tokenizer, render)?;
+                let tokenized = tokenize_examples(&file.rows, &|row| file.places.of(row), tokenizer, render)?;
                 (Dataset::Examples(tokenized.rows), tokenized.truncated_responses)
             }
         })

@@ -45,7 +45,7 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
         long_prompts: LongPrompts::Error,
     };
     let first = &file.rows[..options.limit.unwrap_or(usize::MAX).min(file.rows.len())];
-    let tokenized = data::tokenize_pairs(first, &options.data, tokenizer, &render)?;
+    let tokenized = data::tokenize_pairs(first, &|row| file.places.of(row), tokenizer, &render)?;
     let pairs = tokenized.rows;
     let bar = ui::bar(pairs.len() as u64, "log-probabilities");
     let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();

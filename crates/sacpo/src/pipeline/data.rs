@@ -1,9 +1,7 @@
 //! The data of a step: read, divided, tokenised, and checked against what its objective needs.
 
-use std::path::Path;
-
 use align::data::{
-    self, Answered, DataFile, Dataset, Prompt, RenderOptions, Tokenized, TokenizedExample, TokenizedPair,
+    self, Answered, DataFile, Dataset, Places, Prompt, RenderOptions, Tokenized, TokenizedExample, TokenizedPair,
 };
 use align::objective::{Objective, Pairwise, Unpaired, WeightRule};
 use align::trainer::check_size;
@@ -65,7 +63,7 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
     let loaded = match objective {
         Objective::Pairwise(objective) => {
             let file = data::read_pairs(path, *format, metric, skip)?;
-            let keep = |pair: &TokenizedPair| can_learn(pair, &objective, step);
+            let keep = |pair: &TokenizedPair, places: &Places| can_learn(pair, places, &objective, step);
             let plain_text = is_plain_text(&file.rows);
             let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_pairs, keep)?;
             StepData { train: Dataset::Pairs(train), validation: Dataset::Pairs(validation), plain_text }
@@ -73,7 +71,7 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
         Objective::Unpaired(objective) => {
             let file = data::read_examples(path, *format, metric, skip)?;
             // what is not imitated need not be computed
-            let keep = |example: &TokenizedExample| Ok(objective != Unpaired::Sft || example.desirable);
+            let keep = |example: &TokenizedExample, _: &Places| Ok(objective != Unpaired::Sft || example.desirable);
             let plain_text = is_plain_text(&file.rows);
             let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_examples, keep)?;
             check_kto_weights(&train, &objective, step);
@@ -116,17 +114,17 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
     Ok(loaded)
 }
 
-/// Tokenises a list of rows of a file.
-type Tokenize<R, T> = fn(&[R], &Path, &Tokenizer, &RenderOptions) -> Result<Tokenized<T>>;
+/// Tokenises a list of rows.
+type Tokenize<R, T> = fn(&[R], &(dyn Fn(usize) -> String + Sync), &Tokenizer, &RenderOptions) -> Result<Tokenized<T>>;
 
-/// The rows of a file to train on and to hold out, as tokens; says what was left out or cut.
+/// The rows of a data set to train on and to hold out, as tokens; says what was left out or cut.
 fn divide<R: Answered, T>(
     file: DataFile<R>,
     step: &Step,
     tokenizer: &Tokenizer,
     seed: u64,
     tokenize: Tokenize<R, T>,
-    keep: impl Fn(&T) -> Result<bool>,
+    keep: impl Fn(&T, &Places) -> Result<bool>,
 ) -> Result<[Vec<T>; 2]> {
     let options = &step.data_options;
     let render = RenderOptions {
@@ -143,13 +141,13 @@ fn divide<R: Answered, T>(
     let (train, validation) = data::split(rows, options.validation_fraction, seed);
     let (mut dropped, mut cut, mut truncated, mut useless) = (0, 0, 0, 0);
     let mut tokens = |rows: &[R], most: Option<usize>| {
-        let tokenized = tokenize(rows, &step.data, tokenizer, &render)?;
+        let tokenized = tokenize(rows, &|row| file.places.of(row), tokenizer, &render)?;
         dropped += tokenized.dropped_prompts;
         cut += tokenized.cut_prompts;
         truncated += tokenized.truncated_responses;
         let mut kept = Vec::with_capacity(tokenized.rows.len());
         for row in tokenized.rows {
-            if keep(&row)? {
+            if keep(&row, &file.places)? {
                 kept.push(row);
             } else {
                 useless += 1;
@@ -182,15 +180,14 @@ fn divide<R: Answered, T>(
 ///
 /// # Errors
 /// If the pair lacks a label that the objective needs.
-fn can_learn(pair: &TokenizedPair, objective: &Pairwise, step: &Step) -> Result<bool> {
+fn can_learn(pair: &TokenizedPair, places: &Places, objective: &Pairwise, step: &Step) -> Result<bool> {
     let lacks = |what: &str| {
         Err(Error::input(format!(
-            "The objective `{}` of the step `{}` needs {what}, which row {} of {} does not have. Add it to the data, or \
-             choose another objective.",
+            "The objective `{}` of the step `{}` needs {what}. {} does not have it. Add it to the data, or choose another \
+             objective.",
             step.objective,
             step.name,
-            pair.row,
-            step.data.display()
+            places.of(pair.row)
         )))
     };
     match (objective, pair.is_unsafe, pair.margin) {

@@ -62,7 +62,9 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     }
     let choice = recipe.constraints.first().and_then(|constraint| constraint.choice.as_ref());
     for path in choice.into_iter().flat_map(|choice| [&choice.prompts, &choice.held_out_prompts]).flatten() {
-        hasher.update(blake3::hash(&std::fs::read(path).map_err(Error::io("read", path))?).as_bytes());
+        for file in align::data::files(path)? {
+            hasher.update(blake3::hash(&std::fs::read(&file).map_err(Error::io("read", &file))?).as_bytes());
+        }
     }
     Ok(hasher.finalize().to_hex().to_string())
 }

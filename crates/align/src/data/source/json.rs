@@ -1,0 +1,40 @@
+//! Rows of JSON lines and JSON arrays.
+
+use std::path::Path;
+
+use engine::{Error, Result};
+use serde_json::Value;
+
+use super::super::schema::{BadRow, Columns, RowResult};
+use super::bytes::Input;
+use super::{LINE, ROW, Visit};
+
+/// Calls `visit` with each row.
+pub(super) fn visit(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Result<()> {
+    if input.peek()?.trim_ascii_start().first() != Some(&b'[') {
+        return input.visit_lines(|number, line| {
+            visit(LINE, number, serde_json::from_slice(line).map_err(|error| invalid(&error)).and_then(object))
+        });
+    }
+    let rows: Vec<Value> = serde_json::from_slice(&input.rest()?).map_err(|error| {
+        Error::input(format!(
+            "{} is not a valid JSON array: {error}. Correct it there; if the file was cut off, fetch or write it again.",
+            path.display()
+        ))
+    })?;
+    rows.into_iter().zip(1..).try_for_each(|(value, number)| visit(ROW, number, object(value)))
+}
+
+fn object(value: Value) -> RowResult<Columns> {
+    match value {
+        Value::Object(columns) => Ok(columns),
+        _ => Err(BadRow::whole("the row is not a JSON object with named columns.")),
+    }
+}
+
+fn invalid(error: &serde_json::Error) -> BadRow {
+    // The parser saw one line only, so its own "at line 1 column …" would mislead.
+    let text = error.to_string();
+    let reason = text.rsplit_once(" at line ").map_or(text.as_str(), |(reason, _)| reason);
+    BadRow::whole(format!("the line is not one valid JSON object: {reason}, at character {}.", error.column()))
+}

@@ -1,0 +1,88 @@
+//! Rows of files, whatever their kind: JSON lines, JSON arrays, Parquet, and plain text and CSV for prompts.
+
+mod bytes;
+mod files;
+mod json;
+mod parquet;
+mod table;
+
+use std::path::Path;
+
+use engine::{Error, Result};
+
+pub use files::{Places, files};
+
+use self::bytes::Input;
+use self::files::place;
+use super::schema::{Columns, RowResult};
+
+/// What is counted in files of text, and in those that have no lines to look up.
+const LINE: &str = "Line";
+const ROW: &str = "Row";
+
+/// Takes what is counted, the 1-based number in the file, and the columns of a row.
+type Visit<'a> = &'a mut dyn FnMut(&'static str, usize, RowResult<Columns>) -> Result<()>;
+
+/// One row of a data set.
+pub(super) struct Row {
+    /// The 1-based number in the data set: in its file, and after all numbers of the files before.
+    pub(super) number: usize,
+    /// File and row, for messages.
+    pub(super) place: String,
+    pub(super) columns: RowResult<Columns>,
+}
+
+/// Which files are allowed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kinds {
+    /// JSON and Parquet.
+    Records,
+    /// Those, and text and CSV.
+    Prompts,
+}
+
+/// Calls `visit` with each row of each file that `path` names, in order.
+pub(super) fn visit_rows(path: &Path, kinds: Kinds, mut visit: impl FnMut(Row) -> Result<()>) -> Result<Places> {
+    let mut places = Places::default();
+    let mut last = 0;
+    for file in files(path)? {
+        let before = last;
+        let mut first = true;
+        visit_file(&file, kinds, &mut |unit, number, columns| {
+            if std::mem::take(&mut first) {
+                places.push(&file, unit, before);
+            }
+            last = before + number;
+            visit(Row { number: last, place: place(&file, unit, number), columns })
+        })?;
+    }
+    Ok(places)
+}
+
+fn visit_file(path: &Path, kinds: Kinds, visit: Visit<'_>) -> Result<()> {
+    let name = path.to_string_lossy().to_ascii_lowercase();
+    let name = [".gz", ".zst"].iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(&name);
+    let mut input = Input::open(path)?;
+    if kinds == Kinds::Prompts && name.ends_with(".txt") {
+        return table::visit_text(&mut input, visit);
+    }
+    if name.ends_with(".csv") {
+        return match kinds {
+            Kinds::Prompts => table::visit_csv(path, &mut input, visit),
+            Kinds::Records => Err(Error::input(format!(
+                "{} is a CSV file, which can hold a list of prompts only. Save the rows as JSON lines or Parquet.",
+                path.display()
+            ))),
+        };
+    }
+    if !input.peek()?.starts_with(parquet::MAGIC) {
+        return json::visit(path, &mut input, visit);
+    }
+    match input.compression {
+        None => parquet::visit(path, visit),
+        Some(compression) => Err(Error::input(format!(
+            "{} is a Parquet file inside {compression}. Decompress it; the columns of a Parquet file are compressed already.",
+            path.display()
+        ))),
+    }
+}
