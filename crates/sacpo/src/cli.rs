@@ -98,7 +98,7 @@ pub(crate) struct InspectData {
 /// A file of preference data and how to read it.
 #[derive(Debug, Args)]
 pub(crate) struct DataSource {
-    /// Preference pairs or labelled responses, .jsonl, .jsonl.gz or .json.
+    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder or a pattern ('train-*.parquet').
     pub(crate) file: PathBuf,
     /// Read the file as this objective would: `kto`, `bco` and `sft` take single responses, all others pairs.
     #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(objective::NAMES))]

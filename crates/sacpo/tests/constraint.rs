@@ -291,10 +291,10 @@ fn a_run_is_finished_as_long_as_its_prompts_are_the_same() {
 }
 
 #[test]
-fn too_few_answers_are_the_reason_that_no_policy_is_nearer() {
+fn too_few_answers_to_reach_lambda_are_told() {
     let folder = folder();
-    let result = constraint(&folder, &safe(0.02, "").replace("answers = 24", "answers = 16"));
-    says(result["reason"].as_str().unwrap(), &["16 answers are worth only"]);
+    let recipe = recipe(&folder, &safe(0.02, "shots = 1").replace("answers = 24", "answers = 16"));
+    says(&done(&["run", &recipe]).stderr, &["16 answers are worth only", "they reach to λ = ", "Draw more answers"]);
 }
 
 #[test]
