@@ -242,7 +242,12 @@ fn json_lines_hold_the_rows_under_trl_names() {
     assert_eq!(lines.lines().count(), 20);
     for (line, pair) in lines.lines().zip(&pairs) {
         let row: serde_json::Value = serde_json::from_str(line).unwrap();
-        let expected = serde_json::json!({ "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected });
+        let prompt = world.train_prompts.iter().find(|prompt| prompt.text == pair.prompt).unwrap();
+        let safe = |text: &str| world.answers(prompt).iter().find(|answer| answer.text == text).unwrap().safety >= 0.0;
+        let expected = serde_json::json!({
+            "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected,
+            "safe_chosen": safe(&pair.chosen), "safe_rejected": safe(&pair.rejected),
+        });
         assert_eq!(row, expected);
     }
     let samples = world.sft_samples(1, 0);
