@@ -58,7 +58,7 @@ fn a_file_is_counted() {
     let counts = json(&["data", "stats", &path]);
     assert_eq!(
         counts["counts"],
-        json!({"pairs": 4, "prompts": 1, "duplicates": 1, "contradictions": 1, "chosen_is_longer": 3, "flagged": 0,
+        json!({"rows": 4, "prompts": 1, "duplicates": 1, "contradictions": 1, "chosen_is_longer": 3, "flagged": 0,
             "safe": [0, 0]})
     );
     assert_eq!(
@@ -92,7 +92,7 @@ fn a_file_is_counted() {
     let single = json(&["data", "stats", &path, "--objective", "kto"]);
     assert_eq!(
         single["counts"],
-        json!({"responses": 8, "prompts": 1, "desirable": 4, "duplicates": 3, "contradictions": 2})
+        json!({"rows": 8, "prompts": 1, "desirable": 4, "duplicates": 3, "contradictions": 2})
     );
 }
 

@@ -29,7 +29,7 @@ pub use render::{
 pub use schema::Format;
 pub use source::{Places, files};
 pub use split::{Answered, split, without_prompts, without_repetitions};
-pub use statistics::{ExampleCounts, Lengths, PairCounts, disagreement};
+pub use statistics::{ExampleCounts, Lengths, PairCounts, RowCounts, disagreement};
 
 /// What a response answers.
 #[derive(Debug, Clone, PartialEq, Eq)]

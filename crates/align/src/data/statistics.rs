@@ -4,20 +4,45 @@ use std::collections::{HashMap, HashSet};
 
 use serde::Serialize;
 
-use super::split::turns;
+use super::split::{Answered, turns};
 use super::{LabelledExample, PreferencePair};
 
-/// Counts over preference pairs.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct PairCounts {
-    /// All pairs.
-    pub pairs: usize,
+/// What rows repeat.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RowCounts {
+    /// All rows.
+    pub rows: usize,
     /// Different prompts.
     pub prompts: usize,
-    /// Pairs that say the same as one before them.
+    /// Rows that say the same as one before them.
     pub duplicates: usize,
-    /// Pairs whose responses one before them ranks the other way round.
+    /// Rows that say the opposite of one before them.
     pub contradictions: usize,
+}
+
+impl RowCounts {
+    /// Counts rows in the order of their file.
+    pub fn new<T: Answered>(rows: &[T]) -> Self {
+        let (mut seen, mut prompts) = (HashSet::new(), HashSet::new());
+        let (mut duplicates, mut contradictions) = (0, 0);
+        for row in rows {
+            let (prompt, responses) = (turns(row.prompt()), row.responses());
+            // the preferred response comes first
+            let opposite: Vec<(&str, bool)> = responses.iter().rev().map(|(text, label)| (*text, !label)).collect();
+            contradictions += usize::from(seen.contains(&(prompt.clone(), opposite)));
+            prompts.insert(prompt.clone());
+            duplicates += usize::from(!seen.insert((prompt, responses)));
+        }
+        Self { rows: rows.len(), prompts: prompts.len(), duplicates, contradictions }
+    }
+}
+
+/// Counts over preference pairs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PairCounts {
+    /// What they repeat.
+    #[serde(flatten)]
+    pub rows: RowCounts,
     /// Pairs whose chosen response has more characters than the rejected one. Far from half, a policy can learn length.
     pub chosen_is_longer: usize,
     /// Pairs that say of both responses whether they are safe.
@@ -29,62 +54,32 @@ pub struct PairCounts {
 impl PairCounts {
     /// Counts pairs in the order of their file.
     pub fn new(pairs: &[PreferencePair]) -> Self {
-        let mut seen = HashSet::new();
-        let mut counts = Self {
-            pairs: pairs.len(),
-            prompts: pairs.iter().map(|pair| turns(&pair.prompt)).collect::<HashSet<_>>().len(),
-            duplicates: 0,
-            contradictions: 0,
-            chosen_is_longer: 0,
-            flagged: 0,
-            safe: [0, 0],
-        };
-        for PreferencePair { prompt, chosen, rejected, is_unsafe, .. } in pairs {
-            let prompt = turns(prompt);
-            counts.contradictions += usize::from(seen.contains(&(prompt.clone(), rejected, chosen)));
-            counts.duplicates += usize::from(!seen.insert((prompt, chosen, rejected)));
-            counts.chosen_is_longer += usize::from(chosen.chars().count() > rejected.chars().count());
-            if let Some(flags) = is_unsafe {
-                counts.flagged += 1;
-                counts.safe.iter_mut().zip(flags).for_each(|(safe, is_unsafe)| *safe += usize::from(!is_unsafe));
-            }
+        let longer = |pair: &&PreferencePair| pair.chosen.chars().count() > pair.rejected.chars().count();
+        let flags = || pairs.iter().filter_map(|pair| pair.is_unsafe);
+        Self {
+            rows: RowCounts::new(pairs),
+            chosen_is_longer: pairs.iter().filter(longer).count(),
+            flagged: flags().count(),
+            safe: [0, 1].map(|response| flags().filter(|is_unsafe| !is_unsafe[response]).count()),
         }
-        counts
     }
 }
 
 /// Counts over labelled responses.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct ExampleCounts {
-    /// All responses.
-    pub responses: usize,
-    /// Different prompts.
-    pub prompts: usize,
+    /// What they repeat.
+    #[serde(flatten)]
+    pub rows: RowCounts,
     /// Those to learn from.
     pub desirable: usize,
-    /// Responses that say the same as one before them, with the same label.
-    pub duplicates: usize,
-    /// Responses that one before them labels otherwise.
-    pub contradictions: usize,
 }
 
 impl ExampleCounts {
     /// Counts labelled responses in the order of their file.
     pub fn new(examples: &[LabelledExample]) -> Self {
-        let mut seen = HashSet::new();
-        let mut counts = Self {
-            responses: examples.len(),
-            prompts: examples.iter().map(|example| turns(&example.prompt)).collect::<HashSet<_>>().len(),
-            desirable: examples.iter().filter(|example| example.desirable).count(),
-            duplicates: 0,
-            contradictions: 0,
-        };
-        for LabelledExample { prompt, completion, desirable, .. } in examples {
-            let prompt = turns(prompt);
-            counts.contradictions += usize::from(seen.contains(&(prompt.clone(), completion, !desirable)));
-            counts.duplicates += usize::from(!seen.insert((prompt, completion, *desirable)));
-        }
-        counts
+        let desirable = examples.iter().filter(|example| example.desirable).count();
+        Self { rows: RowCounts::new(examples), desirable }
     }
 }
 

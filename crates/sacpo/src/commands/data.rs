@@ -245,15 +245,10 @@ fn report(result: &Value) -> String {
         result["format"].as_str().unwrap_or_default()
     )];
     let mut line = |name: &str, value: String| lines.push(format!("  {name:<28} {value}"));
-    let rows = if counts["pairs"].is_null() {
-        let responses = count("responses");
-        line("labelled responses", responses.to_string());
-        line("to learn from", of(count("desirable"), responses));
-        responses
-    } else {
-        let pairs = count("pairs");
-        line("pairs", pairs.to_string());
-        line("chosen has more characters", of(count("chosen_is_longer"), pairs));
+    let rows = count("rows");
+    if counts["desirable"].is_null() {
+        line("pairs", rows.to_string());
+        line("chosen has more characters", of(count("chosen_is_longer"), rows));
         if count("flagged") > 0 {
             let safe = |index: usize| of(counts["safe"][index].as_u64().unwrap_or(0), count("flagged"));
             line("chosen is safe", safe(0));
@@ -264,8 +259,10 @@ fn report(result: &Value) -> String {
             let metric = result["other_metric"]["metric"].as_str().unwrap_or_default();
             line(&format!("otherwise by {metric}"), of(differ, both));
         }
-        pairs
-    };
+    } else {
+        line("labelled responses", rows.to_string());
+        line("to learn from", of(count("desirable"), rows));
+    }
     line("different prompts", count("prompts").to_string());
     line("said before", of(count("duplicates"), rows));
     line("said otherwise before", of(count("contradictions"), rows));

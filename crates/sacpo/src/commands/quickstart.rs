@@ -1,5 +1,6 @@
 //! `sacpo quickstart`: the whole method in a world where everything is known exactly.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -57,8 +58,9 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         world.vocab_size(),
         world.heldout_prompts.len()
     ));
-    train_base(&world, &amounts, options.seed, &base, &folder)?;
+    // a recipe that does not suit the world is found out before anything is trained
     let recipe = recipe(&world, &amounts, options, &folder, &base)?;
+    train_base(&world, &amounts, options.seed, &base, &folder)?;
     let outcome = pipeline::run(&recipe, pipeline::prepare(&recipe)?, &folder)?;
 
     let mut policies = Vec::new();
@@ -247,6 +249,7 @@ fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFo
     };
     let data = folder.path.join("data");
     std::fs::create_dir_all(&data).map_err(Error::io("create", &data))?;
+    let mut written = BTreeSet::new();
     for step in &mut recipe.steps {
         let metric = metric_of(step).ok_or_else(|| {
             Error::input(format!(
@@ -256,16 +259,18 @@ fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFo
             ))
         })?;
         let pairwise = matches!(objective::Options::default().build(step.objective, 1.0)?, Objective::Pairwise(_));
-        let (file, rows) = if pairwise {
-            let pairs = world.preference_pairs(metric, amounts.pairs, options.seed);
-            (format!("data/{}.jsonl", step.metric), world::json_lines(&pairs)?)
+        let file = format!("data/{}{}.jsonl", step.metric, if pairwise { "" } else { "-labelled" });
+        step.data = folder.path.join(&file);
+        if !written.insert(file.clone()) {
+            continue;
+        }
+        let rows = if pairwise {
+            world::json_lines(&world.preference_pairs(metric, amounts.pairs, options.seed))
         } else {
             // as many answers as the pairs have
-            let labelled = world.labelled_completions(metric, 2 * amounts.pairs, options.seed);
-            (format!("data/{}-labelled.jsonl", step.metric), world::json_lines(&labelled)?)
+            world::json_lines(&world.labelled_completions(metric, 2 * amounts.pairs, options.seed))
         };
-        folder.write(&file, &rows)?;
-        step.data = folder.path.join(file);
+        folder.write(&file, &rows?)?;
     }
     let choice = recipe.constraints.iter_mut().find_map(|constraint| constraint.choice.as_mut());
     if let Some(choice) = choice {
