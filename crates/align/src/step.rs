@@ -239,9 +239,9 @@ mod tests {
     #[test]
     fn ties_count_half_and_margins_are_relative_to_the_base() {
         let pair = TokenizedPair {
-            prompt: vec![1],
-            chosen: vec![1],
-            rejected: vec![2],
+            prompt: [1].into(),
+            chosen: [1].into(),
+            rejected: [2].into(),
             is_unsafe: None,
             margin: None,
             row: 1,
@@ -259,7 +259,7 @@ mod tests {
 
     #[test]
     fn labelled_responses_are_ranked_by_all_pairs_of_both_classes() {
-        let example = |desirable| TokenizedExample { prompt: vec![1], response: vec![2], desirable, row: 1 };
+        let example = |desirable| TokenizedExample { prompt: [1].into(), response: [2].into(), desirable, row: 1 };
         let data = Dataset::Examples([true, false, true, false, false].map(example).to_vec());
         let policy = [-1.0, -2.0, -3.0, -3.0, -9.0];
         let base = [-2.0, -2.0, -3.0, -4.0, -9.0];

@@ -190,7 +190,7 @@ impl<'a> LabelledResponses<'a> {
 /// what `kto` estimates its divergence from. Responses are cut so that none is longer with its new prompt than the
 /// `longest` example (see [`longest`]).
 pub fn mismatched<'a>(examples: &'a [TokenizedExample], batch: &[usize], longest: usize) -> Vec<Sequences<'a>> {
-    let prompts: Vec<&[u32]> = batch.iter().map(|&example| examples[example].prompt.as_slice()).collect();
+    let prompts: Vec<&[u32]> = batch.iter().map(|&example| &*examples[example].prompt).collect();
     let pairs = batch.iter().zip(derangement(&prompts));
     pairs
         .map(|(&example, partner)| {

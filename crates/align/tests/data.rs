@@ -7,7 +7,7 @@ mod common;
 use std::collections::HashSet;
 use std::path::Path;
 
-use align::data::{DataFile, Format, PreferencePair, Prompt, read_pairs, read_prompts, split};
+use align::data::{DataFile, Format, PreferencePair, Prompt, is_held_out, read_pairs, read_prompts};
 use common::{chat, file, gzip, lines, pair, shared};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -368,6 +368,10 @@ fn real_pairs_are_split_by_first_turn() {
 }
 
 // --------------------------------------------------------------------------------------------- split
+
+fn split(pairs: Vec<PreferencePair>, fraction: f64, seed: u64) -> (Vec<PreferencePair>, Vec<PreferencePair>) {
+    pairs.into_iter().partition(|pair| !is_held_out(pair, fraction, seed))
+}
 
 fn numbered(count: usize) -> Vec<PreferencePair> {
     (0..count)

@@ -183,11 +183,11 @@ fn scores_relative_to_the_base_have_its_mean_at_zero() {
 fn implicit_margins_make_modpo_the_second_step() {
     let [base, helpful, policy] = models();
     let (beta, lambda) = (0.3, 0.8);
-    let responses = |i: u32| [vec![3 + i, 40, 2], vec![50 + i, 2]];
+    let responses = |i: u32| [vec![3 + i, 40, 2].into(), vec![50 + i, 2].into()];
     let mut pairs: Vec<TokenizedPair> = (0..30)
         .map(|i| {
             let [chosen, rejected] = responses(i);
-            TokenizedPair { prompt: vec![1, 5 + i], chosen, rejected, is_unsafe: None, margin: None, row: 1 }
+            TokenizedPair { prompt: [1, 5 + i].into(), chosen, rejected, is_unsafe: None, margin: None, row: 1 }
         })
         .collect();
     let unmarked = pairs.clone();

@@ -9,9 +9,9 @@ const PAIRS: usize = 20_000;
 
 fn pair(chosen: u32, rejected: u32, row: usize) -> TokenizedPair {
     TokenizedPair {
-        prompt: vec![1, 7],
-        chosen: vec![chosen, 2],
-        rejected: vec![rejected, 2],
+        prompt: [1, 7].into(),
+        chosen: [chosen, 2].into(),
+        rejected: [rejected, 2].into(),
         is_unsafe: Some([true, false]),
         margin: Some(chosen as f64),
         row,

@@ -8,46 +8,15 @@ use align::data::{
     LongPrompts, PreferencePair, Prompt, RenderOptions, TemplateTail, Tokenized, TokenizedPair, read_pairs,
     tokenize_pairs, tokenize_prompt,
 };
-use common::{chat, pair, shared};
+use common::{TEMPLATE, characters, chat, pair, shared};
 use engine::checkpoint::Checkpoint;
 use engine::tokenizer::Tokenizer;
 use proptest::prelude::*;
-use serde_json::{Value, json};
 
 /// The tokenizer of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
 fn smollm2() -> Option<Tokenizer> {
     common::smollm2().map(|gguf| Checkpoint::load(&gguf).unwrap().tokenizer)
 }
-
-/// A token a character, but `ab` is one, with `^` as BOS and `$` as EOS.
-fn characters(adds_bos: bool, eos: Option<&str>, template: Option<&str>) -> Tokenizer {
-    let specials = ["^", "$"];
-    let letters = (' '..='~').map(String::from).filter(|letter| !specials.contains(&letter.as_str()));
-    let tokens = specials.map(String::from).into_iter().chain(letters).chain(["\n".into(), "ab".into()]);
-    let vocab: serde_json::Map<String, Value> = tokens.enumerate().map(|(id, token)| (token, json!(id))).collect();
-    let added: Vec<Value> = specials
-        .iter()
-        .enumerate()
-        .map(|(id, content)| {
-            json!({"id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false,
-                "normalized": false})
-        })
-        .collect();
-    let post_processor = adds_bos.then(|| {
-        json!({"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "^", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {"^": {"id": "^", "ids": [0], "tokens": ["^"]}}})
-    });
-    let json = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
-        "pre_tokenizer": null, "post_processor": post_processor, "decoder": {"type": "Fuse"},
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": [["a", "b"]]}});
-    Tokenizer::from_json(json.to_string().as_bytes(), Some("^"), eos, template).unwrap()
-}
-
-/// `U:…;A:…$` and a newline, as ChatML does it, with BOS first.
-const TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}U:{{ m.content }};\
-    {% else %}A:{{ m.content }}{{ eos_token }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}";
 
 const OPTIONS: RenderOptions =
     RenderOptions { max_length: 100, template_tail: TemplateTail::Drop, long_prompts: LongPrompts::Error };
@@ -116,7 +85,7 @@ proptest! {
         for (pair, start) in [(text, format!("^{prompt}")), (conversation, format!("^U:{prompt};A:"))] {
             let tokens = tokenize(&[pair], &tokenizer, &OPTIONS).unwrap().rows.remove(0);
             for (response, answer) in [(&tokens.chosen, &answers[0]), (&tokens.rejected, &answers[1])] {
-                let whole = [tokens.prompt.as_slice(), response].concat();
+                let whole = [&*tokens.prompt, response].concat();
                 prop_assert_eq!(tokenizer.decode_with_special(&whole).unwrap(), format!("{start}{answer}$"));
                 prop_assert_eq!(tokenizer.decode_with_special(response).unwrap(), format!("{answer}$"));
             }
@@ -129,7 +98,7 @@ fn prompts_have_the_same_tokens_in_training_and_generation() {
     let tokenizer = characters(true, Some("$"), Some(TEMPLATE));
     for prompt in [Prompt::Text("xab".into()), chat(&[("user", "ab")])] {
         let trained = tokenize(&[pair(prompt.clone(), "b", "c")], &tokenizer, &OPTIONS).unwrap().rows.remove(0).prompt;
-        assert_eq!(tokenize_prompt(&prompt, &tokenizer).unwrap(), trained);
+        assert_eq!(trained, tokenize_prompt(&prompt, &tokenizer).unwrap());
     }
 }
 

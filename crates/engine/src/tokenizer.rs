@@ -1,5 +1,6 @@
 //! Text to token ids and back.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -22,6 +23,8 @@ pub struct Tokenizer {
     bos: Option<SpecialToken>,
     eos: Option<SpecialToken>,
     adds_bos: bool,
+    /// The texts of the special tokens that part what is before them from what is after them.
+    dividers: Arc<HashMap<u32, String>>,
     template: Option<ChatTemplate>,
 }
 
@@ -131,7 +134,13 @@ impl Tokenizer {
         let (bos, eos) = (special("bos_token")?, special("eos_token")?);
         let adds_bos = bos.as_ref().is_some_and(|bos| framed.first() == Some(&bos.id));
         let template = chat_template.map(ChatTemplate::new);
-        Ok(Self { inner: Arc::new(inner), json: json.into(), config, bos, eos, adds_bos, template })
+        // those of the other kinds look at the text beside them
+        let divides = |token: &tokenizers::AddedToken| {
+            token.special && !token.normalized && !token.single_word && !token.lstrip && !token.rstrip
+        };
+        let dividers = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| divides(token));
+        let dividers = Arc::new(dividers.map(|(id, token)| (id, token.content)).collect());
+        Ok(Self { inner: Arc::new(inner), json: json.into(), config, bos, eos, adds_bos, dividers, template })
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja`.
@@ -156,6 +165,12 @@ impl Tokenizer {
     /// [`Error::Input`] when the vocabulary cannot express the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.inner.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec())
+    }
+
+    /// Where the last special token begins in a text of these ids, in bytes, if there is one: whatever text follows, its tokens
+    /// are the same after the whole text as after the part from there on.
+    pub fn last_divider(&self, text: &str, ids: &[u32]) -> Option<usize> {
+        ids.iter().rev().find_map(|id| self.dividers.get(id)).and_then(|content| text.rfind(content))
     }
 
     /// The text of token ids, without special tokens and without ids that no token has.

@@ -21,7 +21,7 @@ mod record;
 mod sample;
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use align::reference;
 use align::step::{self, PreferenceReport};
@@ -137,17 +137,26 @@ struct Run<'r> {
     policies: Vec<Policy>,
 }
 
-/// Reads the base model and the data of all steps.
+/// Loads the base model of a recipe, and checks what can be checked without the data.
 ///
 /// # Errors
 /// Bad input, or files that cannot be read.
-pub(crate) fn prepare(recipe: &Recipe) -> Result<Inputs> {
+pub(crate) fn load_base(recipe: &Recipe) -> Result<Checkpoint> {
     let base = Checkpoint::load(&recipe.model.base)?;
     ui::say(format!("Base model {}: {} parameters.", recipe.model.base.display(), base.model.layout.len));
     check_adapters(recipe, &base.model.config)?;
     check_merges(recipe)?;
     warn_of_objectives(recipe)?;
-    let data = recipe.steps.iter().map(|step| load_data(step, &base, recipe.run.seed)).collect::<Result<Vec<_>>>()?;
+    Ok(base)
+}
+
+/// Loads the data of a recipe, whose tokens are files of the folder `cache` as long as they are used.
+///
+/// # Errors
+/// Bad input, or files that cannot be read or written.
+pub(crate) fn load_inputs(recipe: &Recipe, base: Checkpoint, cache: &Path) -> Result<Inputs> {
+    let load = |step| load_data(step, &base, recipe.run.seed, cache);
+    let data = recipe.steps.iter().map(load).collect::<Result<Vec<_>>>()?;
     Ok(Inputs { base, data })
 }
 

@@ -34,8 +34,17 @@ pub(crate) fn print(text: impl AsRef<str>) -> Result<()> {
 
 /// A bar of `length` items; hidden when standard error is not a terminal.
 pub(crate) fn bar(length: u64, what: &str) -> ProgressBar {
+    bar_of("{pos}/{len}", length, what)
+}
+
+/// A bar of bytes, whose number is set later.
+pub(crate) fn bytes_bar(what: &str) -> ProgressBar {
+    bar_of("{bytes}/{total_bytes}", 0, what)
+}
+
+fn bar_of(position: &str, length: u64, what: &str) -> ProgressBar {
     let bar = ProgressBar::new(length);
-    let template = "  {prefix} {bar:30} {pos}/{len}  {elapsed} elapsed, {eta} left  {msg}";
+    let template = &format!("  {{prefix}} {{bar:30}} {position}  {{elapsed}} elapsed, {{eta}} left  {{msg}}");
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }

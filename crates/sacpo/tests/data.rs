@@ -146,7 +146,7 @@ fn a_step_leaves_out_what_repeats_and_what_is_evaluated() {
         &told,
         &[
             "1 rows left out, since they repeat others",
-            "1 rows left out, since their prompts are among",
+            "1 rows left out, since their prompts are held out or among",
             "1 pairs to train on",
         ],
     );

@@ -3,11 +3,13 @@
 //! ```text
 //! files ──source──► rows ──schema──► PreferencePair ──split──► training, validation ──render──► TokenizedPair
 //!                                    LabelledExample                                           TokenizedExample
+//! └───────────────────────────────────── prepare, a block at a time ───────────────────────────────────► tokens on disk
 //! ```
 //!
 //! `docs/data.md` describes the formats and the rules for users.
 
 mod dataset;
+mod prepare;
 mod read;
 mod relabel;
 mod render;
@@ -15,12 +17,14 @@ mod schema;
 mod source;
 mod split;
 mod statistics;
+mod tokens;
 
 use engine::chat::Message;
 use serde_json::{Map, Value};
 
 pub use dataset::Dataset;
-pub use read::{read_examples, read_pairs, read_prompts, read_records};
+pub use prepare::{Preparation, Prepared, Progress, Report};
+pub use read::{Source, read_examples, read_pairs, read_prompts, read_records};
 pub use relabel::{margins, relabel, set_margins};
 pub use render::{
     LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedExample, TokenizedPair, tokenize_examples,
@@ -28,8 +32,9 @@ pub use render::{
 };
 pub use schema::Format;
 pub use source::{Places, files};
-pub use split::{Answered, split, without_prompts, without_repetitions};
+pub use split::{Answered, HeldOut, is_held_out};
 pub use statistics::{ExampleCounts, Lengths, PairCounts, RowCounts, disagreement};
+pub use tokens::Tokens;
 
 /// What a response answers.
 #[derive(Debug, Clone, PartialEq, Eq)]

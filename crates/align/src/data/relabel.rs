@@ -59,7 +59,7 @@ pub fn relabel(pairs: &mut [TokenizedPair], margins: &[f64], seed: u64) -> usize
         let same = before.entry(hasher.finalize()).or_default();
         hasher.update(&same.to_le_bytes());
         *same += 1;
-        let chosen_is_first = pair.chosen <= pair.rejected;
+        let chosen_is_first = *pair.chosen <= *pair.rejected;
         let for_first = if chosen_is_first { *margin } else { -margin };
         let first_wins = uniform(&hasher) < 1.0 / (1.0 + (-for_first).exp());
         if first_wins != chosen_is_first {

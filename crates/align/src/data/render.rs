@@ -1,22 +1,25 @@
 //! Pairs as the tokens that the model sees.
 
+use std::borrow::{Borrow, Cow};
+
 use engine::chat::Message;
 use engine::tokenizer::Tokenizer;
 use engine::{Error, Result};
 use rayon::prelude::*;
 use serde::Serialize;
 
+use super::tokens::{Stored, Tokens};
 use super::{LabelledExample, PreferencePair, Prompt};
 
 /// The tokens of a preference pair. Prompt followed by either response is a sequence for the model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenizedPair {
     /// At least one token; starts with BOS where the tokenizer adds one.
-    pub prompt: Vec<u32>,
+    pub prompt: Tokens,
     /// At least one token; ends with EOS unless it was truncated.
-    pub chosen: Vec<u32>,
+    pub chosen: Tokens,
     /// At least one token; ends with EOS unless it was truncated.
-    pub rejected: Vec<u32>,
+    pub rejected: Tokens,
     /// As in [`PreferencePair`].
     pub is_unsafe: Option<[bool; 2]>,
     /// As in [`PreferencePair`].
@@ -29,9 +32,9 @@ pub struct TokenizedPair {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizedExample {
     /// At least one token; starts with BOS where the tokenizer adds one.
-    pub prompt: Vec<u32>,
+    pub prompt: Tokens,
     /// At least one token; ends with EOS unless it was truncated.
-    pub response: Vec<u32>,
+    pub response: Tokens,
     /// Whether it is a response to learn from.
     pub desirable: bool,
     /// The row of the file, as in [`LabelledExample`].
@@ -90,6 +93,54 @@ pub struct Tokenized<T> {
 /// Names a row in messages, from its number: [`Places::of`](super::Places::of).
 type Place<'a> = &'a (dyn Fn(usize) -> String + Sync);
 
+/// A row of text that can become a row of tokens.
+pub(super) trait Tokenizable: Sync {
+    type Tokenized: Stored + Send;
+
+    /// The number of the row in the data set.
+    fn row(&self) -> usize;
+
+    /// Its tokens.
+    fn tokens(&self, tokenizer: &Tokenizer, options: &RenderOptions) -> Result<Fitted<Self::Tokenized>>;
+}
+
+/// The tokens of a row and what was cut of it, or nothing if its prompt leaves no room.
+pub(super) type Fitted<T> = Option<(T, Cuts)>;
+
+impl Tokenizable for PreferencePair {
+    type Tokenized = TokenizedPair;
+
+    fn row(&self) -> usize {
+        self.row
+    }
+
+    fn tokens(&self, tokenizer: &Tokenizer, options: &RenderOptions) -> Result<Fitted<TokenizedPair>> {
+        let responses = [("chosen response", &*self.chosen), ("rejected response", &self.rejected)];
+        let fitted = tokenize_responses(&self.prompt, responses, tokenizer, options)?;
+        Ok(fitted.map(|Sequence { prompt, responses, cuts }| {
+            let [chosen, rejected] = responses.map(Tokens::from);
+            let Self { is_unsafe, margin, row, .. } = *self;
+            (TokenizedPair { prompt: prompt.into(), chosen, rejected, is_unsafe, margin, row }, cuts)
+        }))
+    }
+}
+
+impl Tokenizable for LabelledExample {
+    type Tokenized = TokenizedExample;
+
+    fn row(&self) -> usize {
+        self.row
+    }
+
+    fn tokens(&self, tokenizer: &Tokenizer, options: &RenderOptions) -> Result<Fitted<TokenizedExample>> {
+        let fitted = tokenize_responses(&self.prompt, [("response", &*self.completion)], tokenizer, options)?;
+        Ok(fitted.map(|Sequence { prompt, responses: [response], cuts }| {
+            let Self { desirable, row, .. } = *self;
+            (TokenizedExample { prompt: prompt.into(), response: response.into(), desirable, row }, cuts)
+        }))
+    }
+}
+
 /// Tokenises pairs; `place` gives file and line of a row from its number, for messages.
 ///
 /// A response starts on a token boundary: the prompt's tokens are those that generation starts from.
@@ -102,19 +153,7 @@ pub fn tokenize_pairs(
     tokenizer: &Tokenizer,
     options: &RenderOptions,
 ) -> Result<Tokenized<TokenizedPair>> {
-    tokenize_rows(
-        pairs,
-        |pair| pair.row,
-        place,
-        |pair| {
-            let responses = [("chosen response", &*pair.chosen), ("rejected response", &pair.rejected)];
-            let fitted = tokenize_responses(&pair.prompt, responses, tokenizer, options)?;
-            Ok(fitted.map(|Fitted { prompt, responses: [chosen, rejected], cuts }| {
-                let PreferencePair { is_unsafe, margin, row, .. } = *pair;
-                (TokenizedPair { prompt, chosen, rejected, is_unsafe, margin, row }, cuts)
-            }))
-        },
-    )
+    Ok(Tokenized::of(tokenize_rows::<PreferencePair, _>(pairs, place, tokenizer, options)?))
 }
 
 /// Tokenises labelled responses, as [`tokenize_pairs`] does pairs.
@@ -124,46 +163,36 @@ pub fn tokenize_examples(
     tokenizer: &Tokenizer,
     options: &RenderOptions,
 ) -> Result<Tokenized<TokenizedExample>> {
-    tokenize_rows(
-        examples,
-        |example| example.row,
-        place,
-        |example| {
-            let fitted = tokenize_responses(&example.prompt, [("response", &*example.completion)], tokenizer, options)?;
-            Ok(fitted.map(|Fitted { prompt, responses: [response], cuts }| {
-                let LabelledExample { desirable, row, .. } = *example;
-                (TokenizedExample { prompt, response, desirable, row }, cuts)
-            }))
-        },
-    )
+    Ok(Tokenized::of(tokenize_rows::<LabelledExample, _>(examples, place, tokenizer, options)?))
 }
 
-/// Tokenises rows in parallel; `tokens` gives those of one row and what was cut of it, or nothing if the prompt leaves no
-/// room.
-fn tokenize_rows<R: Sync, T: Send>(
-    rows: &[R],
-    number: impl Fn(&R) -> usize + Sync,
+/// Tokenises rows, a list or a slice of them, in parallel. Of several errors it is the first row's.
+pub(super) fn tokenize_rows<R: Tokenizable, I: Borrow<R> + Send>(
+    rows: impl IntoParallelIterator<Item = I, Iter: IndexedParallelIterator>,
     place: Place<'_>,
-    tokens: impl Fn(&R) -> Result<Option<(T, Cuts)>> + Sync,
-) -> Result<Tokenized<T>> {
-    let tokenize = |row: &R| {
-        tokens(row).map_err(|error| Error::input(format!("{} cannot be tokenised. {error}", place(number(row)))))
+    tokenizer: &Tokenizer,
+    options: &RenderOptions,
+) -> Result<Vec<Fitted<R::Tokenized>>> {
+    let tokenize = |row: I| {
+        let row: &R = row.borrow();
+        row.tokens(tokenizer, options)
+            .map_err(|error| Error::input(format!("{} cannot be tokenised. {error}", place(row.row()))))
     };
-    let all: Vec<Result<Option<(T, Cuts)>>> = rows.par_iter().map(tokenize).collect();
-    let mut tokenized =
-        Tokenized { rows: Vec::with_capacity(rows.len()), truncated_responses: 0, dropped_prompts: 0, cut_prompts: 0 };
-    // In the order of the rows, so that the first bad row is the one that is reported.
-    for fitted in all {
-        match fitted? {
-            Some((tokens, cuts)) => {
-                tokenized.rows.push(tokens);
-                tokenized.truncated_responses += cuts.responses;
-                tokenized.cut_prompts += usize::from(cuts.prompt);
-            }
-            None => tokenized.dropped_prompts += 1,
+    let all: Vec<Result<_>> = rows.into_par_iter().map(tokenize).collect();
+    all.into_iter().collect()
+}
+
+impl<T> Tokenized<T> {
+    fn of(rows: Vec<Fitted<T>>) -> Self {
+        let count = rows.len();
+        let (rows, cuts): (Vec<T>, Vec<Cuts>) = rows.into_iter().flatten().unzip();
+        Self {
+            truncated_responses: cuts.iter().map(|cuts| cuts.responses).sum(),
+            dropped_prompts: count - rows.len(),
+            cut_prompts: cuts.iter().filter(|cuts| cuts.prompt).count(),
+            rows,
         }
     }
-    Ok(tokenized)
 }
 
 /// The tokens of a prompt that is to be answered, the same in training and in generation.
@@ -176,15 +205,15 @@ pub fn tokenize_prompt(prompt: &Prompt, tokenizer: &Tokenizer) -> Result<Vec<u32
 
 /// What was cut of a row to make it fit.
 #[derive(Clone, Copy)]
-struct Cuts {
+pub(super) struct Cuts {
     /// How many responses lost their end.
-    responses: usize,
+    pub(super) responses: usize,
     /// Whether the prompt lost its beginning.
-    prompt: bool,
+    pub(super) prompt: bool,
 }
 
 /// A prompt and its responses within `max_length`.
-struct Fitted<const N: usize> {
+struct Sequence<const N: usize> {
     prompt: Vec<u32>,
     responses: [Vec<u32>; N],
     cuts: Cuts,
@@ -196,7 +225,7 @@ fn tokenize_responses<const N: usize>(
     responses: [(&str, &str); N],
     tokenizer: &Tokenizer,
     options: &RenderOptions,
-) -> Result<Option<Fitted<N>>> {
+) -> Result<Option<Sequence<N>>> {
     let text = prompt_text(prompt, tokenizer)?;
     let bare_prompt = tokenizer.encode(&text)?;
     let mut tokens = with_bos(bare_prompt.clone(), tokenizer);
@@ -216,10 +245,11 @@ fn tokenize_responses<const N: usize>(
         }
         _ => {}
     }
+    let context = Context::of(&text, &bare_prompt, tokenizer)?;
     let mut encoded = [const { Vec::new() }; N];
     for (encoded, (name, answer)) in encoded.iter_mut().zip(responses) {
         let rest = response_text(prompt, &text, answer, tokenizer)?;
-        *encoded = encode_after(&text, &bare_prompt, &rest, tokenizer)?;
+        *encoded = encode_after(&context, &rest, tokenizer)?;
         end_response(encoded, tokenizer.eos(), options.template_tail);
         if encoded.first().is_none_or(|first| Some(*first) == tokenizer.eos()) {
             return Err(Error::input(format!("Its {name} gives no tokens. Correct or remove the row.")));
@@ -237,7 +267,7 @@ fn tokenize_responses<const N: usize>(
         cuts.responses += usize::from(tokens.len() > room);
         tokens.truncate(room);
     }
-    Ok(Some(Fitted { prompt: tokens, responses: encoded, cuts }))
+    Ok(Some(Sequence { prompt: tokens, responses: encoded, cuts }))
 }
 
 /// Keeps the last tokens of a prompt, at least one, behind its BOS if it has one.
@@ -279,11 +309,31 @@ fn response_text(prompt: &Prompt, prompt_text: &str, answer: &str, tokenizer: &T
 /// Usually the tokens of the whole text start with the prompt's. Where tokens would merge across the
 /// boundary, `rest` is encoded on its own. Always doing that would be wrong for tokenizers of the
 /// SentencePiece kind, which write a space before the first word of every text.
-fn encode_after(prompt_text: &str, prompt: &[u32], rest: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let whole = tokenizer.encode(&format!("{prompt_text}{rest}"))?;
-    match whole.strip_prefix(prompt) {
+fn encode_after(prompt: &Context<'_>, rest: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    let whole = tokenizer.encode(&format!("{}{rest}", prompt.text))?;
+    match whole.strip_prefix(&*prompt.tokens) {
         Some(tokens) => Ok(tokens.to_vec()),
         None => tokenizer.encode(rest),
+    }
+}
+
+/// The end of a prompt, as much of it as the tokens of a response depend on.
+struct Context<'a> {
+    text: &'a str,
+    tokens: Cow<'a, [u32]>,
+}
+
+impl<'a> Context<'a> {
+    /// Of a prompt and its tokens without BOS.
+    fn of(text: &'a str, tokens: &'a [u32], tokenizer: &Tokenizer) -> Result<Self> {
+        if let Some(start) = tokenizer.last_divider(text, tokens) {
+            let end = tokenizer.encode(&text[start..])?;
+            // not so where the token that was found is not where its text was found
+            if tokens.ends_with(&end) {
+                return Ok(Self { text: &text[start..], tokens: Cow::Owned(end) });
+            }
+        }
+        Ok(Self { text, tokens: Cow::Borrowed(tokens) })
     }
 }
 

@@ -44,9 +44,9 @@ mod tests {
         let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/tiny/tied");
         let start = load_model(tiny.as_ref()).unwrap();
         let pair = TokenizedPair {
-            prompt: vec![1, 5],
-            chosen: vec![7, 2],
-            rejected: vec![8, 2],
+            prompt: [1, 5].into(),
+            chosen: [7, 2].into(),
+            rejected: [8, 2].into(),
             is_unsafe: None,
             margin: None,
             row: 1,
@@ -65,7 +65,7 @@ mod tests {
         let dpo = Pairwise::Dpo { beta: 0.1, label_smoothing: 0.0 };
         let own = of(&start, &pair, reference, dpo);
         assert_ne!(own, of(&start, &pair, [-300.0, -1.5], dpo));
-        let other = TokenizedPair { chosen: vec![9, 2], ..pair };
+        let other = TokenizedPair { chosen: [9, 2].into(), ..pair };
         assert_ne!(own, of(&start, &other, reference, dpo));
     }
 }

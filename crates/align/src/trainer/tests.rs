@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::batches::epoch_order;
 use super::*;
-use crate::data::{Dataset, TokenizedExample, TokenizedPair};
+use crate::data::{Dataset, TokenizedExample, TokenizedPair, Tokens};
 use crate::objective::{Objective, Pairwise, RunningMean, Unpaired};
 use crate::reference;
 use crate::sequences::{Sequences, pack};
@@ -126,9 +126,9 @@ fn pairs(fixture: &Value) -> Vec<TokenizedPair> {
     let mut pairs = vec![None; in_order.len()];
     for (pair, place) in in_order.iter().zip(epoch_order(in_order.len(), options().seed, 0)) {
         pairs[place] = Some(TokenizedPair {
-            prompt: tokens(&pair["prompt"]),
-            chosen: tokens(&pair["chosen"]),
-            rejected: tokens(&pair["rejected"]),
+            prompt: tokens(&pair["prompt"]).into(),
+            chosen: tokens(&pair["chosen"]).into(),
+            rejected: tokens(&pair["rejected"]).into(),
             is_unsafe: None,
             margin: None,
             row: place + 1,
@@ -364,9 +364,9 @@ fn nothing_to_train_on_is_bad_input() {
 /// The fixture's pairs as labelled responses, in an order in which both classes meet.
 fn examples(fixture: &Value) -> Vec<TokenizedExample> {
     let pairs = pairs(fixture);
-    let example = |pair: &TokenizedPair, response: &[u32], desirable| TokenizedExample {
+    let example = |pair: &TokenizedPair, response: &Tokens, desirable| TokenizedExample {
         prompt: pair.prompt.clone(),
-        response: response.to_vec(),
+        response: response.clone(),
         desirable,
         row: pair.row,
     };

@@ -6,26 +6,31 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// A read-only mapping of a file, and its path for messages.
-pub(super) struct Mapped {
+/// A read-only mapping of a file, and its path for messages. Its start is aligned to a page.
+#[derive(Debug)]
+pub struct Mapped {
     path: PathBuf,
     bytes: memmap2::Mmap,
 }
 
 impl Mapped {
-    /// Maps a file.
+    /// Maps a file, which nobody may change as long as this lives.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be opened or mapped.
     #[allow(unsafe_code)]
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(Error::io("read", path))?;
-        // SAFETY: the mapping is sound as long as nobody changes the file during a load, as for every program that maps
-        // its models. What the bytes are does not matter: they are only read as integers and floats of any bit pattern,
-        // lengths and offsets in them are checked before use, and text is checked to be UTF-8.
+        // SAFETY: the mapping is sound as long as nobody changes the file, as for every program that maps its models; sacpo
+        // itself replaces files and never writes into them. What the bytes are does not matter: they are only read as
+        // integers and floats of any bit pattern, lengths and offsets in them are checked before use, and text is checked
+        // to be UTF-8.
         let bytes = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io("read", path))?;
         Ok(Self { path: path.to_owned(), bytes })
     }
 
     /// The file's path.
-    pub(super) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 }

@@ -17,6 +17,7 @@ pub use describe::{AdapterSummary, Description, TensorSummary, TokenizerSummary}
 pub use encoding::{TensorData, write_safetensors};
 pub use generation::GenerationConfig;
 pub use hf::StreamedModel;
+pub use mapped::Mapped;
 
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};

@@ -61,7 +61,8 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     // a recipe that does not suit the world is found out before anything is trained
     let recipe = recipe(&world, &amounts, options, &folder, &base)?;
     train_base(&world, &amounts, options.seed, &base, &folder)?;
-    let outcome = pipeline::run(&recipe, pipeline::prepare(&recipe)?, &folder)?;
+    let inputs = pipeline::load_inputs(&recipe, pipeline::load_base(&recipe)?, &folder.cache())?;
+    let outcome = pipeline::run(&recipe, inputs, &folder)?;
 
     let mut policies = Vec::new();
     let mut logps = Vec::new();

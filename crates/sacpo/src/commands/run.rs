@@ -60,12 +60,13 @@ fn on_its_threads(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
 
 fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     let start = Instant::now();
-    let inputs = pipeline::prepare(recipe)?;
+    let base = pipeline::load_base(recipe)?;
     // now rather than after hours of training
-    tokenize(&inputs.base.tokenizer, &(&inputs.base.model).into(), &prompts_for(&inputs.base, recipe))
+    tokenize(&base.tokenizer, &(&base.model).into(), &prompts_for(&base, recipe))
         .map_err(|error| Error::input(format!("In `evaluate.prompts` of the recipe: {error}")))?;
     if dry {
-        let forecast = dry_run::forecast(recipe, &inputs)?;
+        let cache = tempfile::tempdir().map_err(Error::io("create a folder in", &std::env::temp_dir()))?;
+        let forecast = dry_run::forecast(recipe, &pipeline::load_inputs(recipe, base, cache.path())?)?;
         return if global.json { print_json(&forecast) } else { ui::print(forecast.text()) };
     }
     let folder = RunFolder::open(&recipe.run.out)?;
@@ -75,6 +76,7 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
             folder.path.display()
         )));
     }
+    let inputs = pipeline::load_inputs(recipe, base, &folder.cache())?;
     let key = manifest::key(recipe, &inputs)?;
     if let Some(results) = manifest::finished(&folder, &key) {
         ui::say(format!("The run in {} is finished. Nothing is done.", folder.path.display()));

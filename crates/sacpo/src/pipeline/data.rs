@@ -1,15 +1,18 @@
 //! The data of a step: read, divided, tokenised, and checked against what its objective needs.
 
+use std::path::Path;
+
 use align::data::{
-    self, Answered, DataFile, Dataset, Places, Prompt, RenderOptions, Tokenized, TokenizedExample, TokenizedPair,
+    self, Dataset, HeldOut, Places, Preparation, Prepared, Progress, RenderOptions, Report, Source, TokenizedExample,
+    TokenizedPair,
 };
 use align::objective::{Objective, Pairwise, Unpaired, WeightRule};
 use align::trainer::check_size;
 use engine::checkpoint::Checkpoint;
-use engine::{Error, Result, Tokenizer};
+use engine::{Error, Result};
 use sacpo::recipe::{Recipe, Step};
 
-use crate::ui;
+use crate::{interrupt, ui};
 
 /// The data of one step, as tokens.
 pub(crate) struct StepData {
@@ -41,12 +44,13 @@ pub(crate) fn warn_of_objectives(recipe: &Recipe) -> Result<()> {
     Ok(())
 }
 
-/// Reads, divides and tokenises the data of a step, and says what came of them.
+/// Reads, divides and tokenises the data of a step, and says what came of them. Tokens are files of the folder `cache`, which
+/// must not change as long as they are used.
 ///
 /// # Errors
 /// Bad rows, rows without what the objective needs, sequences beyond the model's context, nothing left to train on or to
 /// validate on, batches too small for the objective, an adapter that the model cannot have.
-pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<StepData> {
+pub(super) fn load_data(step: &Step, base: &Checkpoint, seed: u64, cache: &Path) -> Result<StepData> {
     let options = &step.data_options;
     let context = base.model.config.max_position_embeddings;
     if options.max_length > context {
@@ -56,28 +60,55 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
             step.name, options.max_length
         )));
     }
-    let Step { data: path, format, metric, .. } = step;
-    let skip = options.skip_bad_rows;
+    let path = &step.data;
+    let mut excluded = Vec::new();
+    for prompts in &options.exclude_prompts {
+        excluded.extend(data::read_prompts(prompts)?);
+    }
+    let preparation = Preparation {
+        source: Source { path, format: step.format, metric: &step.metric, skip_bad_rows: options.skip_bad_rows },
+        held_out: match &step.validation_data {
+            Some(path) => HeldOut::Path(path),
+            None => HeldOut::Share { fraction: options.validation_fraction, seed },
+        },
+        excluded,
+        deduplicate: options.deduplicate,
+        most: [options.max_pairs, options.max_validation_pairs],
+        shuffle: options.shuffle.then_some(seed),
+        tokenizer: &base.tokenizer,
+        render: RenderOptions {
+            max_length: options.max_length,
+            template_tail: options.template_tail,
+            long_prompts: options.long_prompts,
+        },
+    };
+    let bar = ui::bytes_bar(&format!("reading {}", step.name));
+    let mut progress = |progress: Progress| {
+        bar.set_length(progress.all_bytes);
+        bar.set_position(progress.bytes);
+        bar.set_message(format!("{} rows", progress.rows));
+        interrupt::check()
+    };
     // parameters decide, not temperatures
     let objective = step.objective_at(1.0)?;
-    let loaded = match objective {
+    let rule = format!("{objective:?} {}", step.margin.is_some());
+    let (train, validation, report) = match objective {
         Objective::Pairwise(objective) => {
-            let file = data::read_pairs(path, *format, metric, skip)?;
             let keep = |pair: &TokenizedPair, places: &Places| can_learn(pair, places, &objective, step);
-            let plain_text = is_plain_text(&file.rows);
-            let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_pairs, keep)?;
-            StepData { train: Dataset::Pairs(train), validation: Dataset::Pairs(validation), plain_text }
+            let Prepared { train, held_out, report } = preparation.pairs(cache, &rule, &keep, &mut progress)?;
+            (Dataset::Pairs(train), Dataset::Pairs(held_out), report)
         }
         Objective::Unpaired(objective) => {
-            let file = data::read_examples(path, *format, metric, skip)?;
             // what is not imitated need not be computed
             let keep = |example: &TokenizedExample, _: &Places| Ok(objective != Unpaired::Sft || example.desirable);
-            let plain_text = is_plain_text(&file.rows);
-            let [train, validation] = divide(file, step, &base.tokenizer, seed, data::tokenize_examples, keep)?;
+            let Prepared { train, held_out, report } = preparation.examples(cache, &rule, &keep, &mut progress)?;
             check_kto_weights(&train, &objective, step);
-            StepData { train: Dataset::Examples(train), validation: Dataset::Examples(validation), plain_text }
+            (Dataset::Examples(train), Dataset::Examples(held_out), report)
         }
     };
+    bar.finish_and_clear();
+    say_what_was_left_out(&report);
+    let loaded = StepData { train, validation, plain_text: report.plain_text };
     ui::say(format!(
         "Step {}: {} {} to train on, {} held out, from {}.",
         step.name,
@@ -114,66 +145,23 @@ pub(crate) fn load_data(step: &Step, base: &Checkpoint, seed: u64) -> Result<Ste
     Ok(loaded)
 }
 
-/// Tokenises a list of rows.
-type Tokenize<R, T> = fn(&[R], &(dyn Fn(usize) -> String + Sync), &Tokenizer, &RenderOptions) -> Result<Tokenized<T>>;
-
-/// The rows of a data set to train on and to hold out, as tokens; says what was left out or cut.
-fn divide<R: Answered, T>(
-    file: DataFile<R>,
-    step: &Step,
-    tokenizer: &Tokenizer,
-    seed: u64,
-    tokenize: Tokenize<R, T>,
-    keep: impl Fn(&T, &Places) -> Result<bool>,
-) -> Result<[Vec<T>; 2]> {
-    let options = &step.data_options;
-    let render = RenderOptions {
-        max_length: options.max_length,
-        template_tail: options.template_tail,
-        long_prompts: options.long_prompts,
-    };
-    let mut excluded = Vec::new();
-    for prompts in &options.exclude_prompts {
-        excluded.extend(data::read_prompts(prompts)?);
-    }
-    let (rows, known) = data::without_prompts(file.rows, &excluded);
-    let (rows, repeated) = if options.deduplicate { data::without_repetitions(rows) } else { (rows, 0) };
-    let (train, validation) = data::split(rows, options.validation_fraction, seed);
-    let (mut dropped, mut cut, mut truncated, mut useless) = (0, 0, 0, 0);
-    let mut tokens = |rows: &[R], most: Option<usize>| {
-        let tokenized = tokenize(rows, &|row| file.places.of(row), tokenizer, &render)?;
-        dropped += tokenized.dropped_prompts;
-        cut += tokenized.cut_prompts;
-        truncated += tokenized.truncated_responses;
-        let mut kept = Vec::with_capacity(tokenized.rows.len());
-        for row in tokenized.rows {
-            if keep(&row, &file.places)? {
-                kept.push(row);
-            } else {
-                useless += 1;
-            }
-        }
-        kept.truncate(most.unwrap_or(usize::MAX));
-        Ok(kept)
-    };
-    let divided = [tokens(&train, options.max_pairs)?, tokens(&validation, options.max_validation_pairs)?];
+fn say_what_was_left_out(report: &Report) {
     for (count, what) in [
-        (dropped, "rows left out, since their prompt leaves no room for a response"),
-        (cut, "prompts that lost their beginning"),
-        (truncated, "responses cut to the longest length"),
-        (useless, "rows left out, from which the objective cannot learn"),
-        (file.skipped, "bad rows left out"),
-        (known, "rows left out, since their prompts are among those of data.exclude_prompts"),
-        (repeated, "rows left out, since they repeat others"),
+        (report.dropped_prompts, "rows left out, since their prompt leaves no room for a response"),
+        (report.cut_prompts, "prompts that lost their beginning"),
+        (report.truncated_responses, "responses cut to the longest length"),
+        (report.not_kept, "rows left out, from which the objective cannot learn"),
+        (report.bad, "bad rows left out"),
+        (report.excluded, "rows left out, since their prompts are held out or among those of data.exclude_prompts"),
+        (report.repeated, "rows left out, since they repeat others"),
     ] {
         if count > 0 {
             ui::say(format!("  {count} {what}."));
         }
     }
-    if let Some(first) = file.first_skipped {
+    if let Some(first) = &report.first_bad {
         ui::say(format!("  The first: {first}"));
     }
-    Ok(divided)
 }
 
 /// Whether the objective can learn from a pair.
@@ -202,11 +190,6 @@ fn can_learn(pair: &TokenizedPair, places: &Places, objective: &Pairwise, step: 
         ),
         _ => Ok(true),
     }
-}
-
-/// Whether the rows have plain texts as prompts; the rows of one file are alike.
-fn is_plain_text(rows: &[impl Answered]) -> bool {
-    rows.first().is_some_and(|row| matches!(row.prompt(), Prompt::Text(_)))
 }
 
 /// Says when the weights of `kto` do not suit the numbers of desirable and undesirable examples.

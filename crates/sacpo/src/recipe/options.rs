@@ -16,6 +16,7 @@ pub(super) const DATA_KEYS: &[&str] = &[
     "validation_fraction",
     "max_pairs",
     "max_validation_pairs",
+    "shuffle",
     "long_prompts",
     "skip_bad_rows",
     "template_tail",
@@ -57,6 +58,8 @@ pub struct DataOptions {
     pub max_pairs: Option<usize>,
     /// The number of held-out pairs to rank at most, ≥ 1: the first of the file. Default: all.
     pub max_validation_pairs: Option<usize>,
+    /// Whether the two numbers above draw pairs by the run's seed instead of taking the first. Default: no.
+    pub shuffle: bool,
     /// What to do with a prompt that leaves no room for a response. Default: an error.
     pub long_prompts: LongPrompts,
     /// Whether a row that cannot be read is counted and left out, instead of being an error. Default: no.
@@ -134,6 +137,7 @@ impl Default for DataOptions {
             validation_fraction: 0.1,
             max_pairs: None,
             max_validation_pairs: None,
+            shuffle: false,
             long_prompts: LongPrompts::Error,
             skip_bad_rows: false,
             template_tail: TemplateTail::Drop,
@@ -155,6 +159,7 @@ impl DataOptions {
                 .unwrap_or(defaults.validation_fraction),
             max_pairs: section.count("max_pairs", 1)?.or(defaults.max_pairs),
             max_validation_pairs: section.count("max_validation_pairs", 1)?.or(defaults.max_validation_pairs),
+            shuffle: section.flag("shuffle")?.unwrap_or(defaults.shuffle),
             long_prompts: section.choice("long_prompts", long_prompts)?.unwrap_or(defaults.long_prompts),
             skip_bad_rows: section.flag("skip_bad_rows")?.unwrap_or(defaults.skip_bad_rows),
             template_tail: section.choice("template_tail", template_tail)?.unwrap_or(defaults.template_tail),

@@ -30,6 +30,7 @@ pub(super) const STEP_KEYS: &[&str] = &[
     "beta",
     "beta_over_lambda",
     "data",
+    "validation_data",
     "format",
     "relabel",
     "margin",
@@ -58,7 +59,10 @@ pub struct Step {
     pub temperature: Temperature,
     /// The file of preference pairs.
     pub data: PathBuf,
-    /// The schema of the file. Default: found from its first row.
+    /// The file of pairs that are held out. Default: a share of `data` (`validation_fraction`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub validation_data: Option<PathBuf>,
+    /// The schema of the files. Default: found from their first rows.
     pub format: Option<Format>,
     /// The `[data]` options of this step.
     #[serde(flatten)]
@@ -139,6 +143,7 @@ impl Step {
             temperature: Temperature::read(section, from.step.is_none())?,
             from,
             data: path.into(),
+            validation_data: section.text("validation_data")?.map(PathBuf::from),
             format: section.choice("format", &formats)?,
             data_options: DataOptions::read(section, data)?,
             train: TrainOptions::read(section, train)?,

@@ -2,13 +2,17 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use engine::{Error, Result};
 use flate2::bufread::MultiGzDecoder;
 
 const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 const ZSTD_MAGIC: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+const BUFFER: usize = 1 << 16;
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The bytes of a file without a byte order mark; gzip and zstd are known by their first bytes and decompressed.
@@ -20,9 +24,11 @@ pub(super) struct Input<'a> {
 }
 
 impl<'a> Input<'a> {
-    pub(super) fn open(path: &'a Path) -> Result<Self> {
+    /// Opens a file; `read` counts its bytes.
+    pub(super) fn open(path: &'a Path, read: Arc<AtomicU64>) -> Result<Self> {
         let error = || Error::io("read", path);
-        let mut file = BufReader::new(File::open(path).map_err(error())?);
+        let file = File::open(path).map_err(error())?;
+        let mut file = BufReader::with_capacity(BUFFER, Counted { file, read });
         let start = file.fill_buf().map_err(error())?;
         let (compression, reader): (_, Box<dyn BufRead>) = if start.starts_with(GZIP_MAGIC) {
             (Some("gzip"), decompressed("gzip", MultiGzDecoder::new(file)))
@@ -51,23 +57,40 @@ impl<'a> Input<'a> {
     }
 
     /// Calls `visit` with the 1-based number and the bytes of each line that is not blank.
-    pub(super) fn visit_lines(&mut self, mut visit: impl FnMut(usize, &[u8]) -> Result<()>) -> Result<()> {
+    pub(super) fn visit_lines(
+        &mut self,
+        mut visit: impl FnMut(usize, &[u8]) -> Result<ControlFlow<()>>,
+    ) -> Result<ControlFlow<()>> {
         let mut line = Vec::new();
         for number in 1.. {
             line.clear();
             if self.reader.read_until(b'\n', &mut line).map_err(read_error(self.path))? == 0 {
                 break;
             }
-            if !line.trim_ascii().is_empty() {
-                visit(number, &line)?;
+            if !line.trim_ascii().is_empty() && visit(number, &line)?.is_break() {
+                return Ok(ControlFlow::Break(()));
             }
         }
-        Ok(())
+        Ok(ControlFlow::Continue(()))
     }
 }
 
 fn decompressed(compression: &'static str, decoder: impl Read + 'static) -> Box<dyn BufRead> {
-    Box::new(BufReader::new(Decompressed { compression, decoder, bytes: 0 }))
+    Box::new(BufReader::with_capacity(BUFFER, Decompressed { compression, decoder, bytes: 0 }))
+}
+
+/// A file whose bytes are counted as they are read.
+struct Counted {
+    file: File,
+    read: Arc<AtomicU64>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read(buffer)?;
+        self.read.fetch_add(count as u64, Ordering::Relaxed);
+        Ok(count)
+    }
 }
 
 /// A decoder whose errors say where they are.

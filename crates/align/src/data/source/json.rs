@@ -1,5 +1,6 @@
 //! Rows of JSON lines and JSON arrays.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use engine::{Error, Result};
@@ -10,7 +11,7 @@ use super::bytes::Input;
 use super::{LINE, ROW, Visit};
 
 /// Calls `visit` with each row.
-pub(super) fn visit(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Result<()> {
+pub(super) fn visit(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Result<ControlFlow<()>> {
     if input.peek()?.trim_ascii_start().first() != Some(&b'[') {
         return input.visit_lines(|number, line| {
             visit(LINE, number, serde_json::from_slice(line).map_err(|error| invalid(&error)).and_then(object))
@@ -22,7 +23,12 @@ pub(super) fn visit(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Res
             path.display()
         ))
     })?;
-    rows.into_iter().zip(1..).try_for_each(|(value, number)| visit(ROW, number, object(value)))
+    for (number, value) in (1..).zip(rows) {
+        if visit(ROW, number, object(value))?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+    Ok(ControlFlow::Continue(()))
 }
 
 fn object(value: Value) -> RowResult<Columns> {

@@ -6,7 +6,10 @@ mod json;
 mod parquet;
 mod table;
 
+use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use engine::{Error, Result};
 
@@ -20,15 +23,13 @@ use super::schema::{Columns, RowResult};
 const LINE: &str = "Line";
 const ROW: &str = "Row";
 
-/// Takes what is counted, the 1-based number in the file, and the columns of a row.
-type Visit<'a> = &'a mut dyn FnMut(&'static str, usize, RowResult<Columns>) -> Result<()>;
+/// Takes what is counted, the 1-based number in the file, and the columns of a row; breaks off when it needs no more rows.
+type Visit<'a> = &'a mut dyn FnMut(&'static str, usize, RowResult<Columns>) -> Result<ControlFlow<()>>;
 
 /// One row of a data set.
 pub(super) struct Row {
     /// The 1-based number in the data set: in its file, and after all numbers of the files before.
     pub(super) number: usize,
-    /// File and row, for messages.
-    pub(super) place: String,
     pub(super) columns: RowResult<Columns>,
 }
 
@@ -41,28 +42,37 @@ pub(super) enum Kinds {
     Prompts,
 }
 
-/// Calls `visit` with each row of each file that `path` names, in order.
-pub(super) fn visit_rows(path: &Path, kinds: Kinds, mut visit: impl FnMut(Row) -> Result<()>) -> Result<Places> {
+/// Calls `visit` with each row of each file that `path` names, in order, and where the rows so far stand, until it breaks off.
+/// `read` counts the bytes of the files.
+pub(super) fn visit_rows(
+    path: &Path,
+    kinds: Kinds,
+    read: &Arc<AtomicU64>,
+    mut visit: impl FnMut(Row, &Places) -> Result<ControlFlow<()>>,
+) -> Result<Places> {
     let mut places = Places::default();
     let mut last = 0;
     for file in files(path)? {
         let before = last;
         let mut first = true;
-        visit_file(&file, kinds, &mut |unit, number, columns| {
+        let flow = visit_file(&file, kinds, read, &mut |unit, number, columns| {
             if std::mem::take(&mut first) {
                 places.push(&file, unit, before);
             }
             last = before + number;
-            visit(Row { number: last, place: place(&file, unit, number), columns })
+            visit(Row { number: last, columns }, &places)
         })?;
+        if flow.is_break() {
+            break;
+        }
     }
     Ok(places)
 }
 
-fn visit_file(path: &Path, kinds: Kinds, visit: Visit<'_>) -> Result<()> {
+fn visit_file(path: &Path, kinds: Kinds, read: &Arc<AtomicU64>, visit: Visit<'_>) -> Result<ControlFlow<()>> {
     let name = path.to_string_lossy().to_ascii_lowercase();
     let name = [".gz", ".zst"].iter().find_map(|ending| name.strip_suffix(ending)).unwrap_or(&name);
-    let mut input = Input::open(path)?;
+    let mut input = Input::open(path, read.clone())?;
     if kinds == Kinds::Prompts && name.ends_with(".txt") {
         return table::visit_text(&mut input, visit);
     }
@@ -79,7 +89,7 @@ fn visit_file(path: &Path, kinds: Kinds, visit: Visit<'_>) -> Result<()> {
         return json::visit(path, &mut input, visit);
     }
     match input.compression {
-        None => parquet::visit(path, visit),
+        None => parquet::visit(path, read, visit),
         Some(compression) => Err(Error::input(format!(
             "{} is a Parquet file inside {compression}. Decompress it; the columns of a Parquet file are compressed already.",
             path.display()

@@ -1,8 +1,10 @@
 //! Rows of Parquet files.
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use engine::{Error, Result};
 use parquet::basic::Compression;
@@ -16,22 +18,28 @@ use super::{ROW, Visit, place};
 /// The first bytes of a Parquet file.
 pub(super) const MAGIC: &[u8] = b"PAR1";
 
-/// Calls `visit` with each row. In memory is a page of each column.
-pub(super) fn visit(path: &Path, visit: Visit<'_>) -> Result<()> {
+/// Calls `visit` with each row. In memory is a page of each column. The bytes that `read` counts grow with the rows.
+pub(super) fn visit(path: &Path, read: &AtomicU64, visit: Visit<'_>) -> Result<ControlFlow<()>> {
     let damaged = |what: String| {
         move |reason: String| Error::input(format!("{what} cannot be read: {reason}. Fetch or write the file again."))
     };
     let whole = || path.display().to_string();
     let file = File::open(path).map_err(Error::io("read", path))?;
+    let bytes = file.metadata().map_err(Error::io("read", path))?.len();
+    let before = read.load(Ordering::Relaxed);
     let reader = guarded(|| SerializedFileReader::new(file)).map_err(damaged(whole()))?;
     check_codecs(path, &reader)?;
+    let count = reader.metadata().file_metadata().num_rows().max(1) as f64;
     let mut rows = guarded(|| reader.get_row_iter(None)).map_err(damaged(whole()))?;
     for number in 1.. {
-        let row = guarded(|| rows.next().transpose()).map_err(damaged(place(path, ROW, number)))?;
+        let row = guarded(|| rows.next().transpose()).map_err(|reason| damaged(place(path, ROW, number))(reason))?;
         let Some(row) = row else { break };
-        visit(ROW, number, Ok(columns(row)))?;
+        read.store(before + (bytes as f64 * (number as f64 / count).min(1.0)) as u64, Ordering::Relaxed);
+        if visit(ROW, number, Ok(columns(row)))?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
     }
-    Ok(())
+    Ok(ControlFlow::Continue(()))
 }
 
 /// What a step of the `parquet` crate gives, or the start of its reason (some hold all bytes of a value). The crate

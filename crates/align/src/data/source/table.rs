@@ -1,5 +1,6 @@
 //! Prompts of plain text and CSV files.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use csv::{ByteRecord, ReaderBuilder};
@@ -11,7 +12,7 @@ use super::bytes::Input;
 use super::{LINE, Visit};
 
 /// Calls `visit` with each line of a text file as the column `prompt`.
-pub(super) fn visit_text(input: &mut Input<'_>, visit: Visit<'_>) -> Result<()> {
+pub(super) fn visit_text(input: &mut Input<'_>, visit: Visit<'_>) -> Result<ControlFlow<()>> {
     input.visit_lines(|number, line| {
         let columns = text(line)
             .map(|line| Columns::from_iter([("prompt".to_owned(), Value::from(line.trim_end_matches(['\r', '\n'])))]));
@@ -21,7 +22,7 @@ pub(super) fn visit_text(input: &mut Input<'_>, visit: Visit<'_>) -> Result<()> 
 
 /// Calls `visit` with each row of a CSV file (RFC 4180: commas, quotation marks, a first row of names), whose values
 /// are strings. A row has the number of the line where it begins.
-pub(super) fn visit_csv(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Result<()> {
+pub(super) fn visit_csv(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Result<ControlFlow<()>> {
     let bytes = input.rest()?;
     let failed = |error| Error::input(format!("{} cannot be read as CSV: {error}.", path.display()));
     let mut reader = ReaderBuilder::new().flexible(true).from_reader(&*bytes);
@@ -45,9 +46,11 @@ pub(super) fn visit_csv(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) ->
             let values = names.iter().zip(&record);
             values.map(|(name, value)| Ok(((*name).to_owned(), Value::from(text(value)?)))).collect()
         };
-        visit(LINE, line, columns)?;
+        if visit(LINE, line, columns)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
     }
-    Ok(())
+    Ok(ControlFlow::Continue(()))
 }
 
 fn text(bytes: &[u8]) -> RowResult<&str> {

@@ -11,8 +11,8 @@ fn shifts_are_those_of_the_whole_batch_however_it_is_cut() {
     let batch: Vec<usize> = (0..examples.len()).collect();
     let others = mismatched(&examples, &batch, longest(&examples));
     for (own, other) in examples.iter().zip(&others) {
-        assert_eq!(own.prompt, other.prompt);
-        assert_ne!(own.response, other.responses[0], "a response of another prompt");
+        assert_eq!(*own.prompt, *other.prompt);
+        assert_ne!(*own.response, *other.responses[0], "a response of another prompt");
     }
     let alone = |model: &Model, items: &[Sequences<'_>]| -> Vec<f64> {
         items.iter().map(|item| scores(model, std::slice::from_ref(item))[0]).collect()
