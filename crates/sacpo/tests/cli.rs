@@ -300,7 +300,10 @@ fn a_run_is_a_chain_whose_every_step_starts_at_its_reference() {
         let which = if change.starts_with("step.2") { "safety-0.25" } else { "helpfulness" };
         says(&message, &[which, "other data or options", "run.out"]);
     }
-    assert!(files(out(&folder)) == before);
+    let mut after = files(out(&folder));
+    // they are named by the data and the options that they depend on
+    after.retain(|path, _| before.contains_key(path) || !path.to_string_lossy().starts_with("cache/tokens-"));
+    assert!(after == before);
 }
 
 #[test]
