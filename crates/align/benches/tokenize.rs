@@ -8,6 +8,8 @@
 //! gives the peak memory. Then both sides take turns on a part of it. "Alone" is given the rendered prompt, the chosen and the
 //! rejected response of each pair as texts in memory, encodes each once on all threads, and keeps no result.
 
+#![allow(clippy::expect_used)]
+
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
@@ -30,11 +32,7 @@ fn preparation<'a>(path: &'a Path, tokenizer: &'a Tokenizer) -> Preparation<'a> 
         most: [None; 2],
         shuffle: None,
         tokenizer,
-        render: RenderOptions {
-            max_length: 2048,
-            template_tail: TemplateTail::Drop,
-            long_prompts: LongPrompts::Drop,
-        },
+        render: RenderOptions { max_length: 2048, template_tail: TemplateTail::Drop, long_prompts: LongPrompts::Drop },
     }
 }
 
@@ -132,7 +130,10 @@ fn main() -> Result<()> {
         let (ours, _) = ours(&part, &tokenizer)?;
         let (alone, tokens) = alone(&texts, &tokenizer);
         ratios.push(ours / alone);
-        println!("round {round}: ours {ours:.2} s, tokenizers alone {alone:.2} s ({tokens} tokens): {:.3}", ours / alone);
+        println!(
+            "round {round}: ours {ours:.2} s, tokenizers alone {alone:.2} s ({tokens} tokens): {:.3}",
+            ours / alone
+        );
     }
     ratios.sort_unstable_by(f64::total_cmp);
     println!("median ratio {:.3}", ratios[ratios.len() / 2]);

@@ -82,7 +82,14 @@ impl Seed {
         let pair = |(row, pair): (usize, world::Pair)| {
             let prompt = tokenize_prompt(&Prompt::Text(pair.prompt), &tokenizer)?;
             let (chosen, rejected) = (response(&pair.chosen)?, response(&pair.rejected)?);
-            Ok(TokenizedPair { prompt: prompt.into(), chosen: chosen.into(), rejected: rejected.into(), is_unsafe: None, margin: None, row: row + 1 })
+            Ok(TokenizedPair {
+                prompt: prompt.into(),
+                chosen: chosen.into(),
+                rejected: rejected.into(),
+                is_unsafe: None,
+                margin: None,
+                row: row + 1,
+            })
         };
         let dataset = |metric, count| {
             let pairs = world.preference_pairs(metric, count, seed).into_iter().enumerate().map(pair);

@@ -43,11 +43,7 @@ fn preparation<'a>(path: &'a Path, tokenizer: &'a Tokenizer) -> Preparation<'a> 
         most: [None; 2],
         shuffle: None,
         tokenizer,
-        render: RenderOptions {
-            max_length: 1500,
-            template_tail: TemplateTail::Drop,
-            long_prompts: LongPrompts::Drop,
-        },
+        render: RenderOptions { max_length: 1500, template_tail: TemplateTail::Drop, long_prompts: LongPrompts::Drop },
     }
 }
 
@@ -92,7 +88,8 @@ fn rows_on_disk_are_those_in_memory() {
 #[test]
 fn labelled_responses_are_prepared_as_pairs_are() {
     let (tokenizer, cache) = (tokenizer(), tempfile::tempdir().unwrap());
-    let row = |i: usize| json!({"prompt": format!("q{i}"), "completion": format!("a{i}"), "label": i.is_multiple_of(3)});
+    let row =
+        |i: usize| json!({"prompt": format!("q{i}"), "completion": format!("a{i}"), "label": i.is_multiple_of(3)});
     let data = file("single.jsonl", lines(&(0..500).map(row).collect::<Vec<_>>()));
     let preparation =
         Preparation { held_out: HeldOut::Share { fraction: 0.0, seed: 0 }, ..preparation(&data.path, &tokenizer) };
@@ -174,7 +171,10 @@ fn nothing_unfinished_stays() {
     };
     assert!(fail(&|_| Ok(true), &mut |_| Ok(())).starts_with(&format!("Line 2501 of {}", data.path.display())));
     assert_eq!(fail(&|_| Ok(true), &mut |_| Err(Error::Interrupted("stopped".into()))), "stopped");
-    assert_eq!(fail(&|row| if row.row < 900 { Ok(true) } else { Err(Error::input("no label")) }, &mut |_| Ok(())), "no label");
+    assert_eq!(
+        fail(&|row| if row.row < 900 { Ok(true) } else { Err(Error::input("no label")) }, &mut |_| Ok(())),
+        "no label"
+    );
 
     let short = Preparation {
         render: RenderOptions { max_length: 4, long_prompts: LongPrompts::Error, ..own.render },
@@ -271,7 +271,8 @@ fn the_end_of_a_prompt_is_context_enough() {
         let mut rows = read_pairs(&path, None, "harmlessness", true).unwrap().rows;
         rows.truncate(300);
         // special tokens within texts, white space at the boundary
-        for (row, text) in rows.iter_mut().zip(["a<|im_end|>", "\n\n", "<|im_start|>", " ", "<|im_start|>assistant\n"]) {
+        for (row, text) in rows.iter_mut().zip(["a<|im_end|>", "\n\n", "<|im_start|>", " ", "<|im_start|>assistant\n"])
+        {
             row.chosen = format!("{text}{}", row.chosen);
             let Prompt::Chat(messages) = &mut row.prompt else { panic!() };
             messages.last_mut().unwrap().content += text;

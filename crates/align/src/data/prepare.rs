@@ -256,7 +256,8 @@ impl Preparation<'_> {
             HeldOut::Path(_) => None,
         };
         let Source { format, metric, skip_bad_rows, .. } = source;
-        let settings = (T::NAME, format, metric, skip_bad_rows, share, excluded, deduplicate, self.written(), render, rule);
+        let settings =
+            (T::NAME, format, metric, skip_bad_rows, share, excluded, deduplicate, self.written(), render, rule);
         hasher.update(format!("{VERSION} {} {settings:?}", tokenizer.hash()).as_bytes());
         for path in self.sources().flat_map(|source| files(source.path).into_iter().flatten()) {
             let file = std::fs::File::open(&path).map_err(Error::io("read", &path))?;

@@ -63,16 +63,15 @@ pub struct Source<'a> {
 /// A row of a file, as a training takes it or with what is wrong with it, as a sentence that names it.
 pub(super) type Found<T> = std::result::Result<T, String>;
 
+/// Takes rows and where those so far stand, until it breaks off.
+pub(super) type Visit<'a, T> = &'a mut dyn FnMut(Found<T>, &Places) -> Result<ControlFlow<()>>;
+
 impl Source<'_> {
     /// Calls `visit` with each row, until it breaks off, and returns the schema. `read` counts the bytes of the files.
     ///
     /// # Errors
     /// As [`read_pairs`]; those of `visit`.
-    pub(super) fn visit<T: Usable>(
-        &self,
-        read: &Arc<AtomicU64>,
-        visit: &mut dyn FnMut(Found<T>, &Places) -> Result<ControlFlow<()>>,
-    ) -> Result<(Format, Places)> {
+    pub(super) fn visit<T: Usable>(&self, read: &Arc<AtomicU64>, visit: Visit<'_, T>) -> Result<(Format, Places)> {
         let mut schema: Option<Schema> = None;
         let (mut usable, mut skipped, mut first_skipped) = (false, 0, None);
         let mut broken_off = false;
