@@ -6,3 +6,4 @@
 pub mod curves;
 pub mod frontier;
 mod plot;
+pub mod verdict;
