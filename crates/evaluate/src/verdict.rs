@@ -1,5 +1,9 @@
 //! What a judge said of two policies' answers to one prompt: what judges write and ratings are made of.
 
+mod rows;
+
+pub use rows::{HIGHEST_SCORE, outcome_of, two_scores, verdicts};
+
 use engine::{Error, Result};
 use serde::{Deserialize, Serialize};
 
