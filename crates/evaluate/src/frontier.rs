@@ -6,6 +6,7 @@ use plotters::style::text_anchor::HPos;
 use serde::Serialize;
 
 use crate::plot::{self, Axis, Canvas, Chart, Look};
+use crate::table::{self, cell, decimal};
 
 /// One policy and what it achieves.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -43,30 +44,16 @@ pub struct Metrics<'a> {
 pub fn table(metrics: Metrics<'_>, points: &[Point]) -> Result<String> {
     check(points)?;
     let with_kl = points.iter().any(|point| point.kl.is_some());
-    let mut rows = vec![["policy", "step", "β/λ", metrics.reward, metrics.safety, "KL"].map(cell)];
+    let mut rows = vec![["policy", "step", "β/λ", metrics.reward, metrics.safety, "KL"].map(cell).to_vec()];
     for point in points {
         let ratio = point.beta_over_lambda.map_or("–".into(), |ratio| ratio.to_string());
         let kl = point.kl.map_or("–".into(), decimal);
-        rows.push([cell(&point.name), cell(&point.step), ratio, decimal(point.reward), decimal(point.safety), kl]);
+        rows.push(vec![cell(&point.name), cell(&point.step), ratio, decimal(point.reward), decimal(point.safety), kl]);
     }
-    let columns = if with_kl { 6 } else { 5 };
-    let widths: Vec<usize> =
-        (0..columns).map(|c| rows.iter().map(|row| row[c].chars().count()).max().unwrap_or(0).max(3)).collect();
-    let line = |row: &[String]| {
-        let cells = row.iter().zip(&widths).enumerate().map(|(c, (text, &width))| match c {
-            0 | 1 => format!(" {text:<width$} |"),
-            _ => format!(" {text:>width$} |"),
-        });
-        format!("|{}\n", cells.collect::<String>())
-    };
-    let rule: Vec<String> = (0..columns)
-        .map(|c| match c {
-            0 | 1 => "-".repeat(widths[c]),
-            _ => "-".repeat(widths[c] - 1) + ":",
-        })
-        .collect();
-    let (head, body) = rows.split_at(1);
-    Ok(line(&head[0]) + &line(&rule) + &body.iter().map(|row| line(row)).collect::<String>())
+    if !with_kl {
+        rows.iter_mut().for_each(|row| row.truncate(5));
+    }
+    Ok(table::markdown(&rows, 2))
 }
 
 /// The policies as an SVG plot, reward to the right and safety upwards; every policy is labelled.
@@ -214,15 +201,4 @@ fn check(points: &[Point]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// A text as a cell of a table.
-fn cell(text: &str) -> String {
-    plot::clean(text).replace('|', "\\|")
-}
-
-/// Three decimals, and no minus sign before zero.
-fn decimal(value: f64) -> String {
-    let text = format!("{value:.3}");
-    if text == "-0.000" { "0.000".into() } else { text }
 }

@@ -46,6 +46,7 @@ pub(crate) enum Command {
     Loss(Loss),
     Generate(Generate),
     Merge(Merge),
+    Rate(Rate),
     Tabular(Tabular),
     /// Look at preference data.
     #[command(subcommand)]
@@ -410,6 +411,41 @@ pub(crate) struct Merge {
     #[arg(long)]
     pub(crate) extrapolate: bool,
     /// Seed of the random choice of dare-linear and dare-ties.
+    #[arg(long, default_value_t = 0, value_parser = seed())]
+    pub(crate) seed: u64,
+}
+
+/// Rate policies from judges' verdicts: win rates, Bradley–Terry and Elo ratings, tails, refusals, the frontier.
+///
+/// Prints Markdown tables. Intervals are of 95 % and over prompts: verdicts on one prompt, in both orders or repeated, count as
+/// depending on each other. Ties count half, and missing verdicts are left out and counted.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo rate verdicts.jsonl --baseline sft\n  \
+    sacpo rate annotations/*.json.gz --json\n  \
+    sacpo rate helpfulness.json harmlessness.json --baseline alpaca-7b-reproduced --paper-elo\n  \
+    sacpo rate verdicts.jsonl --benign xstest-safe --tail 0.05\n\n\
+    A row is one verdict: {\"prompt\":\"q17\",\"category\":\"coding\",\"metric\":\"helpfulness\",\"a\":\"sacpo-0.1\",\"b\":\"sft\",\
+    \"outcome\":1.0,\"scores\":[8,6],\"lengths\":[301,250]}, where only prompt, a, b and outcome (1: a is better, 0: b, 0.5: tie, \
+    null: missing) are needed, or a `reply` with two scores instead of the outcome. alpaca_eval's annotations, and the results \
+    of the SACPO paper's evaluation, are read as they are. docs/ratings.md has the forms and the formulas.")]
+pub(crate) struct Rate {
+    /// Verdicts: .jsonl, .json or Parquet; a file, a folder or a pattern ('*.json.gz'). Several are rated together.
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) files: Vec<PathBuf>,
+    /// The policy that win rates are against [default: the one that every verdict is about, or else all others].
+    #[arg(long, value_name = "POLICY")]
+    pub(crate) baseline: Option<String>,
+    /// Share of the worst scores whose mean is shown.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1, allow_negative_numbers = true)]
+    pub(crate) tail: f64,
+    /// A category of benign prompts, on which refusals are over-refusals; may be given several times.
+    #[arg(long, value_name = "CATEGORY")]
+    pub(crate) benign: Vec<String>,
+    /// Calculate Elo ratings as the SACPO paper did: missing verdicts are ties, ten passes from 1200, scaled to 1000.
+    #[arg(long)]
+    pub(crate) paper_elo: bool,
+    /// Seed of the bootstrap and of the orders of Elo.
     #[arg(long, default_value_t = 0, value_parser = seed())]
     pub(crate) seed: u64,
 }

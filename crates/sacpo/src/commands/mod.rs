@@ -7,6 +7,7 @@ mod loss;
 mod merge;
 mod model;
 mod quickstart;
+mod rate;
 mod run;
 mod tabular;
 
@@ -30,6 +31,7 @@ pub(crate) fn run(arguments: Arguments) -> Result<()> {
         Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => on_threads(global.threads, || generate::run(&options, global)),
         Command::Merge(options) => on_threads(global.threads, || merge::run(&options, global)),
+        Command::Rate(options) => rate::run(&options, global),
         Command::Tabular(options) => tabular::run(&options, global),
         Command::Data(command) => on_threads(global.threads, || data::run(&command, global)),
         Command::Model(command) => model::run(&command, global),

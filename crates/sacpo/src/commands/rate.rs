@@ -1,0 +1,36 @@
+//! `sacpo rate`.
+
+use align::data;
+use engine::{Error, Result};
+use evaluate::rating::{Elo, Options, markdown, rate};
+use evaluate::verdict::{Verdict, verdicts};
+
+use super::print_json;
+use crate::cli::{Global, Rate};
+use crate::ui;
+
+pub(super) fn run(options: &Rate, global: Global) -> Result<()> {
+    let verdicts = read(options)?;
+    let ratings = rate(
+        &verdicts,
+        &Options {
+            baseline: options.baseline.clone(),
+            tail: options.tail,
+            benign: options.benign.clone(),
+            elo: if options.paper_elo { Elo::Paper } else { Elo::Online },
+            seed: options.seed,
+        },
+    )?;
+    if global.json { print_json(&ratings) } else { ui::print(markdown(&ratings).trim_end()) }
+}
+
+fn read(options: &Rate) -> Result<Vec<Verdict>> {
+    let mut all = Vec::new();
+    for file in &options.files {
+        for record in data::read_records(file)? {
+            let of_row = verdicts(&record.columns);
+            all.extend(of_row.map_err(|error| Error::input(format!("{}: {error}", record.place)))?);
+        }
+    }
+    Ok(all)
+}
