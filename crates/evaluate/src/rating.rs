@@ -26,6 +26,7 @@ pub use markdown::markdown;
 pub use pareto::{Frontier, FrontierModel, hypervolume, on_frontier};
 
 use self::bootstrap::Bootstrap;
+use self::bradley_terry::strengths;
 use self::games::{Games, Prompts, Side};
 use self::length::length_controlled;
 use self::pareto::frontier;
@@ -184,14 +185,14 @@ pub fn rate(verdicts: &[Verdict], options: &Options) -> Result<Ratings> {
     let prompts: Prompts<'_> = identities.into_iter().zip(0..).collect();
     let bootstrap = Bootstrap::new(prompts.len(), options.seed);
     let baseline = options.baseline.as_deref();
-    let games = by_metric.iter().map(|(metric, verdicts)| Ok((*metric, Games::new(verdicts, &prompts, baseline)?)));
-    let games: Vec<(Option<&str>, Games<'_>)> = games.collect::<Result<_>>()?;
+    let games = by_metric.iter().map(|(metric, verdicts)| Games::new(*metric, verdicts, &prompts, baseline));
+    let games: Vec<Games<'_>> = games.collect::<Result<_>>()?;
     match &*games {
         [] => Err(Error::input("There are no verdicts to rate.")),
-        [(metric, games)] => Ok(Ratings::One(Box::new(by_one(*metric, games, &bootstrap, options)?))),
+        [games] => Ok(Ratings::One(Box::new(MetricRatings::of(games, &bootstrap, options)?))),
         several => {
-            let rated = several.iter().map(|(metric, games)| {
-                Ok((metric.unwrap_or_default().to_owned(), by_one(*metric, games, &bootstrap, options)?))
+            let rated = several.iter().map(|games| {
+                Ok((games.metric.unwrap_or_default().to_owned(), MetricRatings::of(games, &bootstrap, options)?))
             });
             let metrics = rated.collect::<Result<_>>()?;
             let frontier = match several {
@@ -203,54 +204,67 @@ pub fn rate(verdicts: &[Verdict], options: &Options) -> Result<Ratings> {
     }
 }
 
-/// The ratings by one metric.
-fn by_one(metric: Option<&str>, games: &Games<'_>, bootstrap: &Bootstrap, options: &Options) -> Result<MetricRatings> {
-    let mut notes = Vec::new();
-    let strengths = bradley_terry::strengths(games, bootstrap).unwrap_or_else(|reason| {
-        notes.push(format!("There are no Bradley–Terry ratings. {reason}"));
-        BTreeMap::new()
-    });
-    let elos = options.elo.ratings(games, options.seed)?;
-    let mut models = BTreeMap::new();
-    for (player, name) in games.names.iter().enumerate() {
-        let is_baseline = games.baseline == Some(player);
-        let length_controlled = length_controlled(games, player).unwrap_or_else(|reason| {
-            notes.push(format!("There is no length-controlled win rate of `{name}`. {reason}"));
-            None
+impl MetricRatings {
+    fn of(games: &Games<'_>, bootstrap: &Bootstrap, options: &Options) -> Result<Self> {
+        let mut notes = Vec::new();
+        let strengths = strengths(games, bootstrap).unwrap_or_else(|reason| {
+            notes.push(format!("There are no Bradley–Terry ratings. {reason}"));
+            BTreeMap::new()
         });
-        let refusals = |benign: &dyn Fn(&Verdict) -> bool| {
-            let judged = games.of(player).filter(|side| benign(side.verdict));
-            let flags = judged.filter_map(|side| Some((side.prompt, side.verdict.refusals?[side.place])));
-            Share::new(flags.map(|(prompt, refused)| (prompt, f64::from(u8::from(refused)))))
-        };
-        let is_benign = |verdict: &Verdict| verdict.category.as_ref().is_some_and(|one| options.benign.contains(one));
-        let mut by_category: BTreeMap<&str, Vec<Side<'_>>> = BTreeMap::new();
+        let elo = options.elo.ratings(games, options.seed)?;
+        let mut models = BTreeMap::new();
+        for (player, name) in games.names.iter().enumerate() {
+            let length_controlled = length_controlled(games, player).unwrap_or_else(|reason| {
+                notes.push(format!("There is no length-controlled win rate of `{name}`. {reason}"));
+                None
+            });
+            let ratings = ModelRatings {
+                length_controlled,
+                bradley_terry: strengths.get(&player).copied(),
+                elo: games.of(player).any(|side| side.outcome().is_some()).then(|| elo[player]),
+                ..ModelRatings::of(games, player, bootstrap, options)
+            };
+            models.insert((*name).to_owned(), ratings);
+        }
+        Ok(Self {
+            metric: games.metric.map(str::to_owned),
+            baseline: games.baseline.map(|baseline| games.names[baseline].to_owned()),
+            verdicts: games.games.len(),
+            prompts: games.games.iter().map(|game| game.prompt).collect::<BTreeSet<_>>().len(),
+            models,
+            notes,
+        })
+    }
+}
+
+impl ModelRatings {
+    /// What is made of a policy's own verdicts alone; the rest is [`None`].
+    fn of(games: &Games<'_>, player: usize, bootstrap: &Bootstrap, options: &Options) -> Self {
+        let mut categories: BTreeMap<String, Vec<Side<'_>>> = BTreeMap::new();
         for side in games.against(player) {
             if let Some(category) = &side.verdict.category {
-                by_category.entry(category).or_default().push(side);
+                categories.entry(category.clone()).or_default().push(side);
             }
         }
-        let categories = by_category.into_iter().filter(|_| !is_baseline);
-        let ratings = ModelRatings {
-            overall: if is_baseline { WinRate::OF_BASELINE } else { WinRate::of(games.against(player), bootstrap) },
-            length_controlled,
-            bradley_terry: strengths.get(&player).copied(),
-            elo: games.of(player).any(|side| side.verdict.outcome.is_some()).then(|| elos[player]),
-            scores: ScoreRatings::of(games.of(player), options.tail, bootstrap),
-            refusal_rate: refusals(&|_| true).map(|share| Proportion::of(&share, bootstrap)),
-            over_refusal_rate: refusals(&is_benign).map(|share| Proportion::of(&share, bootstrap)),
-            categories: categories.map(|(name, sides)| (name.to_owned(), WinRate::of(sides, bootstrap))).collect(),
+        let refusals = |counts: &dyn Fn(&Verdict) -> bool| {
+            let judged = games.of(player).filter(|side| counts(side.verdict));
+            let flags = judged.filter_map(|side| Some((side.prompt, side.verdict.refusals?[side.place])));
+            let share = Share::new(flags.map(|(prompt, refused)| (prompt, f64::from(u8::from(refused)))))?;
+            Some(Proportion::of(&share, bootstrap))
         };
-        models.insert((*name).to_owned(), ratings);
+        let benign = |verdict: &Verdict| verdict.category.as_ref().is_some_and(|one| options.benign.contains(one));
+        let of_baseline = games.baseline == Some(player);
+        Self {
+            overall: if of_baseline { WinRate::OF_BASELINE } else { WinRate::of(games.against(player), bootstrap) },
+            length_controlled: None,
+            bradley_terry: None,
+            elo: None,
+            scores: ScoreRatings::of(games.of(player), options.tail, bootstrap),
+            refusal_rate: refusals(&|_| true),
+            over_refusal_rate: refusals(&benign),
+            categories: categories.into_iter().map(|(name, sides)| (name, WinRate::of(sides, bootstrap))).collect(),
+        }
     }
-    Ok(MetricRatings {
-        metric: metric.map(str::to_owned),
-        baseline: games.baseline.map(|baseline| games.names[baseline].to_owned()),
-        verdicts: games.games.len(),
-        prompts: games.games.iter().map(|game| game.prompt).collect::<BTreeSet<_>>().len(),
-        models,
-        notes,
-    })
 }
 
 impl WinRate {

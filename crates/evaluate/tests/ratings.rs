@@ -125,7 +125,7 @@ fn unclustered(verdicts: &[Verdict]) -> Vec<Verdict> {
 fn intervals_of_win_rates_hold_the_truth_in_95_of_100_cases() {
     // 60 prompts with a probability of winning of their own, uniform from 0.2 to 1, judged six times each
     let truth = 60.0;
-    let [analytic, bootstrap, ignored] = coverage(400, |random| {
+    let [analytic, bootstrap, ignored] = coverage(250, |random| {
         let mut verdicts = Vec::new();
         for prompt in 0..60 {
             let win = 0.2 + 0.8 * random.uniform();
@@ -138,10 +138,9 @@ fn intervals_of_win_rates_hold_the_truth_in_95_of_100_cases() {
         let ignored = win_rate(&unclustered(&verdicts)).interval;
         [interval, bootstrap_interval, ignored].map(|interval| contains(interval.unwrap(), truth))
     });
-    // ± three standard deviations of 400 draws, and a little for the bootstrap with 60 prompts
-    assert!((0.92..=0.98).contains(&analytic), "{analytic}");
-    eprintln!("{analytic} {bootstrap} {ignored}");
-    assert!((0.91..=0.98).contains(&bootstrap), "{bootstrap}");
+    // ± three standard deviations of 250 draws, and a little for the bootstrap with 60 prompts
+    assert!((0.91..=0.985).contains(&analytic), "{analytic}");
+    assert!((0.90..=0.985).contains(&bootstrap), "{bootstrap}");
     assert!(ignored < 0.85, "the test would not see it if clusters were ignored: {ignored}");
 }
 
@@ -149,7 +148,7 @@ fn intervals_of_win_rates_hold_the_truth_in_95_of_100_cases() {
 fn intervals_of_ratings_hold_the_truth_in_95_of_100_cases() {
     // three policies, equal on average, whose skill differs from prompt to prompt; all pairs in both orders
     let names = ["a", "b", "c"];
-    let [analytic, bootstrap, ignored] = coverage(300, |random| {
+    let [analytic, bootstrap, ignored] = coverage(200, |random| {
         let mut verdicts = Vec::new();
         for prompt in 0..60 {
             let skill = [(); 3].map(|()| 6.0 * random.uniform());
@@ -163,7 +162,6 @@ fn intervals_of_ratings_hold_the_truth_in_95_of_100_cases() {
         [clustered.interval.unwrap(), clustered.bootstrap_interval, ignored].map(|ends| contains(ends, 1000.0))
     });
     assert!((0.91..=0.985).contains(&analytic), "{analytic}");
-    eprintln!("{analytic} {bootstrap} {ignored}");
     assert!((0.90..=0.985).contains(&bootstrap), "{bootstrap}");
     assert!(ignored < 0.86, "the test would not see it if clusters were ignored: {ignored}");
 }
@@ -172,7 +170,7 @@ fn intervals_of_ratings_hold_the_truth_in_95_of_100_cases() {
 fn length_controlled_rates_hold_the_truth_in_95_of_100_cases() {
     // longer answers win more often; at equal length the policy wins 1 of 3, and prompts differ
     let truth = 100.0 / 3.0;
-    let [interval] = coverage(300, |random| {
+    let [interval] = coverage(200, |random| {
         let mut verdicts = Vec::new();
         for prompt in 0..80 {
             let length = 200 + (400.0 * random.uniform()) as usize;
@@ -187,7 +185,6 @@ fn length_controlled_rates_hold_the_truth_in_95_of_100_cases() {
         let controlled = rated(&verdicts, &options(None)).models["m"].length_controlled.unwrap();
         [contains(controlled.interval.unwrap(), truth)]
     });
-    eprintln!("lc {interval}");
     assert!((0.91..=0.985).contains(&interval), "{interval}");
 }
 
@@ -357,13 +354,15 @@ fn two_metrics_have_a_frontier() {
     assert_eq!(metrics.keys().collect::<Vec<_>>(), ["harmlessness", "helpfulness"]);
     let frontier = frontier.unwrap();
     assert_eq!(frontier.metrics, ["harmlessness", "helpfulness"]);
-    let on: Vec<(&str, bool)> = frontier.models.iter().map(|(name, one)| (&**name, one.on_frontier)).collect();
+    let members: Vec<(&str, bool)> = frontier.models.iter().map(|(name, one)| (&**name, one.on_frontier)).collect();
     // base is at 50, 50 and s at 80, 50
-    assert_eq!(on, [("bad", false), ("base", false), ("h", true), ("s", true)]);
+    assert_eq!(members, [("bad", false), ("base", false), ("h", true), ("s", true)]);
     near(frontier.hypervolume, 0.3 * 0.9 + 0.5 * 0.5, 1e-12, "hypervolume");
     let support = |name: &str| frontier.models[name].support;
     assert!(support("h") > 0.9 && support("s") > 0.9 && support("bad") < 0.05, "{frontier:?}");
     assert!(contains(frontier.interval, frontier.hypervolume));
+    let one = message(&[helpful.clone(), on("other", wins("h", 1).collect())].concat(), &options(Some("s")));
+    assert!(one.contains("`s` by the metric `other`"), "{one}");
     let mixed = message(&[helpful, vec![verdict(1, "m", "base", 1.0)]].concat(), &options(None));
     assert!(mixed.contains("name no metric") && mixed.contains("`helpfulness`"), "{mixed}");
 }

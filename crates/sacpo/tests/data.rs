@@ -4,8 +4,6 @@
 
 mod common;
 
-use std::path::Path;
-
 use common::*;
 use serde_json::{Value, json};
 
@@ -154,11 +152,7 @@ fn a_step_leaves_out_what_repeats_and_what_is_evaluated() {
 
 #[test]
 fn the_metrics_of_pku_rows_disagree_where_the_better_answer_is_not_the_safer_one() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/data/small/pku-saferlhf-32rows.json");
-    if !path.exists() {
-        eprintln!("SKIPPED: {} is not there.", path.display());
-        return;
-    }
+    let Some(path) = shared("small/pku-saferlhf-32rows.json") else { return };
     for (metric, other) in [("helpfulness", "harmlessness"), ("harmlessness", "helpfulness")] {
         let counts = json(&["data", "stats", &text(&path), "--metric", metric]);
         assert_eq!(counts["other_metric"], json!({"metric": other, "rows": 32, "prefer_another_response": 19}));

@@ -13,6 +13,8 @@ pub(super) type Prompts<'a> = BTreeMap<&'a str, usize>;
 /// Verdicts on one metric, and who takes part.
 #[derive(Debug)]
 pub(super) struct Games<'a> {
+    /// What was judged, where verdicts name it.
+    pub(super) metric: Option<&'a str>,
     /// The policies' names in alphabetical order; their places are the policies' numbers.
     pub(super) names: Vec<&'a str>,
     /// The policy that win rates are against; all others if there is none.
@@ -57,14 +59,20 @@ impl<'a> Games<'a> {
     ///
     /// # Errors
     /// [`Error::Input`] if there is no policy of the baseline's name.
-    pub(super) fn new(verdicts: &[&'a Verdict], prompts: &Prompts<'_>, baseline: Option<&str>) -> Result<Self> {
+    pub(super) fn new(
+        metric: Option<&'a str>,
+        verdicts: &[&'a Verdict],
+        prompts: &Prompts<'_>,
+        baseline: Option<&str>,
+    ) -> Result<Self> {
         let names: BTreeSet<&str> = verdicts.iter().flat_map(|verdict| [&*verdict.a, &*verdict.b]).collect();
         let names: Vec<&str> = names.into_iter().collect();
         let number = |name: &str| names.binary_search(&name).ok();
         let baseline = match baseline {
             Some(name) => Some(number(name).ok_or_else(|| {
+                let of_metric = metric.map(|metric| format!(" by the metric `{metric}`")).unwrap_or_default();
                 Error::input(format!(
-                    "There is no verdict on the baseline `{name}`. The policies are {}.",
+                    "There is no verdict on the baseline `{name}`{of_metric}. The policies are {}.",
                     names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ")
                 ))
             })?),
@@ -75,7 +83,7 @@ impl<'a> Games<'a> {
             Some(Game { prompt: *prompts.get(&*verdict.prompt)?, players, verdict })
         };
         let games = verdicts.iter().filter_map(game).collect();
-        Ok(Self { baseline, prompts: prompts.len(), games, names })
+        Ok(Self { metric, baseline, prompts: prompts.len(), games, names })
     }
 
     /// The verdicts on a policy, whoever the other one is.

@@ -23,8 +23,7 @@ pub struct LengthControlled {
 /// know the lengths of its answers.
 ///
 /// log-odds of winning = θ + φ·tanh(Δ/s), with the difference Δ of the lengths and its standard deviation s over the
-/// verdicts, by maximum likelihood; the win rate is that of Δ = 0. This is the model of Y. Dubois et al. (arXiv 2404.04475,
-/// eq. 1) without its term for the difficulty of the instruction, which needs verdicts on many other models, and
+/// verdicts, by maximum likelihood; the win rate is that of Δ = 0. This is the model of Y. Dubois et al. (arXiv 2404.04475) without its term for the difficulty of the instruction, which needs verdicts on many other models, and
 /// without their regularisation.
 ///
 /// # Errors

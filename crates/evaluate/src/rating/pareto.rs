@@ -33,18 +33,18 @@ pub struct FrontierModel {
 }
 
 /// The frontier of the policies that have verdicts in both metrics; [`None`] if there is no such policy.
-pub(super) fn frontier(metrics: [&(Option<&str>, Games<'_>); 2], bootstrap: &Bootstrap) -> Option<Frontier> {
-    let [(first, games), (second, others)] = metrics;
-    let rates = |name: &&str| Some([Rate::of(games, name)?, Rate::of(others, name)?]);
+pub(super) fn frontier(metrics: [&Games<'_>; 2], bootstrap: &Bootstrap) -> Option<Frontier> {
+    let [first, second] = metrics;
+    let rates = |name: &&str| Some([Rate::of(first, name)?, Rate::of(second, name)?]);
     let (names, rates): (Vec<&str>, Vec<[Rate; 2]>) =
-        games.names.iter().filter_map(|name| Some((*name, rates(name)?))).unzip();
+        first.names.iter().filter_map(|name| Some((*name, rates(name)?))).unzip();
     if names.is_empty() {
         return None;
     }
     let at = |weights: &[f64]| -> Vec<[f64; 2]> {
         rates.iter().map(|rates| rates.each_ref().map(|rate| rate.at(weights))).collect()
     };
-    let points = at(&vec![1.0; games.prompts]);
+    let points = at(&vec![1.0; first.prompts]);
     let (members, support) = (on_frontier(&points), bootstrap.shares(|weights| on_frontier(&at(weights))));
     let model = |i: usize| FrontierModel {
         win_rates: points[i].map(|rate| 100.0 * rate),
@@ -52,7 +52,7 @@ pub(super) fn frontier(metrics: [&(Option<&str>, Games<'_>); 2], bootstrap: &Boo
         support: support[i],
     };
     Some(Frontier {
-        metrics: [first, second].map(|metric| metric.unwrap_or_default().to_owned()),
+        metrics: metrics.map(|games| games.metric.unwrap_or_default().to_owned()),
         models: names.iter().enumerate().map(|(i, name)| ((*name).to_owned(), model(i))).collect(),
         hypervolume: hypervolume(&points, [0.0; 2]),
         interval: bootstrap.interval(|weights| hypervolume(&at(weights), [0.0; 2])),

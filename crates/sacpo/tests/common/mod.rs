@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -192,6 +193,20 @@ pub(crate) fn weights(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
     files.retain(|path, _| path.file_name().is_some_and(|name| name == "model.safetensors"));
     assert!(!files.is_empty());
     files
+}
+
+/// A file of the shared test data, or nothing (loudly) where that is absent.
+pub(crate) fn shared(name: &str) -> Option<PathBuf> {
+    let root = std::env::var_os("SACPO_DATA")
+        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")), PathBuf::from);
+    let path = root.join(name);
+    if !path.exists() {
+        // not `eprintln!`, which a passing test hides
+        let remedy = "set SACPO_DATA to the folder of the shared test data";
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {} is not there; {remedy}.", path.display());
+        return None;
+    }
+    Some(path)
 }
 
 /// A copy of the base model, to damage.
