@@ -170,7 +170,7 @@ fn intervals_of_ratings_hold_the_truth_in_95_of_100_cases() {
 fn length_controlled_rates_hold_the_truth_in_95_of_100_cases() {
     // longer answers win more often; at equal length the policy wins 1 of 3, and prompts differ
     let truth = 100.0 / 3.0;
-    let [interval] = coverage(200, |random| {
+    let [interval] = coverage(300, |random| {
         let mut verdicts = Vec::new();
         for prompt in 0..80 {
             let length = 200 + (400.0 * random.uniform()) as usize;
