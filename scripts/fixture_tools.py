@@ -7,7 +7,6 @@ float32 result may be from the truth, and it checks transformers' model, which t
 
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -78,9 +77,16 @@ def digits(values, count: int = 9):
 
 def write_json(path: Path, value) -> None:
     """Indented JSON in which lists and objects without inner lists or objects take one line."""
-    text = json.dumps(value, indent=1)
-    flat = re.compile(r"([\[{])\s+([^\[\]{}]*?)\s+([\]}])")
-    text = flat.sub(lambda m: m[1] + re.sub(r"\s*\n\s*", " ", m[2]) + m[3], text)
-    assert json.loads(text) == value
+
+    def text(value, indent: str) -> str:
+        inner = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(value, (dict, list)) or not any(isinstance(part, (dict, list)) for part in inner):
+            return json.dumps(value)
+        deeper = indent + " "
+        opening, closing = "{}" if isinstance(value, dict) else "[]"
+        names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(inner)
+        parts = [f"{deeper}{name}{text(part, deeper)}" for name, part in zip(names, inner)]
+        return f"{opening}\n" + ",\n".join(parts) + f"\n{indent}{closing}"
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
+    path.write_text(text(value, "") + "\n")

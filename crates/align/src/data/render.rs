@@ -307,12 +307,15 @@ fn response_text(prompt: &Prompt, prompt_text: &str, answer: &str, tokenizer: &T
 /// The tokens of `rest` after a prompt.
 ///
 /// Usually the tokens of the whole text start with the prompt's. Where tokens would merge across the
-/// boundary, `rest` is encoded on its own. Always doing that would be wrong for tokenizers of the
-/// SentencePiece kind, which write a space before the first word of every text.
+/// boundary, `rest` is encoded on its own: behind a line end, since tokenizers of the SentencePiece kind
+/// write a space before the first word of every text.
 fn encode_after(prompt: &Context<'_>, rest: &str, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    let whole = tokenizer.encode(&format!("{}{rest}", prompt.text))?;
-    match whole.strip_prefix(&*prompt.tokens) {
-        Some(tokens) => Ok(tokens.to_vec()),
+    if let Some(tokens) = prompt.followed_by(rest, tokenizer)? {
+        return Ok(tokens);
+    }
+    let line_end = Context { text: "\n", tokens: tokenizer.encode("\n")?.into() };
+    match line_end.followed_by(rest, tokenizer)? {
+        Some(tokens) => Ok(tokens),
         None => tokenizer.encode(rest),
     }
 }
@@ -334,6 +337,12 @@ impl<'a> Context<'a> {
             }
         }
         Ok(Self { text, tokens: Cow::Borrowed(tokens) })
+    }
+
+    /// The tokens of what follows, unless some would merge with those before.
+    fn followed_by(&self, rest: &str, tokenizer: &Tokenizer) -> Result<Option<Vec<u32>>> {
+        let whole = tokenizer.encode(&format!("{}{rest}", self.text))?;
+        Ok(whole.strip_prefix(&*self.tokens).map(<[u32]>::to_vec))
     }
 }
 
