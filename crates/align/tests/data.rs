@@ -312,17 +312,30 @@ fn the_evaluation_prompts_are_read() {
 #[test]
 fn pku_rows_serve_both_metrics() {
     let Some(path) = shared("small/pku-saferlhf-32rows.json") else { return };
-    let helpful = read_pairs(&path, None, "helpfulness", false).unwrap();
-    let harmless = read_pairs(&path, None, "harmlessness", false).unwrap();
-    assert_eq!((helpful.format, helpful.rows.len(), harmless.rows.len()), (Format::Pku, 32, 32));
+    let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let [helpful, harmless] =
+        ["helpfulness", "harmlessness"].map(|metric| read_pairs(&path, None, metric, false).unwrap());
+    assert_eq!((helpful.format, rows.len(), helpful.rows.len(), harmless.rows.len()), (Format::Pku, 32, 32, 32));
     let mut opposite = 0;
-    for (a, b) in helpful.rows.iter().zip(&harmless.rows) {
-        assert_eq!((&a.prompt, a.row), (&b.prompt, b.row));
-        if a.chosen == b.rejected && a.rejected == b.chosen {
-            opposite += 1;
-        } else {
-            assert_eq!((&a.chosen, &a.rejected), (&b.chosen, &b.rejected));
+    for (index, row) in rows.iter().enumerate() {
+        for (read, label) in
+            [(&helpful.rows[index], "better_response_id"), (&harmless.rows[index], "safer_response_id")]
+        {
+            let chosen = row[label].as_u64().unwrap();
+            let response = |k: u64| row[format!("response_{k}")].as_str().unwrap().trim().to_owned();
+            let is_unsafe = |k: u64| !row[format!("is_response_{k}_safe")].as_bool().unwrap();
+            let expected = PreferencePair {
+                is_unsafe: Some([is_unsafe(chosen), is_unsafe(1 - chosen)]),
+                row: index + 1,
+                ..pair(
+                    chat(&[("user", row["prompt"].as_str().unwrap().trim())]),
+                    &response(chosen),
+                    &response(1 - chosen),
+                )
+            };
+            assert_eq!(*read, expected, "row {}, {label}", index + 1);
         }
+        opposite += usize::from(row["better_response_id"] != row["safer_response_id"]);
     }
     assert_eq!(opposite, 19);
 }

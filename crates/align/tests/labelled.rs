@@ -132,9 +132,11 @@ fn real_rows_are_labelled_as_given() {
     let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let examples = read_examples(&path, None, "harmlessness", false).unwrap().rows;
     assert_eq!(examples.len(), 64);
-    for (index, example) in examples.iter().enumerate() {
+    for (index, read) in examples.iter().enumerate() {
         let row = &rows[index / 2];
-        assert_eq!(example.completion, row[format!("response_{}", index % 2)].as_str().unwrap().trim());
-        assert_eq!(example.desirable, row[format!("is_response_{}_safe", index % 2)].as_bool().unwrap());
+        let text = |column: String| row[column].as_str().unwrap().trim();
+        let prompt = chat(&[("user", text("prompt".into()))]);
+        let safe = row[format!("is_response_{}_safe", index % 2)].as_bool().unwrap();
+        assert_eq!(*read, example(prompt, text(format!("response_{}", index % 2)), safe, index / 2 + 1));
     }
 }

@@ -5,8 +5,8 @@
 mod common;
 
 use align::data::{
-    LongPrompts, PreferencePair, Prompt, RenderOptions, TemplateTail, Tokenized, TokenizedPair, read_pairs,
-    tokenize_pairs, tokenize_prompt,
+    LongPrompts, PreferencePair, Prompt, RenderOptions, TemplateTail, Tokenized, TokenizedPair, read_examples,
+    read_pairs, tokenize_examples, tokenize_pairs, tokenize_prompt,
 };
 use common::{TEMPLATE, characters, chat, pair, shared};
 use engine::checkpoint::Checkpoint;
@@ -186,6 +186,44 @@ fn pairs_that_cannot_be_rendered_are_named() {
         let error = error.to_string();
         assert!(error.starts_with("Line 1 of rows.jsonl") && error.contains(reason), "{error}");
     }
+}
+
+#[test]
+fn the_metrics_of_pku_rows_share_tokens_and_swap_them_where_they_disagree() {
+    let Some(path) = shared("small/pku-saferlhf-32rows.json") else { return };
+    let rows: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let fixture: Value = serde_json::from_str(include_str!("fixtures/collators.json")).unwrap();
+    let bytes = fixture["tokenizers"]["bytes"].to_string();
+    let tokenizer = Tokenizer::from_json(bytes.as_bytes(), Some("<s>"), Some("</s>"), Some(TEMPLATE)).unwrap();
+    let options = RenderOptions { max_length: usize::MAX, ..OPTIONS };
+    let pairs = |metric| tokenize(&read_pairs(&path, None, metric, false).unwrap().rows, &tokenizer, &options).unwrap();
+    let [helpful, harmless] = [pairs("helpfulness"), pairs("harmlessness")];
+    let examples = read_examples(&path, None, "harmlessness", false).unwrap();
+    let examples = tokenize_examples(&examples.rows, &|row| examples.places.of(row), &tokenizer, &options).unwrap();
+    let mut swapped = 0;
+    for ((helpful, harmless), row) in helpful.rows.iter().zip(&harmless.rows).zip(&rows) {
+        let differ = row["better_response_id"] != row["safer_response_id"];
+        let [a, b] = [helpful.sequences(), harmless.sequences()];
+        let mut responses = b.responses.clone();
+        if differ {
+            responses.reverse();
+        }
+        assert_eq!((a.prompt, &a.responses, a.row), (b.prompt, &responses, b.row));
+        assert_ne!(a.responses[0], a.responses[1]);
+        swapped += usize::from(differ);
+
+        // the same tokens again, in the order of the columns
+        let of_row: Vec<_> = examples.rows.iter().filter(|example| example.row == a.row).collect();
+        let chosen = row["better_response_id"].as_u64().unwrap() as usize;
+        for (k, example) in of_row.iter().enumerate() {
+            let position = usize::from(k != chosen);
+            let sequences = example.sequences();
+            assert_eq!((sequences.prompt, sequences.responses[0]), (a.prompt, a.responses[position]));
+            assert_eq!(example.desirable, row[format!("is_response_{k}_safe")].as_bool().unwrap());
+        }
+        assert_eq!(of_row.len(), 2);
+    }
+    assert_eq!((swapped, helpful.rows.len(), examples.rows.len()), (19, 32, 64));
 }
 
 /// FNV-1a over the lengths and ids of all sequences, as 32-bit little-endian words.
