@@ -1,9 +1,11 @@
-"""Compare what sacpo reads from Parquet and compressed files that pyarrow and datasets write with the same rows as JSON lines.
+"""Compare what sacpo reads from Parquet and compressed files that pyarrow and datasets write, and what these read from those
+that sacpo writes, with the same rows as JSON lines.
 
     python scripts/check_files_with_pyarrow.py SACPO MODEL
 
 SACPO is the program and MODEL a small model with a chat template. `sacpo logps` of conversations must be the same text for
-every file, and so must `sacpo loss` of rows of numbers. Needs pyarrow, datasets and the command `zstd`.
+every file, and so must `sacpo loss` of rows of numbers. What `sacpo data convert` writes as Parquet must have typed columns and
+the rows that it writes as JSON lines, to pyarrow, datasets and pandas. Needs pyarrow, datasets and the command `zstd`.
 """
 
 import decimal
@@ -15,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import pandas
 import pyarrow
 import pyarrow.parquet
 
@@ -90,6 +93,45 @@ def write(rows, folder):
     return [plain, *files, shards / "train-*.parquet"]
 
 
+MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+
+# rows for `data convert`, what they are written as, and the columns of that
+CONVERSIONS = [
+    (conversations(20), "trl", {"prompt": MESSAGES, "chosen": MESSAGES, "rejected": MESSAGES}),
+    ([{"chosen": f"\n\nHuman: \"{i}\"?\n\nAssistant: é", "rejected": f"\n\nHuman: \"{i}\"?\n\nAssistant: ß"} for i in range(9)],
+     "hh", {"chosen": pyarrow.string(), "rejected": pyarrow.string()}),
+    (conversations(20), "unpaired", {"prompt": MESSAGES, "completion": MESSAGES, "label": pyarrow.bool_()}),
+    (conversations(20), "prompts", {"prompt": MESSAGES}),
+    ([{"prompt": "é\n \"", "chosen": " a\0b", "rejected": "c"},
+      {"prompt": "p", "chosen": "d", "rejected": "e", "safe_chosen": True, "safe_rejected": False, "margin": -0.1}],
+     "trl",
+     {"prompt": pyarrow.string(), "chosen": pyarrow.string(), "rejected": pyarrow.string(), "safe_chosen": pyarrow.bool_(),
+      "safe_rejected": pyarrow.bool_(), "margin": pyarrow.float64()}),
+    ([{"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 1}], "pku",
+     {"prompt": pyarrow.string(), "response_0": pyarrow.string(), "response_1": pyarrow.string(),
+      "better_response_id": pyarrow.int64()}),
+]
+
+
+def check_written(program, rows, to, columns, folder):
+    """What other programs read from a Parquet file of sacpo's; returns the names of those that read something else."""
+    plain = folder / "rows.jsonl"
+    plain.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for out in ("out.jsonl", "out.parquet"):
+        subprocess.run([program, "data", "convert", plain, folder / out, "--to", to], check=True, capture_output=True)
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    expected = [{name: line.get(name) for name in columns} for line in lines]
+    table = pyarrow.parquet.read_table(folder / "out.parquet")
+    frame = pandas.read_parquet(folder / "out.parquet", dtype_backend="pyarrow")
+    read = {
+        "pyarrow": table.to_pylist(),
+        "datasets": datasets.Dataset.from_parquet(str(folder / "out.parquet"), cache_dir=folder / "cache").to_list(),
+        "pandas": pyarrow.Table.from_pandas(frame).to_pylist(),
+    }
+    assert {field.name: field.type for field in table.schema} == columns, table.schema
+    return [name for name, found in read.items() if found != expected]
+
+
 def main():
     program, model = sys.argv[1:]
     datasets.disable_progress_bars()
@@ -108,6 +150,12 @@ def main():
             if different:
                 sys.exit(f"{what}: not as from JSON lines: {', '.join(different)}")
             print(f"{what}: {len(rows)} rows are the same from JSON lines and {len(files)} others")
+    for rows, to, columns in CONVERSIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            different = check_written(program, rows, to, columns, Path(folder))
+            if different:
+                sys.exit(f"written as {to}: not as in JSON lines: {', '.join(different)}")
+            print(f"written as {to}: {len(rows)} rows, the same in Parquet as in JSON lines")
 
 
 if __name__ == "__main__":

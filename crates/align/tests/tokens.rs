@@ -12,6 +12,7 @@ use common::{TEMPLATE, characters, chat, pair, shared};
 use engine::checkpoint::Checkpoint;
 use engine::tokenizer::Tokenizer;
 use proptest::prelude::*;
+use serde_json::Value;
 
 /// The tokenizer of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
 fn smollm2() -> Option<Tokenizer> {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use align::data::{Format, TemplateTail};
+use align::data::{Format, Target, TemplateTail};
 use align::merge::Method;
 use align::objective;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -48,7 +48,7 @@ pub(crate) enum Command {
     Merge(Merge),
     Rate(Rate),
     Tabular(Tabular),
-    /// Look at preference data.
+    /// Look at preference data, and convert them.
     #[command(subcommand)]
     Data(DataCommand),
     /// Look at models, convert them, and handle adapters.
@@ -58,6 +58,7 @@ pub(crate) enum Command {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum DataCommand {
+    Convert(ConvertData),
     Inspect(InspectData),
     /// Count what a file of preference data holds: labels, repetitions, contradictions, lengths.
     ///
@@ -71,6 +72,37 @@ pub(crate) enum DataCommand {
         #[arg(long, value_name = "MODEL")]
         model: Option<PathBuf>,
     },
+}
+
+/// Write preference data in another format, or into another kind of file.
+///
+/// Texts stay as they are: a conversation never becomes plain text, nor plain text a conversation. From pairs can be made
+/// labelled responses (unpaired), demonstrations (sft: the preferred responses) and lists of prompts (each once); from single
+/// responses no pairs, and from responses without labels none with.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo data convert helpful-base/train.jsonl.gz helpful.parquet --skip-bad-rows\n  \
+    sacpo data convert pku.jsonl.gz safe.jsonl --metric harmlessness\n  \
+    sacpo data convert 'ultrafeedback/train_prefs-*.parquet' prompts.jsonl.zst --to prompts\n\n\
+    trl, pku, hh, unpaired and sft are the formats of docs/data.md. What has no place in the new one, such as other columns \
+    and PKU-SafeRLHF's other label, is left out and named.")]
+pub(crate) struct ConvertData {
+    /// Preference data or prompts: .jsonl, .json or Parquet, prompts .txt or .csv too; a file, a folder or a pattern.
+    pub(crate) from: PathBuf,
+    /// File to write: .jsonl or .json, perhaps with .gz or .zst behind, or .parquet.
+    pub(crate) out: PathBuf,
+    /// What the rows are written as [default: pairs as trl, others as what they are].
+    #[arg(long, value_name = "FORMAT", value_parser = target_parser())]
+    pub(crate) to: Option<Target>,
+    /// Schema of the data [default: found from the first row].
+    #[arg(long, value_parser = format_parser())]
+    pub(crate) format: Option<Format>,
+    /// Which preference to read from files that hold several, and to label in pku.
+    #[arg(long, default_value = "helpfulness")]
+    pub(crate) metric: String,
+    /// Leave out and count rows that cannot be read, or that the new format cannot hold.
+    #[arg(long)]
+    pub(crate) skip_bad_rows: bool,
 }
 
 /// Show rows as the model sees them in training: the text of its tokens, prompts in its chat template.
@@ -585,6 +617,11 @@ fn method_parser() -> impl TypedValueParser<Value = Method> {
 fn format_parser() -> impl TypedValueParser<Value = Format> {
     PossibleValuesParser::new(Format::ALL.map(Format::name))
         .map(|name| Format::ALL.into_iter().find(|f| f.name() == name).unwrap_or(Format::Trl))
+}
+
+fn target_parser() -> impl TypedValueParser<Value = Target> {
+    PossibleValuesParser::new(Target::ALL.map(Target::name))
+        .map(|name| Target::ALL.into_iter().find(|target| target.name() == name).unwrap_or(Target::Trl))
 }
 
 fn template_tail_parser() -> impl TypedValueParser<Value = TemplateTail> {

@@ -4,6 +4,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use align::data::Progress;
 use align::trainer::{Monitor, StepRecord};
 use engine::{Error, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -50,6 +51,16 @@ fn bar_of(position: &str, length: u64, what: &str) -> ProgressBar {
     }
     bar.set_prefix(what.to_owned());
     bar
+}
+
+/// A callback that moves a bar of bytes and ends the work on Ctrl-C.
+pub(crate) fn read_on(bar: &ProgressBar) -> impl FnMut(Progress) -> Result<()> + '_ {
+    |progress| {
+        bar.set_length(progress.all_bytes);
+        bar.set_position(progress.bytes);
+        bar.set_message(format!("{} rows", progress.rows));
+        interrupt::check()
+    }
 }
 
 /// A callback that moves a bar and ends the work on Ctrl-C.

@@ -117,5 +117,5 @@ fn what_cannot_be_done_says_why_and_leaves_nothing() {
     says(&fails(2, &["logps", "--model", &adapter, "--data", &material().data("safety")]), &["damaged"]);
     assert!(!Path::new(&out).exists());
     // what exists is not replaced
-    says(&fails(2, &["model", "add-adapter", &base, &dora]), &["dora exists", "Choose a folder"]);
+    says(&fails(2, &["model", "add-adapter", &base, &dora]), &["dora exists", "Choose a path"]);
 }

@@ -594,7 +594,7 @@ fn models_are_described_and_converted() {
     assert_eq!(json(&["model", "convert", &base, &at(&folder, "b")])["parameters"], json!(356_064));
     let before = files(folder.path());
     for taken in ["a", "a/copy", "a/copy/config.json"] {
-        says(&fails(2, &["model", "convert", &base, &at(&folder, taken)]), &["exists", "lost", "Choose a folder"]);
+        says(&fails(2, &["model", "convert", &base, &at(&folder, taken)]), &["exists", "lost", "Choose a path"]);
     }
     assert!(files(folder.path()) == before);
 }

@@ -1,4 +1,4 @@
-//! `sacpo data`: rows as the model sees them, and what a file holds in numbers.
+//! `sacpo data`: rows as the model sees them, what a file holds in numbers, and files written again.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
@@ -158,4 +158,43 @@ fn the_metrics_of_pku_rows_disagree_where_the_better_answer_is_not_the_safer_one
         assert_eq!(counts["other_metric"], json!({"metric": other, "rows": 32, "prefer_another_response": 19}));
         assert_eq!(counts["counts"]["flagged"], 32);
     }
+}
+
+#[test]
+fn data_are_written_in_another_format() {
+    let folder = folder();
+    let path = pairs(&folder);
+    let to = |name: &str| at(&folder, name);
+    let parquet = to("pairs.parquet");
+    let arguments = ["data", "convert", &path, &parquet];
+    says(&fails(2, &arguments), &["Line 5 of", "column `chosen`", "--skip-bad-rows"]);
+    assert!(!Path::new(&parquet).exists());
+    let outcome = done(&[&arguments[..], &["--skip-bad-rows"]].concat());
+    assert_eq!(outcome.stdout, "");
+    says(&outcome.stderr, &["1 rows are bad and left out. The first: Line 5 of", "Wrote 4 rows as `trl` to "]);
+    let of = |path: &str| json(&["data", "stats", path])["counts"].clone();
+    assert_eq!(of(&parquet), of(&path));
+    says(&fails(2, &arguments), &["pairs.parquet exists", "lost"]);
+
+    // a folder's files, of several kinds
+    std::fs::create_dir(folder.path().join("shards")).unwrap();
+    std::fs::copy(&parquet, folder.path().join("shards/1.parquet")).unwrap();
+    let single = json!({"prompt": "how", "chosen": "so", "rejected": "no", "id": 7}).to_string();
+    std::fs::write(folder.path().join("shards/0.json"), format!("[{single}]")).unwrap();
+    let written = json(&["data", "convert", &to("shards"), &to("sft.jsonl.gz"), "--to", "sft"]);
+    assert_eq!(written["out"], to("sft.jsonl.gz"));
+    assert_eq!(
+        written["converted"],
+        json!({"from": "trl", "to": "sft", "rows": 5, "bad_rows": 0, "first_bad_row": null, "left_out": 5, "lost_columns": ["id"]})
+    );
+    let told = done(&["data", "convert", &to("shards"), &to("sft.jsonl"), "--to", "sft"]).stderr;
+    says(&told, &["5 responses that are not to be learned from", "no place in `sft`: `id`.", "Wrote 5 rows as `sft`"]);
+    let told = done(&["data", "convert", &to("sft.jsonl"), &to("prompts.json"), "--to", "prompts"]).stderr;
+    says(&told, &["3 prompts are left out, since they are there already", "Wrote 2 rows as `prompts`"]);
+    assert_eq!(
+        std::fs::read_to_string(to("prompts.json")).unwrap(),
+        "[\n{\"prompt\":\"how\"},\n{\"prompt\":\"how do i\"}\n]\n"
+    );
+    let refused = fails(2, &["data", "convert", &to("sft.jsonl"), &to("x.jsonl"), "--to", "trl"]);
+    says(&refused, &["sft.jsonl holds single responses, from which no pairs can be made"]);
 }

@@ -253,7 +253,7 @@ fn options_that_do_not_fit_are_refused() {
     }
     // what exists is not replaced
     let before = files(&b);
-    says(&fails(2, &["merge", &a, &a, &b]), &["b exists", "Choose a folder"]);
+    says(&fails(2, &["merge", &a, &a, &b]), &["b exists", "Choose a path"]);
     assert!(files(&b) == before);
     says(&fails(2, &["merge", &a, &at(&folder, "none"), &out]), &["none", "Check the path"]);
     assert!(!Path::new(&out).exists());

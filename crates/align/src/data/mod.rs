@@ -4,11 +4,14 @@
 //! files ──source──► rows ──schema──► PreferencePair ──split──► training, validation ──render──► TokenizedPair
 //!                                    LabelledExample                                           TokenizedExample
 //! └───────────────────────────────────── prepare, a block at a time ───────────────────────────────────► tokens on disk
+//! files ◄──write─── rows ◄──layout── Prompt
 //! ```
 //!
 //! `docs/data.md` describes the formats and the rules for users.
 
+mod convert;
 mod dataset;
+mod layout;
 mod prepare;
 mod read;
 mod relabel;
@@ -18,11 +21,14 @@ mod source;
 mod split;
 mod statistics;
 mod tokens;
+mod write;
 
 use engine::chat::Message;
 use serde_json::{Map, Value};
 
+pub use convert::{Conversion, Converted};
 pub use dataset::Dataset;
+pub use layout::Target;
 pub use prepare::{Preparation, Prepared, Progress, Report};
 pub use read::{Source, read_examples, read_pairs, read_prompts, read_records};
 pub use relabel::{margins, relabel, set_margins};

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use super::read::{Source, Usable};
 use super::render::{Fitted, RenderOptions, Tokenizable, tokenize_rows};
-use super::source::{Places, files};
+use super::source::{Places, all_bytes, files};
 use super::split::{Answered, Fate, HeldOut, Sieve, turns};
 use super::tokens::{Stored, Writer, check, read};
 use super::{LabelledExample, PreferencePair, Prompt, TokenizedExample, TokenizedPair};
@@ -91,10 +91,10 @@ pub struct Report {
     pub not_kept: usize,
 }
 
-/// How far a preparation is.
+/// How far a preparation or a conversion is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Rows that were tokenised.
+    /// Rows that were tokenised or written.
     pub rows: usize,
     /// Bytes of the files that were read, compressed as they are.
     pub bytes: u64,
@@ -285,10 +285,7 @@ impl Preparation<'_> {
         keep: Keep<'_, T::Tokenized>,
         progress: &mut dyn FnMut(Progress) -> Result<()>,
     ) -> std::result::Result<(), Stop> {
-        let mut all_bytes = 0;
-        for path in self.sources().map(|source| files(source.path)).collect::<Result<Vec<_>>>()?.concat() {
-            all_bytes += std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
-        }
+        let all_bytes = self.sources().map(|source| all_bytes(source.path)).sum::<Result<u64>>()?;
         let read = Arc::new(AtomicU64::new(0));
         let apart = matches!(self.held_out, HeldOut::Path(_));
         let mut sieve = Sieve::new(self.deduplicate);

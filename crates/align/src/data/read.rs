@@ -196,7 +196,7 @@ fn bad_row(bad: &BadRow, place: &str) -> Error {
     Error::input(format!("{} Correct or remove the row.", bad.describe(place)))
 }
 
-fn nothing_usable(path: &Path, what: &str, skipped: usize, first_skipped: Option<String>) -> Error {
+pub(super) fn nothing_usable(path: &Path, what: &str, skipped: usize, first_skipped: Option<String>) -> Error {
     let reason = match first_skipped {
         Some(first) => format!("all its {skipped} rows are bad. {first} Correct the file, or give the right format."),
         None => "it has no rows. Check that it is the file you mean and that it was written completely.".to_owned(),

@@ -17,8 +17,11 @@ pub(super) type RowResult<T> = std::result::Result<T, BadRow>;
 type Answers = (Prompt, String, String);
 
 /// The responses of a PKU-SafeRLHF row, and whether each is safe.
-const RESPONSES: [&str; 2] = ["response_0", "response_1"];
-const SAFE: [&str; 2] = ["is_response_0_safe", "is_response_1_safe"];
+pub(super) const RESPONSES: [&str; 2] = ["response_0", "response_1"];
+pub(super) const SAFE: [&str; 2] = ["is_response_0_safe", "is_response_1_safe"];
+
+/// Whether the chosen and the rejected response are safe, in other formats.
+pub(super) const SAFE_OF_PAIR: [&str; 2] = ["safe_chosen", "safe_rejected"];
 
 /// The schema of a file of preference pairs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -51,7 +54,7 @@ impl Format {
         }
     }
 
-    fn of_row(row: &Columns) -> Option<Self> {
+    pub(super) fn of_row(row: &Columns) -> Option<Self> {
         let has = |column| row.contains_key(column);
         if has("response_0") && has("response_1") {
             Some(Self::Pku)
@@ -91,7 +94,8 @@ impl BadRow {
         Self { column: None, problem: problem.into() }
     }
 
-    fn at(column: &'static str, problem: impl Into<String>) -> Self {
+    /// A problem of one column.
+    pub(super) fn at(column: &'static str, problem: impl Into<String>) -> Self {
         Self { column: Some(column), problem: problem.into() }
     }
 
@@ -139,17 +143,13 @@ impl Schema {
                 path.display()
             ))),
             Format::Pku => {
-                let label = match metric {
-                    "helpfulness" => "better_response_id",
-                    "harmlessness" | "safety" => "safer_response_id",
-                    _ => {
-                        return Err(Error::input(format!(
-                            "The rows of {} have no label for the metric `{metric}`. Use `helpfulness` \
-                             (column `better_response_id`) or `harmlessness` (column `safer_response_id`).",
-                            path.display()
-                        )));
-                    }
-                };
+                let label = pku_label(metric).ok_or_else(|| {
+                    Error::input(format!(
+                        "The rows of {} have no label for the metric `{metric}`. Use `helpfulness` \
+                         (column `better_response_id`) or `harmlessness` (column `safer_response_id`).",
+                        path.display()
+                    ))
+                })?;
                 if !first.contains_key(label) {
                     return Err(Error::input(format!(
                         "The metric `{metric}` needs the column `{label}`, which {} does not have: its columns are {}. \
@@ -187,6 +187,18 @@ impl Schema {
         }
     }
 
+    /// The columns of which pairs, or labelled responses, are made.
+    pub(super) fn columns(&self, pairs: bool) -> Vec<&'static str> {
+        let (texts, flags): (&[&str], _) = match self {
+            Self::Trl | Self::Hh => (&["prompt", "chosen", "rejected"], SAFE_OF_PAIR),
+            Self::Pku { label } => (&["prompt", RESPONSES[0], RESPONSES[1], label], SAFE),
+            Self::PkuFlags => return [&["prompt"], &RESPONSES[..], &SAFE].concat(),
+            Self::Unpaired => return vec!["prompt", "completion", "label"],
+            Self::Sft => return vec!["prompt", "completion", "messages"],
+        };
+        if pairs { [texts, &flags, &["margin"]].concat() } else { texts.to_vec() }
+    }
+
     /// The pair that a row holds; its `row` is still to be set.
     pub(super) fn pair(&self, row: &Columns) -> RowResult<PreferencePair> {
         let (columns, (prompt, chosen, rejected)) = match self {
@@ -209,7 +221,7 @@ impl Schema {
         } else if columns[0] == RESPONSES[1] {
             [SAFE[1], SAFE[0]]
         } else {
-            ["safe_chosen", "safe_rejected"]
+            SAFE_OF_PAIR
         };
         // files that pad their rows write null where there is nothing
         let given = |name: &str| row.get(name).filter(|value| !value.is_null());
@@ -249,6 +261,15 @@ impl Schema {
                 Ok(vec![example(pair.prompt.clone(), pair.chosen, true), example(pair.prompt, pair.rejected, false)])
             }
         }
+    }
+}
+
+/// The column of PKU-SafeRLHF that says which response a metric prefers.
+pub(super) fn pku_label(metric: &str) -> Option<&'static str> {
+    match metric {
+        "helpfulness" => Some("better_response_id"),
+        "harmlessness" | "safety" => Some("safer_response_id"),
+        _ => None,
     }
 }
 

@@ -19,10 +19,19 @@ const SUFFIX: &str = ".partial";
 /// [`Error::Io`] when the folder of `path` does not exist, or when `write` or the disk fails; the target is then
 /// untouched and the temporary file is gone.
 pub fn write_file(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Result<()> {
+    try_write_file(path, |out| write(out).map_err(Error::io("write", path)))
+}
+
+/// As [`write_file`], for a `write` that can fail in other ways too.
+///
+/// # Errors
+/// What `write` returns, and those of [`write_file`].
+pub fn try_write_file(path: &Path, write: impl FnOnce(&mut (dyn Write + Send)) -> Result<()>) -> Result<()> {
     let parent = parent_of(path)?;
     let mut file = temporary(0o666).tempfile_in(parent).map_err(Error::io("create a temporary file beside", path))?;
     let mut writer = BufWriter::with_capacity(1 << 20, file.as_file_mut());
-    write(&mut writer).and_then(|()| writer.flush()).map_err(Error::io("write", path))?;
+    write(&mut writer)?;
+    writer.flush().map_err(Error::io("write", path))?;
     drop(writer);
     file.as_file().sync_all().map_err(Error::io("write", path))?;
     file.persist(path).map_err(|e| Error::io("replace", path)(e.error))?;

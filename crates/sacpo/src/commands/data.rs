@@ -1,5 +1,7 @@
 //! `sacpo data`.
 
+mod convert;
+
 use std::fmt::Write as _;
 use std::path::Path;
 
@@ -26,6 +28,7 @@ const BARS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█']
 
 pub(super) fn run(command: &DataCommand, global: Global) -> Result<()> {
     match command {
+        DataCommand::Convert(options) => convert::run(options, global),
         DataCommand::Inspect(options) => inspect(options, global),
         DataCommand::Stats { source, model } => stats(source, model.as_deref(), global),
     }

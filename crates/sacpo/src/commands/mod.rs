@@ -71,11 +71,11 @@ fn print_json(value: &impl Serialize) -> Result<()> {
     ui::print(text)
 }
 
-/// Refuses an output folder that has files, which would be lost.
+/// Refuses to write where there is a file, or a folder that has files, which would be lost.
 fn refuse_existing(to: &Path) -> Result<()> {
     if std::fs::read_dir(to).is_ok_and(|mut entries| entries.next().is_some()) || to.is_file() {
         return Err(Error::input(format!(
-            "{} exists, and its files would be lost. Choose a folder that does not exist, or delete it first.",
+            "{} exists, and what it holds would be lost. Choose a path that does not exist, or delete it first.",
             to.display()
         )));
     }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use align::data::{
-    self, Dataset, HeldOut, Places, Preparation, Prepared, Progress, RenderOptions, Report, Source, TokenizedExample,
+    self, Dataset, HeldOut, Places, Preparation, Prepared, RenderOptions, Report, Source, TokenizedExample,
     TokenizedPair,
 };
 use align::objective::{Objective, Pairwise, Unpaired, WeightRule};
@@ -12,7 +12,7 @@ use engine::checkpoint::Checkpoint;
 use engine::{Error, Result};
 use sacpo::recipe::{Recipe, Step};
 
-use crate::{interrupt, ui};
+use crate::ui;
 
 /// The data of one step, as tokens.
 pub(crate) struct StepData {
@@ -83,12 +83,7 @@ pub(super) fn load_data(step: &Step, base: &Checkpoint, seed: u64, cache: &Path)
         },
     };
     let bar = ui::bytes_bar(&format!("reading {}", step.name));
-    let mut progress = |progress: Progress| {
-        bar.set_length(progress.all_bytes);
-        bar.set_position(progress.bytes);
-        bar.set_message(format!("{} rows", progress.rows));
-        interrupt::check()
-    };
+    let mut progress = ui::read_on(&bar);
     // parameters decide, not temperatures
     let objective = step.objective_at(1.0)?;
     let rule = format!("{objective:?} {}", step.margin.is_some());

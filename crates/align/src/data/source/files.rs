@@ -43,6 +43,12 @@ pub fn files(path: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// Bytes of all files of a data set.
+pub(in super::super) fn all_bytes(path: &Path) -> Result<u64> {
+    let length = |file: &PathBuf| Ok(std::fs::metadata(file).map_err(Error::io("read", file))?.len());
+    files(path)?.iter().map(length).sum()
+}
+
 /// Whether a name is the pattern with any characters for each `*`.
 fn matches(pattern: &str, name: &str) -> bool {
     match pattern.split_once('*') {

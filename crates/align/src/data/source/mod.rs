@@ -13,6 +13,7 @@ use std::sync::atomic::AtomicU64;
 
 use engine::{Error, Result};
 
+pub(super) use files::all_bytes;
 pub use files::{Places, files};
 
 use self::bytes::Input;
