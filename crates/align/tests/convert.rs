@@ -129,8 +129,12 @@ fn texts_and_conversations_stay_what_they_are() {
     assert_eq!((rows, report.left_out, report.to), (vec![demonstration.clone()], 1, Target::Sft));
     assert_eq!(converted(std::slice::from_ref(&demonstration), None).1, [demonstration]);
     let conversation = json!({"messages": [user("Why?"), assistant("So.")]});
+    let question = json!({"prompt": "Why?\n", "response": "So."});
     let as_prompt = json!({"prompt": [user("Why?")], "completion": [assistant("So.")]});
-    assert_eq!(converted(&[conversation], None).1, [as_prompt]);
+    for row in [conversation, question] {
+        let (report, rows) = converted(&[row], None);
+        assert_eq!((rows, report.lost_columns.len()), (vec![as_prompt.clone()], 0));
+    }
 
     for to in [Target::Hh, Target::Pku] {
         let error = refused(std::slice::from_ref(&text), Some(to));

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use ::parquet::basic::{Compression, GzipLevel, ZstdLevel};
 use align::data::{Format, PreferencePair, Prompt, files, read_examples, read_pairs, read_prompts, read_records};
-use common::{chat, file, gzip, lines, pair};
+use common::{chat, file, gzip, lines, pair, shared};
 use parquet_file::parquet;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -141,18 +141,26 @@ fn unusable_parquet_files_are_errors_that_say_why() {
     let whole = parquet(&pairs(40), 20, Compression::SNAPPY);
     let mut corrupt = whole.clone();
     corrupt[40..200].fill(0xff);
-    // a value that is no text, where it is stored: the first page is the dictionary, uncompressed
-    let mut latin = parquet(&pairs(1), 1, Compression::UNCOMPRESSED);
-    let at = latin.windows(2).position(|bytes| bytes == "é".as_bytes()).unwrap();
-    latin[at] = b'e';
+    // values that are no text, where they are stored: the first page of a column is its dictionary, uncompressed
+    let not_utf8 = |rows: &[Value], text: &str| {
+        let mut bytes = parquet(rows, 1, Compression::UNCOMPRESSED);
+        let at = bytes.windows(text.len()).position(|found| found == text.as_bytes()).unwrap();
+        bytes[at] = 0xff;
+        bytes
+    };
+    let latin = not_utf8(&pairs(2), "yes 1");
+    let message = |content: &str| json!([{"content": content, "role": "assistant"}]);
+    let nested =
+        not_utf8(&[json!({"prompt": "p", "chosen": message("a"), "rejected": message("of no use")})], "of no use");
     let foreign = [json!({"image": "a", "caption": "b"})];
     let numbers = [json!({"prompt": "p", "chosen": 1, "rejected": 2})];
     #[rustfmt::skip]
     let cases = [
         ("cut.parquet", whole[..whole.len() - 9].to_vec(), &["cut.parquet cannot be read"][..]),
         ("header.parquet", whole[..9].to_vec(), &["header.parquet cannot be read"]),
-        ("corrupt.parquet", corrupt, &["Row 1 of ", "corrupt.parquet cannot be read"]),
-        ("latin.parquet", latin, &["Row 1 of ", "latin.parquet cannot be read", "String"]),
+        ("corrupt.parquet", corrupt, &["Row 1 of ", "corrupt.parquet, column `prompt`, cannot be read"]),
+        ("latin.parquet", latin, &["Row 2 of ", "latin.parquet, column `chosen`, cannot be read", "String"]),
+        ("nested.parquet", nested, &["Row 1 of ", "nested.parquet, column `rejected`, cannot be read", "String"]),
         ("foreign.parquet", parquet(&foreign, 1, Compression::SNAPPY), &["foreign.parquet are no preference pairs", "`image`, `caption`"]),
         ("numbers.parquet", parquet(&numbers, 1, Compression::SNAPPY), &["Row 1 of ", "column `chosen`", "found `1`"]),
         ("rows.parquet.gz", gzip(&whole), &["Parquet file inside gzip", "Decompress"]),
@@ -257,14 +265,20 @@ fn responses_without_labels_are_demonstrations() {
     let user = json!({"role": "user", "content": "Hi"});
     let answer = json!({"role": "assistant", "content": "Yes"});
     let first = json!({"prompt": "Hi", "completion": [answer]});
-    let rows =
-        [first.clone(), json!({"messages": [user, answer]}), json!({"prompt": "The sky", "completion": " is blue."})];
+    let rows = [
+        first.clone(),
+        json!({"messages": [user, answer]}),
+        json!({"prompt": "The sky", "completion": " is blue."}),
+        json!({"prompt": " Hi\n", "response": " Yes ", "label": null}),
+        json!({"prompt": [user], "response": "Yes"}),
+    ];
     let file_of = |rows: &[Value]| file("sft.jsonl", lines(rows));
     let read = read_examples(&file_of(&rows).path, None, "helpfulness", false).unwrap();
     assert_eq!(read.format, Format::Sft);
     let found: Vec<_> = read.rows.iter().map(|row| (&row.prompt, row.completion.as_str(), row.desirable)).collect();
     let (conversation, text) = (chat(&[("user", "Hi")]), Prompt::Text("The sky".into()));
-    assert_eq!(found, [(&conversation, "Yes", true), (&conversation, "Yes", true), (&text, " is blue.", true)]);
+    let yes = (&conversation, "Yes", true);
+    assert_eq!(found, [yes, yes, (&text, " is blue.", true), yes, yes]);
     let error = read_pairs(&file_of(&rows).path, None, "helpfulness", false).unwrap_err().to_string();
     assert!(error.contains("single responses"), "{error}");
 
@@ -272,6 +286,10 @@ fn responses_without_labels_are_demonstrations() {
         (json!({"prompt": "p", "completion": "c", "label": false}), "label", "Give the format `unpaired`"),
         (json!({"prompt": "p", "completion": " "}), "completion", "empty"),
         (json!({"completion": "c"}), "prompt", "missing"),
+        (json!({"prompt": "p", "response": "a", "label": true}), "label", "Give the format `unpaired`"),
+        (json!({"prompt": "p", "response": "\n"}), "response", "empty"),
+        (json!({"prompt": "p", "response": [answer]}), "response", "expected a string, found a list"),
+        (json!({"response": "a"}), "prompt", "missing"),
         (json!({"messages": "text"}), "messages", "expected a list of messages, found a string"),
         (json!({"messages": [user]}), "messages", "does not end with"),
         (json!({"messages": [answer]}), "messages", "the prompt is empty"),
@@ -284,6 +302,23 @@ fn responses_without_labels_are_demonstrations() {
         assert!(error.starts_with("Line 2 of ") && error.contains(&format!("column `{column}`")), "{error}");
         assert!(error.contains(problem), "{error}");
     }
+}
+
+#[test]
+fn questions_with_a_response_are_known_by_their_columns() {
+    let format = |row: Value| read_examples(&file("rows.jsonl", lines(&[row])).path, None, "helpfulness", false);
+    let read = format(json!({"prompt": "p", "response": "a", "label": null})).unwrap();
+    assert_eq!((read.format, read.rows[0].prompt.clone()), (Format::Sft, chat(&[("user", "p")])));
+    // what a label says of a response, nobody knows
+    let error = format(json!({"prompt": "p", "response": "a", "label": 1})).unwrap_err().to_string();
+    assert!(error.contains("the columns are `prompt`, `response`, `label`"), "{error}");
+
+    let Some(path) = shared("real-text/pku-safe-sft.train.jsonl.gz") else { return };
+    let read = read_examples(&path, None, "harmlessness", false).unwrap();
+    assert_eq!((read.format, read.rows.len()), (Format::Sft, 4215));
+    assert!(
+        read.rows.iter().all(|row| row.desirable && matches!(&row.prompt, Prompt::Chat(turns) if turns.len() == 1))
+    );
 }
 
 // ----------------------------------------------------------------------------------------- mutations

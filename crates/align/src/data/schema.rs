@@ -35,7 +35,7 @@ pub enum Format {
     Hh,
     /// `prompt`, `completion`, `label`: single responses, desirable or not, as TRL reads them.
     Unpaired,
-    /// `prompt` and `completion`, or `messages`: single responses to learn from.
+    /// `prompt` and `completion`, `prompt` and `response`, or `messages`: single responses to learn from.
     Sft,
 }
 
@@ -61,7 +61,9 @@ impl Format {
         } else if has("completion") && has("label") {
             Some(Self::Unpaired)
         } else if !has("chosen") || !has("rejected") {
-            (has("completion") || has("messages")).then_some(Self::Sft)
+            let has_no_label = row.get("label").is_none_or(Value::is_null);
+            let question_and_answer = has("prompt") && has("response") && has_no_label;
+            (has("completion") || has("messages") || question_and_answer).then_some(Self::Sft)
         } else if !has("prompt") && row["chosen"].is_string() {
             Some(Self::Hh)
         } else {
@@ -129,7 +131,7 @@ impl Schema {
                 "The rows of {} are no preference pairs: the columns are {}. Expected are `prompt`, `chosen`, `rejected` \
                  (TRL), `chosen`, `rejected` (hh-rlhf transcripts or message lists), or `prompt`, `response_0`, \
                  `response_1` with `better_response_id` or `safer_response_id` (PKU-SafeRLHF). Single responses have \
-                 `prompt`, `completion` and perhaps `label`, or `messages`.",
+                 `prompt`, `completion` and perhaps `label`, or `prompt` and `response`, or `messages`.",
                 path.display(),
                 columns()
             ))
@@ -194,7 +196,7 @@ impl Schema {
             Self::Pku { label } => (&["prompt", RESPONSES[0], RESPONSES[1], label], SAFE),
             Self::PkuFlags => return [&["prompt"], &RESPONSES[..], &SAFE].concat(),
             Self::Unpaired => return vec!["prompt", "completion", "label"],
-            Self::Sft => return vec!["prompt", "completion", "messages"],
+            Self::Sft => return vec!["prompt", "completion", "response", "messages"],
         };
         if pairs { [texts, &flags, &["margin"]].concat() } else { texts.to_vec() }
     }
@@ -325,9 +327,13 @@ fn pku(row: &Columns, label: &'static str) -> RowResult<([&'static str; 2], Answ
 /// The prompt and both responses of a PKU-SafeRLHF row.
 fn pku_responses(row: &Columns) -> RowResult<(Prompt, [String; 2])> {
     let response = |name| Ok(text(column(row, name)?, name)?.trim().to_owned());
-    let prompt = non_blank_prompt(text(column(row, "prompt")?, "prompt")?)?.trim().to_owned();
-    let prompt = Prompt::Chat(vec![Message { role: "user".into(), content: prompt }]);
+    let prompt = user_prompt(non_blank_prompt(text(column(row, "prompt")?, "prompt")?)?.trim());
     Ok((prompt, [response(RESPONSES[0])?, response(RESPONSES[1])?]))
+}
+
+/// A conversation of one message of the user.
+fn user_prompt(content: &str) -> Prompt {
+    Prompt::Chat(vec![Message::new("user", content)])
 }
 
 /// The prompt and the response of a row of single responses.
@@ -336,7 +342,7 @@ fn unpaired(row: &Columns) -> RowResult<(Prompt, String)> {
         Value::Array(list) => {
             let completion = only_answer(messages(list, "completion")?, "completion")?;
             let prompt = match prompt_of(row)? {
-                Prompt::Text(content) => Prompt::Chat(vec![Message { role: "user".into(), content }]),
+                Prompt::Text(content) => user_prompt(&content),
                 chat => chat,
             };
             Ok((prompt, completion))
@@ -357,6 +363,15 @@ fn demonstration(row: &Columns) -> RowResult<(Prompt, String)> {
         let (prompt, completion) = unpaired(row)?;
         not_blank(&completion, "completion")?;
         return Ok((prompt, completion));
+    }
+    if row.contains_key("response") && !row.contains_key("messages") {
+        let answer = text(column(row, "response")?, "response")?.trim();
+        not_blank(answer, "response")?;
+        let prompt = match prompt_of(row)? {
+            Prompt::Text(question) => user_prompt(question.trim()),
+            chat => chat,
+        };
+        return Ok((prompt, answer.to_owned()));
     }
     let mut conversation = match column(row, "messages")? {
         Value::Array(list) => messages(list, "messages")?,

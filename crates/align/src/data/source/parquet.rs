@@ -10,6 +10,7 @@ use engine::{Error, Result};
 use parquet::basic::Compression;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
+use parquet::schema::types::{Type, TypePtr};
 use serde_json::Value;
 
 use super::super::schema::Columns;
@@ -32,7 +33,10 @@ pub(super) fn visit(path: &Path, read: &AtomicU64, visit: Visit<'_>) -> Result<C
     let count = reader.metadata().file_metadata().num_rows().max(1) as f64;
     let mut rows = guarded(|| reader.get_row_iter(None)).map_err(damaged(whole()))?;
     for number in 1.. {
-        let row = guarded(|| rows.next().transpose()).map_err(|reason| damaged(place(path, ROW, number))(reason))?;
+        let row = guarded(|| rows.next().transpose()).map_err(|reason| {
+            let column = damaged_column(&reader, number).map(|name| format!(", column `{name}`,")).unwrap_or_default();
+            damaged(place(path, ROW, number) + &column)(reason)
+        })?;
         let Some(row) = row else { break };
         read.store(before + (bytes as f64 * (number as f64 / count).min(1.0)) as u64, Ordering::Relaxed);
         if visit(ROW, number, Ok(columns(row)))?.is_break() {
@@ -40,6 +44,19 @@ pub(super) fn visit(path: &Path, read: &AtomicU64, visit: Visit<'_>) -> Result<C
         }
     }
     Ok(ControlFlow::Continue(()))
+}
+
+/// The first column that cannot be read up to a row, by reading each alone, since errors do not name it.
+fn damaged_column(reader: &dyn FileReader, row: usize) -> Option<String> {
+    let schema = reader.metadata().file_metadata().schema();
+    let is_damaged = |column: &&TypePtr| {
+        guarded(|| {
+            let alone = Type::group_type_builder(schema.name()).with_fields(vec![(*column).clone()]).build()?;
+            reader.get_row_iter(Some(alone))?.take(row).try_for_each(|row| row.map(drop))
+        })
+        .is_err()
+    };
+    schema.get_fields().iter().find(is_damaged).map(|column| column.name().to_owned())
 }
 
 /// What a step of the `parquet` crate gives, or the start of its reason (some hold all bytes of a value). The crate
