@@ -203,15 +203,13 @@ fn folders_and_patterns_are_their_files_in_order() {
             place("train-2.json.zst", "Row", 1),
         ]
     );
-    assert_eq!(
-        read(folder.path())[1..],
-        train
-            .rows
-            .iter()
-            .zip(&read(folder.path())[1..])
-            .map(|(pair, in_folder)| { PreferencePair { row: in_folder.row, ..pair.clone() } })
-            .collect::<Vec<_>>()
-    );
+    // files of two splits are not mixed unless a pattern says so
+    let error = read_pairs(folder.path(), None, "helpfulness", false).unwrap_err().to_string();
+    assert!(error.contains("several splits") && error.contains("test-0.jsonl") && error.contains("*train*"), "{error}");
+    assert_eq!(read(&at("*")).len(), 7);
+    std::fs::remove_file(at("test-0.jsonl")).unwrap();
+    std::fs::write(at("README.md"), "about the data").unwrap();
+    assert_eq!(read(folder.path()), train.rows);
 
     // a star may stand in a name
     std::fs::write(at("train-*"), lines(&pairs(1))).unwrap();

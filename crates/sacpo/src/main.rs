@@ -3,6 +3,7 @@
 mod answers;
 mod cli;
 mod commands;
+mod hub;
 mod interrupt;
 mod pipeline;
 mod policy;

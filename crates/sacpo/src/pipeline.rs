@@ -142,8 +142,8 @@ struct Run<'r> {
 /// # Errors
 /// Bad input, or files that cannot be read.
 pub(crate) fn load_base(recipe: &Recipe) -> Result<Checkpoint> {
-    let base = Checkpoint::load(&recipe.model.base)?;
-    ui::say(format!("Base model {}: {} parameters.", recipe.model.base.display(), base.model.layout.len));
+    let base = Checkpoint::load(recipe.model.base.path())?;
+    ui::say(format!("Base model {}: {} parameters.", recipe.model.base, base.model.layout.len));
     check_adapters(recipe, &base.model.config)?;
     check_merges(recipe)?;
     warn_of_objectives(recipe)?;
@@ -162,7 +162,7 @@ pub(crate) fn load_inputs(recipe: &Recipe, base: Checkpoint, cache: &Path) -> Re
 
 /// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
 fn check_adapters(recipe: &Recipe, config: &ModelConfig) -> Result<()> {
-    let base = &recipe.model.base;
+    let base = recipe.model.base.path();
     let adapts_base = |step: &Step| step.from.step.is_none() && step.train.lora().is_some();
     if recipe.steps.iter().any(adapts_base) && describe(base)?.adapter.is_some() {
         return Err(Error::input(format!(
@@ -196,7 +196,7 @@ fn check_merges(recipe: &Recipe) -> Result<()> {
         blend.merging.is_some_and(|merging| merging.method.needs_base() || blend.ends.contains(&None))
     };
     if recipe.plan().blends.iter().any(reads_base) {
-        StreamedModel::open(&recipe.model.base)?;
+        StreamedModel::open(recipe.model.base.path())?;
     }
     Ok(())
 }
@@ -230,20 +230,20 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
 impl<'r> Run<'r> {
     /// A run of which only the base model is there.
     fn new(recipe: &'r Recipe, inputs: &'r Inputs, folder: &'r RunFolder) -> Self {
-        let path = &recipe.model.base;
+        let source = &recipe.model.base;
         let base = Policy {
             step: None,
             beta_over_lambda: None,
             q: None,
             origin: None,
-            source: PolicyName::Model(path.clone()),
+            source: PolicyName::Model(source.path().to_owned()),
             adapter: None,
             validation: Vec::new(),
             seconds: 0.0,
             provenance: Provenance {
                 policy: BASE.into(),
                 model: inputs.base.model.hash(),
-                made: Made::Given { path: path.clone() },
+                made: Made::Given { path: source.given.clone(), commit: source.commit() },
                 from: Vec::new(),
             },
         };

@@ -10,6 +10,7 @@ mod judge;
 mod options;
 mod plan;
 mod section;
+mod source;
 mod step;
 mod tree;
 
@@ -29,6 +30,7 @@ use plan::Sweep;
 pub use plan::{Plan, PlannedBlend, PlannedStep, short};
 use section::Section;
 use serde::Serialize;
+pub use source::{Fetched, Source};
 use step::STEP_KEYS;
 pub use step::{BASE, Origin, Step, Temperature};
 
@@ -88,7 +90,7 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BaseModel {
     /// A folder in Hugging Face's layout, or a `.gguf` file.
-    pub base: PathBuf,
+    pub base: Source,
 }
 
 /// `[run]`: where and how to run.
@@ -209,6 +211,16 @@ impl Recipe {
     pub fn plan(&self) -> Plan {
         let blends = plan::between(&self.merges).chain(plan::between(&self.mixes)).collect();
         Plan { steps: plan::expand(&self.steps, &self.constraints), blends }
+    }
+
+    /// Where its data and prompts are.
+    pub fn data_sources(&mut self) -> impl Iterator<Item = &mut Source> {
+        let of_steps = self
+            .steps
+            .iter_mut()
+            .flat_map(|step| std::iter::once(&mut step.data).chain(&mut step.data_options.exclude_prompts));
+        let choices = self.constraints.iter_mut().filter_map(|constraint| constraint.choice.as_mut());
+        of_steps.chain(choices.flat_map(|choice| [&mut choice.prompts, &mut choice.held_out_prompts]).flatten())
     }
 
     /// The judge of a metric.

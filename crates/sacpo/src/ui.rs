@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use align::data::Progress;
 use align::trainer::{Monitor, StepRecord};
 use engine::{Error, Result};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
 
 use crate::interrupt;
 
-/// Between two lines about a training whose progress bar nobody sees.
+/// Between two lines about work whose progress bar nobody sees.
 const HEARTBEAT: Duration = Duration::from_secs(60);
 
 /// Says what is going on. Whether anybody listens does not matter to the work.
@@ -60,6 +60,44 @@ pub(crate) fn read_on(bar: &ProgressBar) -> impl FnMut(Progress) -> Result<()> +
         bar.set_position(progress.bytes);
         bar.set_message(format!("{} rows", progress.rows));
         interrupt::check()
+    }
+}
+
+/// Shows how many bytes are received, or in a line now and then when standard error is not a terminal.
+pub(crate) struct TransferBar {
+    bar: ProgressBar,
+    last_line: Instant,
+}
+
+impl TransferBar {
+    /// For so many files of a repository, which have so many bytes.
+    pub(crate) fn new(repository: &str, files: usize, bytes: u64) -> Self {
+        say(format!(
+            "Fetching {files} {} of {repository}: {}.",
+            if files == 1 { "file" } else { "files" },
+            DecimalBytes(bytes)
+        ));
+        let bar = ProgressBar::new(bytes);
+        let template = "  {bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        Self { bar, last_line: Instant::now() }
+    }
+
+    /// Shows how many bytes there are, of all files.
+    pub(crate) fn received(&mut self, bytes: u64) {
+        self.bar.set_position(bytes);
+        if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
+            self.last_line = Instant::now();
+            say(format!("  {} of {}", DecimalBytes(bytes), DecimalBytes(self.bar.length().unwrap_or(bytes))));
+        }
+    }
+}
+
+impl Drop for TransferBar {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
     }
 }
 

@@ -37,7 +37,7 @@ pub use render::{
     tokenize_pairs, tokenize_prompt,
 };
 pub use schema::Format;
-pub use source::{Places, files};
+pub use source::{Places, Shard, choose, files, is_about_data, patterns_of_splits, shard};
 pub use split::{Answered, HeldOut, is_held_out};
 pub use statistics::{ExampleCounts, Lengths, PairCounts, RowCounts, disagreement};
 pub use tokens::Tokens;

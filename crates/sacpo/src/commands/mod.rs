@@ -2,6 +2,7 @@
 
 mod data;
 mod generate;
+mod inputs;
 mod logps;
 mod loss;
 mod merge;
@@ -20,9 +21,10 @@ use crate::cli::{Arguments, Command};
 use crate::{interrupt, ui};
 
 /// Carries out the command line.
-pub(crate) fn run(arguments: Arguments) -> Result<()> {
+pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
     let global = arguments.global;
     interrupt::listen()?;
+    inputs::fetch(&mut arguments.command)?;
     match arguments.command {
         Command::Quickstart(options) => on_threads(global.threads, || quickstart::run(&options, global)),
         Command::Run(options) => run::run(&options, global),

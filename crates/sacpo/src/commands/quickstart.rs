@@ -261,7 +261,7 @@ fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFo
         })?;
         let pairwise = matches!(objective::Options::default().build(step.objective, 1.0)?, Objective::Pairwise(_));
         let file = format!("data/{}{}.jsonl", step.metric, if pairwise { "" } else { "-labelled" });
-        step.data = folder.path.join(&file);
+        step.data = folder.path.join(&file).into();
         if !written.insert(file.clone()) {
             continue;
         }
@@ -275,8 +275,8 @@ fn recipe(world: &World, amounts: &Amounts, options: &Quickstart, folder: &RunFo
     }
     let choice = recipe.constraints.iter_mut().find_map(|constraint| constraint.choice.as_mut());
     if let Some(choice) = choice {
-        choice.prompts = Some(write_prompts("prompts", &world.train_prompts, folder)?);
-        choice.held_out_prompts = Some(write_prompts("held_out_prompts", &world.heldout_prompts, folder)?);
+        choice.prompts = Some(write_prompts("prompts", &world.train_prompts, folder)?.into());
+        choice.held_out_prompts = Some(write_prompts("held_out_prompts", &world.heldout_prompts, folder)?.into());
     }
     Ok(recipe)
 }

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::{on_threads, print_json};
 use crate::answers::{answer, as_taken, tokenize};
 use crate::cli::{Global, Run, Train};
+use crate::hub::Hub;
 use crate::pipeline::{self, Outcome, Policy, RunFolder, dry_run, manifest};
 use crate::ui;
 use sacpo::recipe::Recipe;
@@ -22,11 +23,11 @@ use sacpo::recipe::Recipe;
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
     let mut overrides = options.set.clone();
     overrides.extend(options.seed.map(|seed| format!("run.seed={seed}")));
-    on_its_threads(&Recipe::load(&options.recipe, &overrides)?, global, options.dry_run)
+    on_its_threads(Recipe::load(&options.recipe, &overrides)?, global, options.dry_run)
 }
 
 pub(super) fn train(options: &Train, global: Global) -> Result<()> {
-    on_its_threads(&recipe_of(options)?, global, false)
+    on_its_threads(recipe_of(options)?, global, false)
 }
 
 /// The recipe of one step that the options describe.
@@ -54,8 +55,9 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
     Recipe::parse(&toml, Path::new("command line"), &options.set)
 }
 
-fn on_its_threads(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
-    on_threads(global.threads.or(recipe.run.threads), || carry_out(recipe, global, dry))
+fn on_its_threads(mut recipe: Recipe, global: Global, dry: bool) -> Result<()> {
+    Hub::new().fetch_recipe(&mut recipe)?;
+    on_threads(global.threads.or(recipe.run.threads), || carry_out(&recipe, global, dry))
 }
 
 fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
@@ -225,7 +227,7 @@ fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Ser
 /// The run as a page to read: policies, answers, and what it took.
 fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answer>], seconds: f64) -> String {
     let mut page = String::from("# Results\n\n");
-    let _ = writeln!(page, "Base model: `{}`. Seed {}.\n", recipe.model.base.display(), recipe.run.seed);
+    let _ = writeln!(page, "Base model: `{}`. Seed {}.\n", recipe.model.base, recipe.run.seed);
     for (step, data) in recipe.steps.iter().zip(&outcome.data) {
         let _ = writeln!(
             page,
@@ -234,7 +236,7 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
             data.train.len(),
             data.train.unit(),
             data.validation.len(),
-            step.data.file_name().unwrap_or_default().display()
+            step.data.given.file_name().unwrap_or_default().display()
         );
     }
     let _ = write!(

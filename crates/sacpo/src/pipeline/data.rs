@@ -60,15 +60,15 @@ pub(super) fn load_data(step: &Step, base: &Checkpoint, seed: u64, cache: &Path)
             step.name, options.max_length
         )));
     }
-    let path = &step.data;
+    let location = &step.data;
     let mut excluded = Vec::new();
     for prompts in &options.exclude_prompts {
-        excluded.extend(data::read_prompts(prompts)?);
+        excluded.extend(data::read_prompts(prompts.path())?);
     }
     let preparation = Preparation {
-        source: Source { path, format: step.format, metric: &step.metric, skip_bad_rows: options.skip_bad_rows },
+        source: Source { path: location.path(), format: step.format, metric: &step.metric, skip_bad_rows: options.skip_bad_rows },
         held_out: match &step.validation_data {
-            Some(path) => HeldOut::Path(path),
+            Some(held_out) => HeldOut::Path(held_out.path()),
             None => HeldOut::Share { fraction: options.validation_fraction, seed },
         },
         excluded,
@@ -105,18 +105,16 @@ pub(super) fn load_data(step: &Step, base: &Checkpoint, seed: u64, cache: &Path)
     say_what_was_left_out(&report);
     let loaded = StepData { train, validation, plain_text: report.plain_text };
     ui::say(format!(
-        "Step {}: {} {} to train on, {} held out, from {}.",
+        "Step {}: {} {} to train on, {} held out, from {location}.",
         step.name,
         loaded.train.len(),
         loaded.train.unit(),
         loaded.validation.len(),
-        path.display(),
     ));
     if loaded.train.is_empty() {
         return Err(Error::input(format!(
-            "Nothing of {} is left to train on. Raise data.max_length, lower data.validation_fraction, or give data that \
+            "Nothing of {location} is left to train on. Raise data.max_length, lower data.validation_fraction, or give data that \
              suit the objective `{}`.",
-            path.display(),
             step.objective
         )));
     }
@@ -128,12 +126,11 @@ pub(super) fn load_data(step: &Step, base: &Checkpoint, seed: u64, cache: &Path)
         .map_err(|error| Error::input(format!("In the step `{}`: {error}", step.name)))?;
     if step.train.validate_every.is_some() && loaded.validation.len() < least {
         return Err(Error::input(format!(
-            "The step `{}` asks for validation by train.validate_every, but {} rows of {} are held out and the objective \
+            "The step `{}` asks for validation by train.validate_every, but {} rows of {location} are held out and the objective \
              `{}` needs at least {least}. Raise data.validation_fraction, or leave train.validate_every and \
              train.patience out.",
             step.name,
             loaded.validation.len(),
-            path.display(),
             step.objective
         )));
     }

@@ -42,6 +42,9 @@ pub(crate) enum Made {
     /// The base model.
     Given {
         path: PathBuf,
+        /// The commit that an address on the Hub meant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        commit: Option<String>,
     },
     /// By a step.
     Training {
@@ -51,6 +54,9 @@ pub(crate) enum Made {
         /// β if it started from the base model, else β/λ.
         temperature: f64,
         data: PathBuf,
+        /// The commit that an address of data on the Hub meant.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        data_commit: Option<String>,
         /// The hash of the tokens and labels that were trained on.
         data_hash: String,
         pairs: usize,

@@ -119,7 +119,7 @@ impl Training {
     fn adapter_base(&self, run: &Run<'_>) -> Result<PathBuf> {
         let parent = &run.policies[self.parent];
         let below = parent.adapter.as_ref().map(|adapter| &adapter.base).filter(|_| self.stacks(run));
-        let below = below.or(parent.path()).unwrap_or(&run.recipe.model.base);
+        let below = below.or(parent.path()).map(PathBuf::as_path).unwrap_or(run.recipe.model.base.path());
         std::path::absolute(below).map_err(Error::io("find", below))
     }
 
@@ -205,7 +205,8 @@ impl Training {
                     metric: step.metric.clone(),
                     objective: objective.name().into(),
                     temperature: self.beta,
-                    data: step.data.clone(),
+                    data: step.data.given.clone(),
+                    data_commit: step.data.commit(),
                     data_hash: data.fingerprint(),
                     pairs: data.len(),
                     label_weights: self.label_weights(step).cloned().unwrap_or_default(),

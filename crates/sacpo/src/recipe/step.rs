@@ -1,7 +1,6 @@
 //! `[[step]]`: one alignment of a policy on one metric.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use align::data::Format;
 use align::objective::{self, Objective};
@@ -11,6 +10,7 @@ use serde::{Serialize, Serializer};
 use super::POSITIVE;
 use super::options::{DataOptions, TrainOptions};
 use super::section::Section;
+use super::source::Source;
 use crate::suggest::nearest;
 
 /// The keys of a step beside those of `[data]` and `[train]`, which a step may override.
@@ -58,10 +58,10 @@ pub struct Step {
     #[serde(flatten, skip_serializing_if = "Temperature::is_open")]
     pub temperature: Temperature,
     /// The file of preference pairs.
-    pub data: PathBuf,
+    pub data: Source,
     /// The file of pairs that are held out. Default: a share of `data` (`validation_fraction`).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub validation_data: Option<PathBuf>,
+    pub validation_data: Option<Source>,
     /// The schema of the files. Default: found from their first rows.
     pub format: Option<Format>,
     /// The `[data]` options of this step.
@@ -143,7 +143,7 @@ impl Step {
             temperature: Temperature::read(section, from.step.is_none())?,
             from,
             data: path.into(),
-            validation_data: section.text("validation_data")?.map(PathBuf::from),
+            validation_data: section.text("validation_data")?.map(Source::from),
             format: section.choice("format", &formats)?,
             data_options: DataOptions::read(section, data)?,
             train: TrainOptions::read(section, train)?,

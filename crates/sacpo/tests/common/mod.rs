@@ -30,9 +30,15 @@ pub(crate) struct Outcome {
 
 /// Runs the command; a panic, a signal or two minutes of work fail the test.
 pub(crate) fn run<A: AsRef<str>>(arguments: &[A]) -> Outcome {
+    run_with(arguments, &[])
+}
+
+/// The same with these environment variables.
+pub(crate) fn run_with<A: AsRef<str>>(arguments: &[A], variables: &[(&str, String)]) -> Outcome {
     let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
-    let output =
-        assert_cmd::Command::new(SACPO).args(&arguments).timeout(Duration::from_secs(120)).output().expect("it starts");
+    let mut command = assert_cmd::Command::new(SACPO);
+    command.args(&arguments).envs(variables.iter().cloned()).timeout(Duration::from_secs(120));
+    let output = command.output().expect("it starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
     let (stdout, stderr) = (text(output.stdout), text(output.stderr));
     assert!(!stderr.contains("panicked"), "{arguments:?} panicked:\n{stderr}");
@@ -42,9 +48,7 @@ pub(crate) fn run<A: AsRef<str>>(arguments: &[A]) -> Outcome {
 
 /// Runs a command that must succeed.
 pub(crate) fn done<A: AsRef<str>>(arguments: &[A]) -> Outcome {
-    let outcome = run(arguments);
-    assert_eq!(outcome.code, 0, "{}", outcome.stderr);
-    outcome
+    run(arguments).done()
 }
 
 /// Runs a command with `--json`, which must print one object on one line and nothing else.
@@ -64,13 +68,25 @@ pub(crate) fn object(stdout: &str) -> Value {
 
 /// Runs a command that must fail with this exit code, print nothing, and end with a one-paragraph message: returned.
 pub(crate) fn fails<A: AsRef<str>>(code: i32, arguments: &[A]) -> String {
-    let outcome = run(arguments);
-    let Outcome { stdout, stderr, .. } = &outcome;
-    assert_eq!((outcome.code, stdout.as_str()), (code, ""), "{stderr}");
-    let (_, message) = stderr.rsplit_once("error: ").unwrap_or_else(|| panic!("no message: {stderr}"));
-    assert_eq!(message.trim_end().lines().count(), 1, "more than one paragraph: {message}");
-    assert!(message.trim_end().ends_with(['.', '?']), "no sentence: {message}");
-    message.trim_end().to_owned()
+    run(arguments).failed(code)
+}
+
+impl Outcome {
+    /// The outcome, which must be success.
+    pub(crate) fn done(self) -> Self {
+        assert_eq!(self.code, 0, "{}", self.stderr);
+        self
+    }
+
+    /// The message of a failure, as [`fails`] says.
+    pub(crate) fn failed(&self, code: i32) -> String {
+        let Self { stdout, stderr, .. } = self;
+        assert_eq!((self.code, stdout.as_str()), (code, ""), "{stderr}");
+        let (_, message) = stderr.rsplit_once("error: ").unwrap_or_else(|| panic!("no message: {stderr}"));
+        assert_eq!(message.trim_end().lines().count(), 1, "more than one paragraph: {message}");
+        assert!(message.trim_end().ends_with(['.', '?']), "no sentence: {message}");
+        message.trim_end().to_owned()
+    }
 }
 
 /// A message must contain all of these.

@@ -14,7 +14,7 @@ use std::sync::atomic::AtomicU64;
 use engine::{Error, Result};
 
 pub(super) use files::all_bytes;
-pub use files::{Places, files};
+pub use files::{Places, Shard, choose, files, is_about_data, patterns_of_splits, shard};
 
 use self::bytes::Input;
 use self::files::place;
