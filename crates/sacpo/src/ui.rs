@@ -67,6 +67,8 @@ pub(crate) fn read_on(bar: &ProgressBar) -> impl FnMut(Progress) -> Result<()> +
 pub(crate) struct TransferBar {
     bar: ProgressBar,
     last_line: Instant,
+    /// Bytes of the files that are complete.
+    complete: u64,
 }
 
 impl TransferBar {
@@ -82,16 +84,27 @@ impl TransferBar {
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        Self { bar, last_line: Instant::now() }
+        Self { bar, last_line: Instant::now(), complete: 0 }
     }
 
-    /// Shows how many bytes there are, of all files.
+    /// Shows how many bytes of the file at hand there are.
     pub(crate) fn received(&mut self, bytes: u64) {
+        let bytes = self.complete + bytes;
         self.bar.set_position(bytes);
         if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
             self.last_line = Instant::now();
             say(format!("  {} of {}", DecimalBytes(bytes), DecimalBytes(self.bar.length().unwrap_or(bytes))));
         }
+    }
+
+    /// Goes on to the next file after one of so many bytes.
+    pub(crate) fn completed(&mut self, bytes: u64) {
+        self.complete += bytes;
+    }
+
+    /// Says something above the bar.
+    pub(crate) fn say(&self, message: &str) {
+        self.bar.suspend(|| say(message));
     }
 }
 

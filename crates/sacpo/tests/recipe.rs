@@ -76,7 +76,7 @@ fn message(text: &str, overrides: &[&str]) -> String {
 #[test]
 fn every_key_arrives_where_it_belongs() {
     let recipe = parse(WHOLE, &[]).unwrap();
-    assert_eq!(recipe.model.base, PathBuf::from("models/base"));
+    assert_eq!(recipe.model.base, "models/base".into());
     let run = &recipe.run;
     assert_eq!(
         (run.out.as_path(), run.seed, run.threads, run.memory_gib),

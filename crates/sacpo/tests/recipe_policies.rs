@@ -264,7 +264,7 @@ fn constraints_name_their_step_and_how_to_meet_them() {
     let all = "realise = \"train\"\nconfidence = 0.9\nprompts = \"p\"\nheld_out_prompts = \"q\"\nmax_prompts = 5\nanswers = 17\nmax_new_tokens = 7\nshots = 1\n";
     let recipe = read(&[&found, quickstart, constraint, all]);
     assert_eq!(trained(&recipe), ["helpfulness < base @ 0.1"]);
-    assert_eq!(recipe.constraints[0].choice.as_ref().unwrap().held_out_prompts.as_deref(), Some(Path::new("q")));
+    assert_eq!(recipe.constraints[0].choice.as_ref().unwrap().held_out_prompts, Some("q".into()));
     let set =
         Recipe::parse(&[CHAIN, quickstart, constraint].concat(), Path::new("r"), &["constraint.at_least=0.5".into()]);
     assert_eq!(set.unwrap().constraints[0].at_least, 0.5);

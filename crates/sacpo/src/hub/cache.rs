@@ -19,7 +19,7 @@ use engine::{Error, Result};
 
 use super::address::{Repo, is_commit};
 use super::tree::{self, Tree};
-use crate::{interrupt, ui};
+use crate::interrupt;
 
 /// Between two looks at a lock that another process holds.
 const LOCK_WAIT: Duration = Duration::from_millis(200);
@@ -43,14 +43,22 @@ impl Cache {
         Some(text.trim().to_owned()).filter(|commit| is_commit(commit))
     }
 
-    /// Keeps what a revision is, and all files at that commit.
+    /// Keeps which commit a revision is.
     ///
     /// # Errors
     /// If it cannot be written.
-    pub(super) fn keep(&self, revision: &str, commit: &str, tree: &Tree) -> Result<()> {
-        if revision != commit && self.commit_of(revision).as_deref() != Some(commit) {
-            write(&self.folder.join("refs").join(revision), commit.as_bytes())?;
+    pub(super) fn keep_commit(&self, revision: &str, commit: &str) -> Result<()> {
+        if revision == commit || self.commit_of(revision).as_deref() == Some(commit) {
+            return Ok(());
         }
+        write(&self.folder.join("refs").join(revision), commit.as_bytes())
+    }
+
+    /// Keeps the list of all files at a commit.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub(super) fn keep_tree(&self, commit: &str, tree: &Tree) -> Result<()> {
         let json =
             tree::to_kept(tree).map_err(|error| Error::Failed(format!("A list of files is no JSON: {error}.")))?;
         write(&self.tree_path(commit), &json)
@@ -98,12 +106,12 @@ impl Cache {
         self.folder.join("blobs").join(format!("{hash}.incomplete"))
     }
 
-    /// Waits until no other process fetches a content, and keeps others waiting for as long as the lock lives. A file system
-    /// without locks gives none; then only the check of each content keeps two processes apart.
+    /// Waits until no other process fetches a content, and keeps others waiting for as long as the lock lives; `say` is told of
+    /// the wait. A file system without locks gives none; then only the check of each content keeps two processes apart.
     ///
     /// # Errors
     /// If the lock cannot be made, or [`Error::Interrupted`].
-    pub(super) fn lock(&self, hash: &str) -> Result<Option<File>> {
+    pub(super) fn lock(&self, hash: &str, say: &dyn Fn(&str)) -> Result<Option<File>> {
         fs::create_dir_all(&self.locks).map_err(Error::io("create", &self.locks))?;
         let blobs = self.folder.join("blobs");
         fs::create_dir_all(&blobs).map_err(Error::io("create", &blobs))?;
@@ -119,7 +127,7 @@ impl Cache {
                 Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path)(error)),
             }
             if !said {
-                ui::say("  Another process is fetching the same file; waiting for it.");
+                say("  Another process is fetching the same file; waiting for it.");
                 said = true;
             }
             interrupt::check()?;

@@ -126,7 +126,7 @@ impl Client {
             });
             match answer {
                 Ok(page) => return Ok(page),
-                Err(failure) => patience.wait(self, failure, subject)?,
+                Err(failure) => patience.wait(self, failure, subject, &|message| ui::say(message))?,
             }
         }
     }
@@ -243,11 +243,17 @@ pub(super) struct Patience {
 }
 
 impl Patience {
-    /// Waits before another attempt: twice as long each time, or as long as the server asks.
+    /// Waits before another attempt: twice as long each time, or as long as the server asks. `say` is told so.
     ///
     /// # Errors
     /// A failure that stays, or one too many; [`Error::Interrupted`].
-    pub(super) fn wait(&mut self, client: &Client, failure: Failure, subject: Subject<'_>) -> Result<()> {
+    pub(super) fn wait(
+        &mut self,
+        client: &Client,
+        failure: Failure,
+        subject: Subject<'_>,
+        say: &dyn Fn(&str),
+    ) -> Result<()> {
         self.failed += 1;
         if self.failed == ATTEMPTS || !failure.passes() {
             return Err(client.error(&failure, subject));
@@ -256,7 +262,8 @@ impl Patience {
             Failure::Status { wait: Some(wait), .. } => wait,
             _ => FIRST_WAIT * 2u32.pow(self.failed - 1),
         };
-        ui::say(format!("  Not fetched yet: {subject} ({failure}). Trying again in {:.1} s.", wait.as_secs_f64()));
+        let seconds = wait.as_secs_f64();
+        say(&format!("  Not fetched yet: {subject} ({failure}). Trying again in {seconds:.1} s."));
         let end = Instant::now() + wait;
         while let Some(left) = end.checked_duration_since(Instant::now()) {
             interrupt::check()?;

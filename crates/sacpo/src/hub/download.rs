@@ -15,12 +15,13 @@ use super::cache::Cache;
 use super::client::{Client, Failure, Patience, Subject, header};
 use super::tree::{Entry, Identity};
 use crate::interrupt;
+use crate::ui::TransferBar;
 
 /// Bytes that are read at once.
 const CHUNK: usize = 256 << 10;
 
 /// Fetches a content into the cache, where it has its name only when its size and hash are right. What a stopped process left
-/// of it is gone on with. `received` is told how many of its bytes are there.
+/// of it is gone on with.
 ///
 /// # Errors
 /// If it does not come whole after several attempts, or comes as something else; a disk that cannot be written to;
@@ -31,10 +32,10 @@ pub(super) fn download(
     url: &str,
     entry: &Entry,
     subject: Subject<'_>,
-    received: &mut dyn FnMut(u64),
+    bar: &mut TransferBar,
 ) -> Result<()> {
     let hash = entry.identity().hash();
-    let _lock = cache.lock(hash)?;
+    let _lock = cache.lock(hash, &|message| bar.say(message))?;
     let blob = cache.blob(hash);
     if is_whole(&blob, entry.size) {
         return Ok(());
@@ -42,7 +43,7 @@ pub(super) fn download(
     let mut part = Part::open(cache.incomplete(hash), entry)?;
     let (mut patience, mut furthest, mut mistaken) = (Patience::default(), part.len, false);
     loop {
-        let failure = match part.receive(client, url, received) {
+        let failure = match part.receive(client, url, bar) {
             Ok(()) if part.is_right() => return part.finish(&blob),
             // bytes of another process or of a broken disk may be among them, so once more from the start
             Ok(()) if !mistaken => {
@@ -62,7 +63,7 @@ pub(super) fn download(
             furthest = part.len;
             patience = Patience::default();
         }
-        patience.wait(client, failure, subject)?;
+        patience.wait(client, failure, subject, &|message| bar.say(message))?;
     }
 }
 
@@ -132,9 +133,9 @@ impl<'a> Part<'a> {
     }
 
     /// Receives the bytes that are missing.
-    fn receive(&mut self, client: &Client, url: &str, received: &mut dyn FnMut(u64)) -> std::result::Result<(), Stop> {
+    fn receive(&mut self, client: &Client, url: &str, bar: &mut TransferBar) -> std::result::Result<(), Stop> {
         let size = self.entry.size;
-        received(self.len);
+        bar.received(self.len);
         if self.len == size {
             return Ok(());
         }
@@ -169,7 +170,7 @@ impl<'a> Part<'a> {
             self.file.write_all(bytes).map_err(|error| self.disk_error(error))?;
             self.hasher.update(bytes);
             self.len += count as u64;
-            received(self.len);
+            bar.received(self.len);
         }
         Ok(())
     }

@@ -68,12 +68,16 @@ impl Snapshot {
         if repo.pinned().is_none() {
             ui::say(format!("{repo} is at commit {commit}."));
         }
+        // a cache that cannot be written to can still be read
+        let _kept = cache.keep_commit(&repo.revision, &commit);
         let tree = match cache.tree(&commit) {
             Some(tree) => tree,
-            None => list(&repo, &commit, &client)?,
+            None => {
+                let tree = list(&repo, &commit, &client)?;
+                let _kept = cache.keep_tree(&commit, &tree);
+                tree
+            }
         };
-        // a cache that cannot be written to can still be read
-        let _kept = cache.keep(&repo.revision, &commit, &tree);
         Ok(Self { repo, commit, tree: Some(tree), cache, client: Some(client) })
     }
 
@@ -115,7 +119,6 @@ impl Snapshot {
         }
         let bytes = missing.iter().map(|path| tree[*path].size).sum();
         let mut bar = ui::TransferBar::new(&self.repo.to_string(), missing.len(), bytes);
-        let mut before = 0;
         for path in missing {
             let entry = &tree[path];
             let url = client.url(&format!(
@@ -125,9 +128,9 @@ impl Snapshot {
                 utf8_percent_encode(path, PATH)
             ));
             let subject = Subject { repo: &self.repo, file: Some(path) };
-            download(client, &self.cache, &url, entry, subject, &mut |done| bar.received(before + done))?;
+            download(client, &self.cache, &url, entry, subject, &mut bar)?;
             self.cache.link(&self.commit, path, entry.identity().hash())?;
-            before += entry.size;
+            bar.completed(entry.size);
         }
         Ok(())
     }

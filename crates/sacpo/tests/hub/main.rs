@@ -552,5 +552,5 @@ fn a_recipe_keeps_the_address_and_the_commit_and_depends_on_the_content() {
     says(&user.fails(2, &run), &["made with other data"]);
     let pinned = format!("step.1.data=hf://datasets/o/n@{}/train.jsonl", commit(1));
     let pinned = user.run(&["run", &recipe, "--set", &pinned, "--dry-run", "--json"]).done();
-    assert_eq!(object(&pinned.stdout)["policies"][1]["state"], "complete", "{}", pinned.stdout);
+    assert_eq!(object(&pinned.stdout)["stages"][0]["state"], "complete", "{}", pinned.stdout);
 }
