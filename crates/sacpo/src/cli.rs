@@ -64,7 +64,9 @@ pub(crate) enum DataCommand {
     ///
     /// Bad rows are left out and counted.
     #[command(after_help = "Examples:\n  sacpo data stats pairs.jsonl\n  \
-        sacpo data stats pku.jsonl.gz --metric harmlessness --model models/SmolLM2")]
+        sacpo data stats pku.jsonl.gz --metric harmlessness --model models/SmolLM2\n  \
+        sacpo data stats 'hf://datasets/HuggingFaceH4/ultrafeedback_binarized/data/train_prefs-*'\n\n\
+        docs/data.md says how addresses on the Hugging Face Hub (hf://) are written and which variables it heeds.")]
     Stats {
         #[command(flatten)]
         source: DataSource,
@@ -111,7 +113,7 @@ pub(crate) struct ConvertData {
 pub(crate) struct InspectData {
     #[command(flatten)]
     pub(crate) source: DataSource,
-    /// Folder in Hugging Face's layout, or .gguf file, whose tokenizer and template are used.
+    /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME, whose tokenizer and template are used.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PathBuf,
     /// The first row to show, counted from 1 as in messages.
@@ -131,7 +133,8 @@ pub(crate) struct InspectData {
 /// A file of preference data and how to read it.
 #[derive(Debug, Args)]
 pub(crate) struct DataSource {
-    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder or a pattern ('train-*.parquet').
+    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder, a pattern ('train-*.parquet'), or
+    /// hf://datasets/OWNER/NAME/PATH.
     pub(crate) file: PathBuf,
     /// Read the file as this objective would: `kto`, `bco` and `sft` take single responses, all others pairs.
     #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(objective::NAMES))]
@@ -222,10 +225,11 @@ pub(crate) struct Run {
     --beta 0.1 --set train.lora_rank=16 --set train.learning_rate=1e-4 --out runs/rated\n\n\
     A training that was stopped continues where it was when the same command is given again.")]
 pub(crate) struct Train {
-    /// Folder in Hugging Face's layout, or .gguf file: where training starts, and the reference.
+    /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME: where training starts, and the reference.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PathBuf,
-    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder or a pattern ('train-*.parquet').
+    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder, a pattern ('train-*.parquet'), or
+    /// hf://datasets/OWNER/NAME/PATH.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     /// What the preferences are about, such as helpfulness or harmlessness.
@@ -254,13 +258,14 @@ pub(crate) struct Train {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  sacpo logps --model models/SmolLM2 --data pairs.jsonl --json")]
 pub(crate) struct Logps {
-    /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
+    /// Folder in Hugging Face's layout, .gguf file, hf://OWNER/NAME, or two of them mixed at decode time: 'mix(A, B, q)'.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PolicyName,
     /// Allow q outside 0 to 1 in mix(A, B, q), which leads beyond the models.
     #[arg(long)]
     pub(crate) extrapolate: bool,
-    /// Preference pairs: .jsonl, .json or Parquet; a file, a folder or a pattern ('train-*.parquet').
+    /// Preference pairs: .jsonl, .json or Parquet; a file, a folder, a pattern ('train-*.parquet'), or
+    /// hf://datasets/OWNER/NAME/PATH.
     #[arg(long, value_name = "FILE")]
     pub(crate) data: PathBuf,
     /// Which preference to read from files that hold several.
@@ -359,7 +364,7 @@ impl Parameters {
     sacpo generate --model 'mix(runs/hh/steps/helpful/checkpoint, runs/hh/steps/safe-0.01/checkpoint, 0.5)' \\\n    \
     --prompt \"How do I pick a lock?\"")]
 pub(crate) struct Generate {
-    /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
+    /// Folder in Hugging Face's layout, .gguf file, hf://OWNER/NAME, or two of them mixed at decode time: 'mix(A, B, q)'.
     #[arg(long, value_name = "MODEL")]
     pub(crate) model: PolicyName,
     /// Allow q outside 0 to 1 in mix(A, B, q), which leads beyond the models.
@@ -368,7 +373,8 @@ pub(crate) struct Generate {
     /// A prompt; may be given several times.
     #[arg(long = "prompt", value_name = "TEXT", required_unless_present = "prompts")]
     pub(crate) prompt: Vec<String>,
-    /// A file of prompts: .txt with one a line, or .jsonl, .json, .csv or Parquet with a column `prompt`.
+    /// A file of prompts: .txt with one a line, or .jsonl, .json, .csv or Parquet with a column `prompt`; or
+    /// hf://datasets/OWNER/NAME/PATH.
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub(crate) prompts: Option<PathBuf>,
     /// A system message before every prompt.
@@ -414,7 +420,8 @@ pub(crate) struct Generate {
     sacpo merge --q 0.5 runs/hh/steps/helpful/checkpoint runs/hh/steps/harmless/checkpoint merged\n  \
     sacpo merge --weight 2 --weight 1 --weight 1 A B C merged\n  \
     sacpo merge --method ties --base models/SmolLM2 --density 0.2 A B merged\n\n\
-    Models are folders in Hugging Face's layout, or adapters of one; `sacpo model convert` makes one of a .gguf file. \
+    Models are folders in Hugging Face's layout, hf://OWNER/NAME, or adapters of one; `sacpo model convert` makes one of a \
+    .gguf file. \
     Adapters of one base make an adapter by linear and task-arithmetic, without DoRA, and else a model. Tokenizer and \
     config are those of the base, or of the first model. docs/merging.md has the formulas.")]
 pub(crate) struct Merge {
@@ -505,13 +512,13 @@ pub(crate) struct Tabular {
 pub(crate) enum ModelCommand {
     /// Describe a model without loading its weights.
     Inspect {
-        /// Folder in Hugging Face's layout, or .gguf file.
+        /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
         model: PathBuf,
     },
     /// Write a model as a folder in Hugging Face's layout, with f32 weights.
     #[command(after_help = "Example:\n  sacpo model convert models/SmolLM2.gguf models/SmolLM2")]
     Convert {
-        /// Folder in Hugging Face's layout, or .gguf file.
+        /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
         from: PathBuf,
         /// Folder to write.
         to: PathBuf,
@@ -529,9 +536,9 @@ pub(crate) enum ModelCommand {
     /// Write the model that an adapter makes of its base, as a folder in Hugging Face's layout.
     #[command(after_help = "Example:\n  sacpo model fold-adapter models/SmolLM2 adapters/helpful models/helpful")]
     FoldAdapter {
-        /// The base: folder in Hugging Face's layout, or .gguf file.
+        /// The base: folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
         model: PathBuf,
-        /// Folder in PEFT's layout.
+        /// Folder in PEFT's layout, or hf://OWNER/NAME.
         adapter: PathBuf,
         /// Folder to write.
         to: PathBuf,
@@ -542,9 +549,9 @@ pub(crate) enum ModelCommand {
     #[command(after_help = "Example:\n  \
         sacpo model stack-adapters models/SmolLM2 adapters/helpful adapters/harmless adapters/both")]
     StackAdapters {
-        /// The base: folder in Hugging Face's layout, or .gguf file.
+        /// The base: folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
         model: PathBuf,
-        /// Folders in PEFT's layout.
+        /// Folders in PEFT's layout, or hf://OWNER/NAME.
         #[arg(num_args = 2.., required = true)]
         adapters: Vec<PathBuf>,
         /// Folder to write.
@@ -558,7 +565,7 @@ pub(crate) enum ModelCommand {
     sacpo model add-adapter models/SmolLM2 adapters/fresh --rank 16 --alpha 32\n  \
     sacpo model add-adapter models/SmolLM2 adapters/fresh --targets q_proj,v_proj --rank-stabilized")]
 pub(crate) struct AddAdapter {
-    /// The base: folder in Hugging Face's layout, or .gguf file.
+    /// The base: folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
     pub(crate) model: PathBuf,
     /// Folder to write.
     pub(crate) to: PathBuf,

@@ -17,6 +17,7 @@ mod settings;
 mod snapshot;
 mod tree;
 
+use std::cell::LazyCell;
 use std::path::Path;
 
 use engine::{Error, Result};
@@ -40,14 +41,14 @@ pub(crate) enum Content {
 
 /// The Hub as one command sees it: each revision is looked up once, so that all addresses mean the same commit.
 pub(crate) struct Hub {
-    settings: Settings,
+    settings: LazyCell<Settings>,
     snapshots: Vec<Snapshot>,
 }
 
 impl Hub {
     /// The Hub that the environment names.
     pub(crate) fn new() -> Self {
-        Self { settings: Settings::from_environment(), snapshots: Vec::new() }
+        Self { settings: LazyCell::new(Settings::from_environment), snapshots: Vec::new() }
     }
 
     /// Fetches what an address leads to, as far as it is not in the cache. Any other path is left alone: nothing is returned.

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 
 use engine::{Error, Result};
 use ureq::http::{HeaderMap, Response};
+use ureq::tls::{RootCerts, TlsConfig};
 use ureq::{Agent, Body};
 
 use super::address::{Kind, Repo};
-use super::settings::Settings;
+use super::settings::{Settings, certificates};
 use crate::{interrupt, ui};
 
 /// Requests in a row that may fail before it is an error.
@@ -67,7 +68,12 @@ impl fmt::Display for Subject<'_> {
 
 impl Client {
     pub(super) fn new(settings: &Settings) -> Self {
+        let roots = match &*certificates() {
+            [] => RootCerts::WebPki,
+            certificates => RootCerts::new_with_certs(certificates),
+        };
         let config = Agent::config_builder()
+            .tls_config(TlsConfig::builder().root_certs(roots).build())
             .http_status_as_error(false)
             // followed here, so that the token stays with the Hub
             .max_redirects(0)
@@ -202,7 +208,8 @@ impl Failure {
         match error.kind() {
             // what a certificate that cannot be trusted becomes
             io::ErrorKind::InvalidData => Self::Final(format!(
-                "{error}; if it is about a certificate, check the clock, and whether a proxy stands in between"
+                "{error}; if it is about a certificate, check the clock, and give those of a proxy that stands in between by \
+                 SSL_CERT_FILE"
             )),
             _ => Self::Broken(error.to_string()),
         }

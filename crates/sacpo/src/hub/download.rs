@@ -178,8 +178,8 @@ impl<'a> Part<'a> {
     fn disk_error(&self, source: std::io::Error) -> Error {
         match source.kind() {
             ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => Error::Failed(format!(
-                "The disk is full: {} is to have {} bytes ({source}). Free some space, or set HF_HOME to a folder on another \
-                 disk, and run the same command again; what is there is gone on with.",
+                "There is no room for {}, which is to have {} bytes: {source}. Free some space, or set HF_HOME to a folder on \
+                 another disk, and run the same command again; what is there is gone on with.",
                 self.path.display(),
                 self.entry.size
             )),

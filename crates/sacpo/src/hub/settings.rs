@@ -3,6 +3,8 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
+use ureq::tls::{Certificate, PemItem, parse_pem};
+
 /// Where the Hub is, and how it is used.
 pub(super) struct Settings {
     /// `HF_ENDPOINT`: the Hub's address, without a slash at the end.
@@ -35,6 +37,16 @@ impl Settings {
                 .is_some_and(|value| ["1", "on", "yes", "true"].contains(&&*value.to_lowercase())),
         }
     }
+}
+
+/// The certificates in the file `SSL_CERT_FILE`, to trust instead of those that are built in; none if it is not set.
+pub(super) fn certificates() -> Vec<Certificate<'static>> {
+    let pem = path("SSL_CERT_FILE").and_then(|path| std::fs::read(path).ok()).unwrap_or_default();
+    let certificate = |item| match item {
+        Ok(PemItem::Certificate(certificate)) => Some(certificate),
+        _ => None,
+    };
+    parse_pem(&pem).filter_map(certificate).collect()
 }
 
 /// A variable that is set to something.

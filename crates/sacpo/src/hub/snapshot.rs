@@ -13,7 +13,7 @@ use super::client::{Client, Subject};
 use super::download::{download, is_whole};
 use super::settings::Settings;
 use super::tree::{Tree, add_page};
-use crate::ui;
+use crate::{interrupt, ui};
 
 /// What may stand in a part of an address as it is.
 const PART: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'.').remove(b'_').remove(b'~');
@@ -178,6 +178,7 @@ fn list(repo: &Repo, commit: &str, client: &Client) -> Result<Tree> {
     let mut tree = Tree::new();
     let mut url = Some(client.url(&format!("api/{}/{}/tree/{commit}?recursive=true", repo.kind.plural(), repo.id)));
     while let Some(page) = url {
+        interrupt::check()?;
         let (text, next) = client.page(&page, Subject { repo, file: None })?;
         add_page(&mut tree, &text)?;
         url = next;
