@@ -93,8 +93,8 @@ impl Hub {
     pub(crate) fn fetch_recipe(&mut self, recipe: &mut Recipe) -> Result<()> {
         let base = &mut recipe.model.base;
         base.fetched = self.fetch(&base.given, Content::Model)?;
-        for source in recipe.data_sources() {
-            source.fetched = self.fetch(&source.given, Content::Data)?;
+        for location in recipe.data_locations() {
+            location.fetched = self.fetch(&location.given, Content::Data)?;
         }
         Ok(())
     }

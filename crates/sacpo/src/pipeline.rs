@@ -230,20 +230,20 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
 impl<'r> Run<'r> {
     /// A run of which only the base model is there.
     fn new(recipe: &'r Recipe, inputs: &'r Inputs, folder: &'r RunFolder) -> Self {
-        let source = &recipe.model.base;
+        let location = &recipe.model.base;
         let base = Policy {
             step: None,
             beta_over_lambda: None,
             q: None,
             origin: None,
-            source: PolicyName::Model(source.path().to_owned()),
+            source: PolicyName::Model(location.path().to_owned()),
             adapter: None,
             validation: Vec::new(),
             seconds: 0.0,
             provenance: Provenance {
                 policy: BASE.into(),
                 model: inputs.base.model.hash(),
-                made: Made::Given { path: source.given.clone(), commit: source.commit() },
+                made: Made::Given { path: location.given.clone(), commit: location.commit() },
                 from: Vec::new(),
             },
         };

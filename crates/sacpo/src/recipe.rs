@@ -7,10 +7,10 @@
 mod blend;
 mod constraint;
 mod judge;
+mod location;
 mod options;
 mod plan;
 mod section;
-mod source;
 mod step;
 mod tree;
 
@@ -24,13 +24,13 @@ pub use constraint::{ChoiceOptions, Constraint, Realise, StepRef};
 use engine::{Error, Result};
 use judge::JUDGE_KEYS;
 pub use judge::{Judge, JudgeSource};
+pub use location::{Fetched, Location};
 use options::{DATA_KEYS, TRAIN_KEYS};
 pub use options::{DataOptions, PreviousAdapter, TrainOptions};
 use plan::Sweep;
 pub use plan::{Plan, PlannedBlend, PlannedStep, short};
 use section::Section;
 use serde::Serialize;
-pub use source::{Fetched, Source};
 use step::STEP_KEYS;
 pub use step::{BASE, Origin, Step, Temperature};
 
@@ -90,7 +90,7 @@ pub struct Recipe {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BaseModel {
     /// A folder in Hugging Face's layout, or a `.gguf` file.
-    pub base: Source,
+    pub base: Location,
 }
 
 /// `[run]`: where and how to run.
@@ -214,11 +214,12 @@ impl Recipe {
     }
 
     /// Where its data and prompts are.
-    pub fn data_sources(&mut self) -> impl Iterator<Item = &mut Source> {
-        let of_steps = self
-            .steps
-            .iter_mut()
-            .flat_map(|step| std::iter::once(&mut step.data).chain(&mut step.data_options.exclude_prompts));
+    pub fn data_locations(&mut self) -> impl Iterator<Item = &mut Location> {
+        let of_steps = self.steps.iter_mut().flat_map(|step| {
+            std::iter::once(&mut step.data)
+                .chain(&mut step.validation_data)
+                .chain(&mut step.data_options.exclude_prompts)
+        });
         let choices = self.constraints.iter_mut().filter_map(|constraint| constraint.choice.as_mut());
         of_steps.chain(choices.flat_map(|choice| [&mut choice.prompts, &mut choice.held_out_prompts]).flatten())
     }

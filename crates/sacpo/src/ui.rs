@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use align::data::Progress;
 use align::trainer::{Monitor, StepRecord};
 use engine::{Error, Result};
-use indicatif::{DecimalBytes, ProgressBar, ProgressStyle};
+use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
 use crate::interrupt;
 
@@ -77,13 +77,10 @@ impl TransferBar {
         say(format!(
             "Fetching {files} {} of {repository}: {}.",
             if files == 1 { "file" } else { "files" },
-            DecimalBytes(bytes)
+            HumanBytes(bytes)
         ));
-        let bar = ProgressBar::new(bytes);
-        let template = "  {bar:30} {decimal_bytes}/{decimal_total_bytes}  {decimal_bytes_per_sec}, {eta} left";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
+        let bar = bytes_bar("fetching");
+        bar.set_length(bytes);
         Self { bar, last_line: Instant::now(), complete: 0 }
     }
 
@@ -93,7 +90,7 @@ impl TransferBar {
         self.bar.set_position(bytes);
         if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
             self.last_line = Instant::now();
-            say(format!("  {} of {}", DecimalBytes(bytes), DecimalBytes(self.bar.length().unwrap_or(bytes))));
+            say(format!("  {} of {}", HumanBytes(bytes), HumanBytes(self.bar.length().unwrap_or(bytes))));
         }
     }
 

@@ -66,7 +66,12 @@ pub(super) fn load_data(step: &Step, base: &Checkpoint, seed: u64, cache: &Path)
         excluded.extend(data::read_prompts(prompts.path())?);
     }
     let preparation = Preparation {
-        source: Source { path: location.path(), format: step.format, metric: &step.metric, skip_bad_rows: options.skip_bad_rows },
+        source: Source {
+            path: location.path(),
+            format: step.format,
+            metric: &step.metric,
+            skip_bad_rows: options.skip_bad_rows,
+        },
         held_out: match &step.validation_data {
             Some(held_out) => HeldOut::Path(held_out.path()),
             None => HeldOut::Share { fraction: options.validation_fraction, seed },

@@ -61,8 +61,8 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
         hasher.update(data.train.fingerprint().as_bytes()).update(data.validation.fingerprint().as_bytes());
     }
     let choice = recipe.constraints.first().and_then(|constraint| constraint.choice.as_ref());
-    for source in choice.into_iter().flat_map(|choice| [&choice.prompts, &choice.held_out_prompts]).flatten() {
-        for file in align::data::files(source.path())? {
+    for prompts in choice.into_iter().flat_map(|choice| [&choice.prompts, &choice.held_out_prompts]).flatten() {
+        for file in align::data::files(prompts.path())? {
             hasher.update(blake3::hash(&std::fs::read(&file).map_err(Error::io("read", &file))?).as_bytes());
         }
     }

@@ -48,11 +48,11 @@ impl Prompts {
         let data = &run.data[step];
         let of_data = |sequences: Vec<Sequences<'_>>| sequences.iter().map(|item| item.prompt.to_vec()).collect();
         let choosing = match &choice.prompts {
-            Some(source) => read(run, source.path(), data.plain_text)?,
+            Some(prompts) => read(run, prompts.path(), data.plain_text)?,
             None => of_data(data.train.sequences()),
         };
         let held_out = match &choice.held_out_prompts {
-            Some(source) => read(run, source.path(), data.plain_text)?,
+            Some(prompts) => read(run, prompts.path(), data.plain_text)?,
             None => of_data(data.validation.sequences()),
         };
         let stopping = run.recipe.steps.iter().find(|step| step.train.patience.is_some());
@@ -68,9 +68,9 @@ impl Prompts {
         let trained = run.data.iter().flat_map(|data| data.train.sequences()).map(|item| item.prompt.to_vec());
         let known: Vec<Vec<u32>> = trained.chain(choosing.iter().cloned()).collect();
         let held_out = different(held_out, &known);
-        if let Some(source) = choice.held_out_prompts.as_ref().filter(|_| held_out.len() < 2 && all >= 2) {
+        if let Some(prompts) = choice.held_out_prompts.as_ref().filter(|_| held_out.len() < 2 && all >= 2) {
             return Err(Error::input(format!(
-                "Almost all prompts of {source} are among those that steps train on or that λ is chosen from, so nothing is held \
+                "Almost all prompts of {prompts} are among those that steps train on or that λ is chosen from, so nothing is held \
                  out. Give other prompts."
             )));
         }

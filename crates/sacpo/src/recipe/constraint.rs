@@ -3,9 +3,9 @@
 use engine::Result;
 use serde::{Serialize, Serializer};
 
+use super::location::Location;
 use super::plan::PlannedStep;
 use super::section::Section;
-use super::source::Source;
 use super::step::Step;
 
 /// The keys of the first constraint, which are for all of them.
@@ -65,9 +65,9 @@ pub struct ChoiceOptions {
     /// What is made of a λ. Default: a policy is trained.
     pub realise: Realise,
     /// The file of the prompts from whose answers λ is chosen. Default: the step's training prompts.
-    pub prompts: Option<Source>,
+    pub prompts: Option<Location>,
     /// The file of the prompts on which the policy is judged at the end. Default: the step's held-out prompts.
-    pub held_out_prompts: Option<Source>,
+    pub held_out_prompts: Option<Location>,
     /// The number of different prompts of each kind at most, ≥ 2, drawn by the seed. Default 200.
     pub max_prompts: usize,
     /// Answers that are drawn for each prompt, ≥ 16. Default 64.
@@ -201,8 +201,8 @@ impl ChoiceOptions {
         Ok(Self {
             confidence: section.number("confidence", 0.5..=0.999)?.unwrap_or(0.95),
             realise: section.choice("realise", realise)?.unwrap_or(Realise::Train),
-            prompts: section.text("prompts")?.map(Source::from),
-            held_out_prompts: section.text("held_out_prompts")?.map(Source::from),
+            prompts: section.text("prompts")?.map(Location::from),
+            held_out_prompts: section.text("held_out_prompts")?.map(Location::from),
             max_prompts: section.count("max_prompts", 2)?.unwrap_or(200),
             answers: section.count("answers", MIN_ANSWERS)?.unwrap_or(64),
             max_new_tokens: section.count("max_new_tokens", 1)?.unwrap_or(128),

@@ -8,8 +8,8 @@ use engine::{LoraOptions, Projection, Result};
 use serde::Serialize;
 
 use super::POSITIVE;
+use super::location::Location;
 use super::section::Section;
-use super::source::Source;
 
 pub(super) const DATA_KEYS: &[&str] = &[
     "max_length",
@@ -67,7 +67,7 @@ pub struct DataOptions {
     /// What happens to the text that a chat template writes after the end of a response. Default: dropped.
     pub template_tail: TemplateTail,
     /// Files of prompts, such as those of an evaluation, whose rows are counted and left out. Default: none.
-    pub exclude_prompts: Vec<Source>,
+    pub exclude_prompts: Vec<Location>,
     /// Whether a row that says the same as one before it is counted and left out. Default: no.
     pub deduplicate: bool,
 }
@@ -164,7 +164,7 @@ impl DataOptions {
             skip_bad_rows: section.flag("skip_bad_rows")?.unwrap_or(defaults.skip_bad_rows),
             template_tail: section.choice("template_tail", template_tail)?.unwrap_or(defaults.template_tail),
             exclude_prompts: match section.texts("exclude_prompts")? {
-                Some(files) => files.into_iter().map(Source::from).collect(),
+                Some(files) => files.into_iter().map(Location::from).collect(),
                 None => defaults.exclude_prompts.clone(),
             },
             deduplicate: section.flag("deduplicate")?.unwrap_or(defaults.deduplicate),

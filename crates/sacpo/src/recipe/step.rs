@@ -8,9 +8,9 @@ use engine::Result;
 use serde::{Serialize, Serializer};
 
 use super::POSITIVE;
+use super::location::Location;
 use super::options::{DataOptions, TrainOptions};
 use super::section::Section;
-use super::source::Source;
 use crate::suggest::nearest;
 
 /// The keys of a step beside those of `[data]` and `[train]`, which a step may override.
@@ -58,10 +58,10 @@ pub struct Step {
     #[serde(flatten, skip_serializing_if = "Temperature::is_open")]
     pub temperature: Temperature,
     /// The file of preference pairs.
-    pub data: Source,
+    pub data: Location,
     /// The file of pairs that are held out. Default: a share of `data` (`validation_fraction`).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub validation_data: Option<Source>,
+    pub validation_data: Option<Location>,
     /// The schema of the files. Default: found from their first rows.
     pub format: Option<Format>,
     /// The `[data]` options of this step.
@@ -143,7 +143,7 @@ impl Step {
             temperature: Temperature::read(section, from.step.is_none())?,
             from,
             data: path.into(),
-            validation_data: section.text("validation_data")?.map(Source::from),
+            validation_data: section.text("validation_data")?.map(Location::from),
             format: section.choice("format", &formats)?,
             data_options: DataOptions::read(section, data)?,
             train: TrainOptions::read(section, train)?,

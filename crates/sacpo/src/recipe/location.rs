@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 
 /// A path, or an address on the Hugging Face Hub.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Source {
+pub struct Location {
     /// As the recipe gives it.
     pub given: PathBuf,
     /// What an address was fetched to. Default: nothing, as of every path.
@@ -23,7 +23,7 @@ pub struct Fetched {
     pub commit: String,
 }
 
-impl Source {
+impl Location {
     /// Where it is on this machine.
     pub fn path(&self) -> &Path {
         self.fetched.as_ref().map_or(&self.given, |fetched| &fetched.path)
@@ -35,20 +35,20 @@ impl Source {
     }
 }
 
-impl<P: Into<PathBuf>> From<P> for Source {
+impl<P: Into<PathBuf>> From<P> for Location {
     fn from(path: P) -> Self {
         Self { given: path.into(), fetched: None }
     }
 }
 
 /// As the recipe gives it.
-impl fmt::Display for Source {
+impl fmt::Display for Location {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.given.display().fmt(f)
     }
 }
 
-impl Serialize for Source {
+impl Serialize for Location {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         self.given.serialize(serializer)
     }
