@@ -313,20 +313,33 @@ fn a_recipe_keeps_the_address_and_the_commit_and_depends_on_the_content() {
         files(material().base()).into_iter().map(|(path, content)| (text(&path), content)).collect();
     let model: Vec<(&str, Vec<u8>)> = base.iter().map(|(path, content)| (path.as_str(), content.clone())).collect();
     add(&server, "o/m", 1, &model);
-    let mut data = vec![("train.jsonl", rows(40)), ("held-out.txt", b"how do i\n".to_vec())];
+    let mut data = vec![
+        ("train.jsonl", rows(40)),
+        ("test.jsonl", b"{\"prompt\": \"hello !\", \"chosen\": \"bake bread\", \"rejected\": \"sorry\"}".to_vec()),
+        ("prompts.txt", b"how do i\n".to_vec()),
+    ];
     add(&server, DATA, 1, &data);
     let user = User::of(&server);
     let folder = folder();
     let recipe = format!(
-        "[model]\nbase = \"hf://o/m\"\n[run]\nout = {:?}\n[data]\nmax_length = 64\nexclude_prompts = [\"hf://datasets/o/n/held-out.txt\"]\n\
-         [train]\nbatch_size = 5\n[[step]]\nmetric = \"helpfulness\"\nbeta = 0.5\ndata = \"hf://datasets/o/n/train.jsonl\"\n",
+        "[model]\nbase = \"hf://o/m\"\n[run]\nout = {:?}\n[data]\nmax_length = 64\nexclude_prompts = [\"hf://datasets/o/n/prompts.txt\"]\n\
+         [train]\nbatch_size = 5\n[[step]]\nmetric = \"helpfulness\"\nbeta = 0.5\ndata = \"hf://datasets/o/n/train.jsonl\"\n\
+         validation_data = \"hf://datasets/o/n/test.jsonl\"\n",
         out(&folder)
     );
     let recipe = file(&folder, "recipe.toml", recipe);
     let run = ["run", &recipe];
-    user.run(&run).done();
+    says(&user.run(&run).done().stderr, &["40 pairs to train on, 1 held out, from hf://datasets/o/n/train.jsonl."]);
     let written = fs::read_to_string(folder.path().join("run/recipe.toml")).unwrap();
-    says(&written, &["\"hf://o/m\"", "\"hf://datasets/o/n/train.jsonl\"", "\"hf://datasets/o/n/held-out.txt\""]);
+    says(
+        &written,
+        &[
+            "\"hf://o/m\"",
+            "\"hf://datasets/o/n/train.jsonl\"",
+            "\"hf://datasets/o/n/test.jsonl\"",
+            "\"hf://datasets/o/n/prompts.txt\"",
+        ],
+    );
     let made: Value = read_json(folder.path().join("run/steps/helpfulness/checkpoint/provenance.json"));
     assert_eq!((&made["data"], &made["data_commit"]), (&json!("hf://datasets/o/n/train.jsonl"), &json!(commit(1))));
     let from = &made["from"][0];
@@ -338,7 +351,7 @@ fn a_recipe_keeps_the_address_and_the_commit_and_depends_on_the_content() {
     says(&user.run(&run).done().stderr, &[&commit(2), "is finished. Nothing is done"]);
     says(&user.run_with(&run, &[("HF_HUB_OFFLINE", "1")]).done().stderr, &["is finished"]);
     // and with other data
-    add(&server, DATA, 3, &[("train.jsonl", rows(30)), data[1].clone()]);
+    add(&server, DATA, 3, &[("train.jsonl", rows(30)), data[1].clone(), data[2].clone()]);
     says(&user.fails(2, &run), &["made with other data"]);
     let pinned = format!("step.1.data=hf://datasets/o/n@{}/train.jsonl", commit(1));
     let pinned = user.run(&["run", &recipe, "--set", &pinned, "--dry-run", "--json"]).done();
