@@ -194,17 +194,17 @@ impl Client {
 }
 
 impl Failure {
-    fn of(error: ureq::Error) -> Self {
+    pub(super) fn of(error: ureq::Error) -> Self {
         match error {
             ureq::Error::Io(error) => Self::of_io(&error),
-            ureq::Error::Timeout(_) => Self::Broken(format!("no answer came in time ({error})")),
+            ureq::Error::Timeout(_) => Self::Broken(format!("nothing came for {} seconds", SILENCE.as_secs())),
             ureq::Error::HostNotFound => Self::Broken("the name of the server is not known".into()),
             ureq::Error::ConnectionFailed | ureq::Error::Protocol(_) => Self::Broken(error.to_string()),
             error => Self::Final(error.to_string()),
         }
     }
 
-    pub(super) fn of_io(error: &io::Error) -> Self {
+    fn of_io(error: &io::Error) -> Self {
         match error.kind() {
             // what a certificate that cannot be trusted becomes
             io::ErrorKind::InvalidData => Self::Final(format!(

@@ -156,7 +156,7 @@ impl<'a> Part<'a> {
         let mut chunk = vec![0; CHUNK];
         while self.len < size {
             interrupt::check()?;
-            let count = body.read(&mut chunk).map_err(|error| Failure::of_io(&error))?;
+            let count = body.read(&mut chunk).map_err(|error| Failure::of(error.into()))?;
             if count == 0 {
                 return Err(Failure::Broken(format!("it ended after {} of {size} bytes", self.len)).into());
             }
