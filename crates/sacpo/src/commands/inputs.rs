@@ -59,6 +59,8 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
         Command::Data(DataCommand::Stats { source, model }) => {
             std::iter::once(data(&mut source.file)).chain(model.iter_mut().map(tokenizer)).collect()
         }
+        Command::Data(DataCommand::Convert(options)) => vec![data(&mut options.from)],
+        Command::Rate(options) => options.files.iter_mut().map(data).collect(),
         Command::Model(command) => match command {
             ModelCommand::Inspect { model: path } | ModelCommand::Convert { from: path, .. } => vec![model(path)],
             ModelCommand::AddAdapter(options) => vec![model(&mut options.model)],
