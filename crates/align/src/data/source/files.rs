@@ -217,10 +217,7 @@ mod tests {
             (&["train.jsonl.gz", "test.jsonl.gz"], &["test.jsonl.gz", "train.jsonl.gz"]),
             (&["train-1.json", "training-2.json", "3.train.json", "other.json"], &["*train*"]),
             (&["train-1.json", "train-2.json", "constrained.json"], &["train-1.json", "train-2.json"]),
-            (
-                &["train-1.json", "train-2.json", "train-3-dev.json", "dev.json"],
-                &["train-1.json", "train-2.json", "train-3-dev.json", "dev.json"],
-            ),
+            (&["train-1.json", "train-2.json", "train-3-dev.json", "dev.json"], &["*train*", "dev.json"]),
             (
                 &[
                     "train_sft-00000-of-00001.parquet",
