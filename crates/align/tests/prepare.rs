@@ -85,6 +85,17 @@ fn rows_on_disk_are_those_in_memory() {
     assert!(report.truncated_responses > 0 && !report.plain_text);
 }
 
+/// The pool's only thread is the one that waits for the reader.
+#[test]
+fn one_thread_is_enough() {
+    let (tokenizer, cache) = (tokenizer(), tempfile::tempdir().unwrap());
+    let data = file("pairs.jsonl", lines(&rows(0..3000)));
+    let own = preparation(&data.path, &tokenizer);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let prepared = pool.install(|| pairs(&own, cache.path()));
+    assert!(prepared == pairs(&own, tempfile::tempdir().unwrap().path()));
+}
+
 #[test]
 fn labelled_responses_are_prepared_as_pairs_are() {
     let (tokenizer, cache) = (tokenizer(), tempfile::tempdir().unwrap());
@@ -164,7 +175,8 @@ fn nothing_unfinished_stays() {
     bad[2500]["chosen"] = json!(7);
     let data = file("pairs.jsonl", lines(&bad));
     let own = preparation(&data.path, &tokenizer);
-    let fail = |keep: &dyn Fn(&TokenizedPair) -> Result<bool>, progress: &mut dyn FnMut(Progress) -> Result<()>| {
+    let fail = |keep: &(dyn Fn(&TokenizedPair) -> Result<bool> + Sync),
+                progress: &mut dyn FnMut(Progress) -> Result<()>| {
         let error = own.pairs(cache.path(), "", &|row, _| keep(row), progress).unwrap_err().to_string();
         assert_eq!(names(&cache), 0);
         error

@@ -29,7 +29,7 @@ use serde_json::{Map, Value};
 pub use convert::{Conversion, Converted};
 pub use dataset::Dataset;
 pub use layout::Target;
-pub use prepare::{Preparation, Prepared, Progress, Report};
+pub use prepare::{Keep, Preparation, Prepared, Progress, Report};
 pub use read::{Source, read_examples, read_pairs, read_prompts, read_records};
 pub use relabel::{margins, relabel, set_margins};
 pub use render::{

@@ -1,15 +1,14 @@
 //! From files of text to rows of tokens on disk, in memory that does not grow with the files.
 //!
-//! One thread reads rows and decides what becomes of them, and hands them on in blocks; all threads of the pool tokenise a block;
-//! a third writes its rows to the end of a file. Blocks are cut by the rows' size and taken in their order, so that the same
-//! data always give the same file.
+//! One thread reads rows and decides what becomes of them, and hands them on in blocks. The threads of the pool tokenise a block,
+//! and meanwhile the rows of the one before go to the end of a file. Blocks are cut by the rows' size and taken in their order,
+//! so that the same data always give the same file.
 
-use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use engine::checkpoint::atomic;
 use engine::tokenizer::Tokenizer;
@@ -109,7 +108,7 @@ impl Trainable for PreferencePair {}
 impl Trainable for LabelledExample {}
 
 /// Says whether a tokenised row is taken; it also gets where the rows so far stand, for messages.
-type Keep<'a, T> = &'a dyn Fn(&T, &Places) -> Result<bool>;
+pub type Keep<'a, T> = &'a (dyn Fn(&T, &Places) -> Result<bool> + Sync);
 
 /// Rows on their way, as texts or as tokens.
 struct Block<T> {
@@ -125,18 +124,6 @@ struct Block<T> {
 impl<T> Default for Block<T> {
     fn default() -> Self {
         Self { rows: Vec::new(), held_out: Vec::new(), places: Places::default(), report: Report::default() }
-    }
-}
-
-/// Why the writing of a file of tokens stops.
-enum Stop {
-    Disk(io::Error),
-    Failed(Error),
-}
-
-impl From<Error> for Stop {
-    fn from(error: Error) -> Self {
-        Self::Failed(error)
     }
 }
 
@@ -201,25 +188,14 @@ impl Preparation<'_> {
         }
         std::fs::create_dir_all(cache).map_err(Error::io("create", cache))?;
         let mut report = Report::default();
-        let mut failure = None;
-        let mut written = None;
-        let made = atomic::write_file(&tokens, |out| {
+        let mut written = (String::new(), [0; 2]);
+        atomic::try_write_file(&tokens, |out| {
             let mut writer = Writer::new(out);
-            self.write::<T>(&mut writer, &mut report, keep, progress).map_err(|stop| match stop {
-                Stop::Disk(error) => error,
-                Stop::Failed(error) => {
-                    failure = Some(error);
-                    io::Error::other("the rows cannot be prepared")
-                }
-            })?;
-            written = Some((writer.finish()?, writer.rows));
+            self.write::<T>(&mut writer, &mut report, keep, progress)?;
+            written = (writer.finish().map_err(Error::io("write", &tokens))?, writer.rows);
             Ok(())
-        });
-        if let Some(error) = failure {
-            return Err(error);
-        }
-        made?;
-        let (hash, rows) = written.unwrap_or_default();
+        })?;
+        let (hash, rows) = written;
         let sides = read(&tokens, rows)?;
         let kept = Index { hash, rows, report: report.clone() };
         atomic::write_file(&index, |out| Ok(serde_json::to_writer_pretty(out, &kept)?))?;
@@ -284,7 +260,7 @@ impl Preparation<'_> {
         report: &mut Report,
         keep: Keep<'_, T::Tokenized>,
         progress: &mut dyn FnMut(Progress) -> Result<()>,
-    ) -> std::result::Result<(), Stop> {
+    ) -> Result<()> {
         let all_bytes = self.sources().map(|source| all_bytes(source.path)).sum::<Result<u64>>()?;
         let read = Arc::new(AtomicU64::new(0));
         let apart = matches!(self.held_out, HeldOut::Path(_));
@@ -293,42 +269,41 @@ impl Preparation<'_> {
         let mut rows = 0;
         for (at, source) in self.sources().enumerate() {
             let side = apart.then_some(at == 0);
-            let ((send, blocks), (send_tokens, tokens)) = (sync_channel(WAITING), sync_channel(WAITING));
+            let (send, blocks) = sync_channel(WAITING);
             let (sieve, read) = (&mut sieve, &read);
             std::thread::scope(|scope| {
+                // it does not use the pool, of which this thread may be the only one
                 scope.spawn(|| self.read_blocks::<T>(&source, side, sieve, read, send));
-                scope.spawn(|| self.tokenize_blocks::<T>(blocks, send_tokens));
-                for block in tokens {
-                    let block = block?;
-                    rows += block.rows.len();
-                    self.write_block(block, writer, report, keep)?;
+                // dropped when this is done with, so that the reader does not wait to hand on more
+                let blocks = blocks;
+                let mut before: Option<Block<Fitted<T::Tokenized>>> = None;
+                loop {
+                    let next = blocks.recv().ok();
+                    if next.is_none() && before.is_none() {
+                        return Ok(());
+                    }
+                    rows += before.as_ref().map_or(0, |block| block.rows.len());
+                    let (next, written) = rayon::join(
+                        || next.map(|block| self.tokenize_block(block?)).transpose(),
+                        || before.take().map_or(Ok(()), |block| self.write_block(block, writer, report, keep)),
+                    );
+                    // of two errors that of the rows that come first
+                    written?;
                     progress(Progress { rows, bytes: read.load(Ordering::Relaxed), all_bytes })?;
                     if self.has_enough(writer.rows, side) {
-                        break;
+                        return Ok(());
                     }
+                    before = next?;
                 }
-                Ok::<_, Stop>(())
             })?;
         }
         Ok(())
     }
 
-    /// Tokenises blocks, until there are no more or nobody takes them.
-    fn tokenize_blocks<T: Trainable>(
-        &self,
-        blocks: Receiver<Result<Block<T>>>,
-        send: SyncSender<Result<Block<Fitted<T::Tokenized>>>>,
-    ) {
-        for block in blocks {
-            let tokenized = block.and_then(|Block { rows, held_out, places, report }| {
-                let rows = tokenize_rows::<T, T>(rows, &|row| places.of(row), self.tokenizer, &self.render)?;
-                Ok(Block { rows, held_out, places, report })
-            });
-            let failed = tokenized.is_err();
-            if send.send(tokenized).is_err() || failed {
-                return;
-            }
-        }
+    fn tokenize_block<T: Trainable>(&self, block: Block<T>) -> Result<Block<Fitted<T::Tokenized>>> {
+        let Block { rows, held_out, places, report } = block;
+        let rows = tokenize_rows::<T, T>(rows, &|row| places.of(row), self.tokenizer, &self.render)?;
+        Ok(Block { rows, held_out, places, report })
     }
 
     fn write_block<T: Stored>(
@@ -337,7 +312,7 @@ impl Preparation<'_> {
         writer: &mut Writer<'_>,
         report: &mut Report,
         keep: Keep<'_, T>,
-    ) -> std::result::Result<(), Stop> {
+    ) -> Result<()> {
         let Block { rows, held_out, places, report: read } = block;
         report.plain_text |= read.plain_text;
         report.bad += read.bad;
@@ -356,7 +331,9 @@ impl Preparation<'_> {
             report.truncated_responses += cuts.responses;
             report.cut_prompts += usize::from(cuts.prompt);
             if keep(&row, &places)? {
-                writer.push(&row, held_out).map_err(Stop::Disk)?;
+                writer
+                    .push(&row, held_out)
+                    .map_err(|error| Error::Failed(format!("The tokens of the data could not be written: {error}.")))?;
             } else {
                 report.not_kept += 1;
             }

@@ -148,7 +148,7 @@ const UNSAFE: [u32; 2] = [16, 32];
 
 /// Writes rows into a file of tokens, one by one.
 pub(super) struct Writer<'a> {
-    out: &'a mut dyn Write,
+    out: &'a mut (dyn Write + Send),
     /// Of everything so far.
     hasher: blake3::Hasher,
     /// The records of the rows so far.
@@ -158,7 +158,7 @@ pub(super) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(out: &'a mut dyn Write) -> Self {
+    pub(super) fn new(out: &'a mut (dyn Write + Send)) -> Self {
         Self { out, hasher: blake3::Hasher::new(), records: Vec::new(), rows: [0; 2] }
     }
 

@@ -78,7 +78,16 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
             folder.path.display()
         )));
     }
-    let inputs = pipeline::load_inputs(recipe, base, &folder.cache())?;
+    let inputs = match pipeline::load_inputs(recipe, base, &folder.cache()) {
+        Ok(inputs) => inputs,
+        Err(error) => {
+            // what was tokenised before a stop is of use
+            if !matches!(error, Error::Interrupted(_)) {
+                folder.discard_if_new();
+            }
+            return Err(error);
+        }
+    };
     let key = manifest::key(recipe, &inputs)?;
     if let Some(results) = manifest::finished(&folder, &key) {
         ui::say(format!("The run in {} is finished. Nothing is done.", folder.path.display()));

@@ -15,6 +15,8 @@ pub(crate) struct RunFolder {
     pub(crate) path: PathBuf,
     /// Nothing if the folder is only looked at.
     _lock: Option<File>,
+    /// Whether there was no such folder before.
+    is_new: bool,
 }
 
 impl RunFolder {
@@ -23,6 +25,7 @@ impl RunFolder {
     /// # Errors
     /// If it cannot be created, or another process works in it.
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let is_new = !path.exists();
         std::fs::create_dir_all(path).map_err(Error::io("create", path))?;
         let file = path.join(".lock");
         let lock = File::create(&file).map_err(Error::io("create", &file))?;
@@ -34,12 +37,24 @@ impl RunFolder {
             TryLockError::Error(source) => Error::io("lock", &file)(source),
         })?;
         remove_leftovers(path)?;
-        Ok(Self { path: path.to_path_buf(), _lock: Some(lock) })
+        Ok(Self { path: path.to_path_buf(), _lock: Some(lock), is_new })
     }
 
     /// The folder to look at: it is neither created nor locked, and nothing may be written.
     pub(super) fn unlocked(path: &Path) -> Self {
-        Self { path: path.to_path_buf(), _lock: None }
+        Self { path: path.to_path_buf(), _lock: None, is_new: false }
+    }
+
+    /// Takes a folder away that was made for work which cannot be done. One that was there before stays, and so does one that
+    /// holds more than tokens, which are made anew.
+    pub(crate) fn discard_if_new(self) {
+        let others = |entry: std::io::Result<std::fs::DirEntry>| {
+            entry.is_ok_and(|entry| entry.file_name() != ".lock" && entry.file_name() != "cache")
+        };
+        if self.is_new && std::fs::read_dir(&self.path).is_ok_and(|mut entries| !entries.any(others)) {
+            // what stays does no harm
+            let _ = std::fs::remove_dir_all(&self.path);
+        }
     }
 
     /// Writes a text file of the run, atomically.
