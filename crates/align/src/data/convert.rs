@@ -78,7 +78,8 @@ impl Conversion<'_> {
             let all_bytes = all_bytes(path)?;
             let mut output = Output { writer, out, skip_bad_rows, all_bytes, converted: &mut converted, progress };
             self.visit(format, &mut output)?;
-            let Output { writer, .. } = output;
+            let Output { writer, progress, converted, .. } = output;
+            progress(Progress { rows: converted.rows, bytes: all_bytes, all_bytes })?;
             if converted.rows == 0 {
                 let what = format!("row for `{}`", to.name());
                 return Err(nothing_usable(path, &what, converted.bad_rows, converted.first_bad_row.clone()));

@@ -190,9 +190,9 @@ impl Preparation<'_> {
         let mut report = Report::default();
         let mut written = (String::new(), [0; 2]);
         atomic::try_write_file(&tokens, |out| {
-            let mut writer = Writer::new(out);
+            let mut writer = Writer::new(&tokens, out);
             self.write::<T>(&mut writer, &mut report, keep, progress)?;
-            written = (writer.finish().map_err(Error::io("write", &tokens))?, writer.rows);
+            written = (writer.finish()?, writer.rows);
             Ok(())
         })?;
         let (hash, rows) = written;
@@ -331,9 +331,7 @@ impl Preparation<'_> {
             report.truncated_responses += cuts.responses;
             report.cut_prompts += usize::from(cuts.prompt);
             if keep(&row, &places)? {
-                writer
-                    .push(&row, held_out)
-                    .map_err(|error| Error::Failed(format!("The tokens of the data could not be written: {error}.")))?;
+                writer.push(&row, held_out)?;
             } else {
                 report.not_kept += 1;
             }

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::Write;
 use std::ops::Deref;
 use std::path::Path;
 use std::sync::Arc;
@@ -148,6 +148,8 @@ const UNSAFE: [u32; 2] = [16, 32];
 
 /// Writes rows into a file of tokens, one by one.
 pub(super) struct Writer<'a> {
+    /// The file, for messages.
+    path: &'a Path,
     out: &'a mut (dyn Write + Send),
     /// Of everything so far.
     hasher: blake3::Hasher,
@@ -158,11 +160,11 @@ pub(super) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(out: &'a mut (dyn Write + Send)) -> Self {
-        Self { out, hasher: blake3::Hasher::new(), records: Vec::new(), rows: [0; 2] }
+    pub(super) fn new(path: &'a Path, out: &'a mut (dyn Write + Send)) -> Self {
+        Self { path, out, hasher: blake3::Hasher::new(), records: Vec::new(), rows: [0; 2] }
     }
 
-    pub(super) fn push<T: Stored>(&mut self, row: &T, held_out: bool) -> io::Result<()> {
+    pub(super) fn push<T: Stored>(&mut self, row: &T, held_out: bool) -> Result<()> {
         let tokens = row.tokens();
         let Facts { row: number, is_unsafe, margin, desirable } = row.facts();
         for tokens in tokens {
@@ -188,15 +190,15 @@ impl<'a> Writer<'a> {
     }
 
     /// Writes the records, and returns the hash of the whole file: 64 hexadecimal digits.
-    pub(super) fn finish(&mut self) -> io::Result<String> {
+    pub(super) fn finish(&mut self) -> Result<String> {
         let records = std::mem::take(&mut self.records);
         self.write(&records)?;
         Ok(self.hasher.finalize().to_hex().to_string())
     }
 
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
         self.hasher.update(bytes);
-        self.out.write_all(bytes)
+        self.out.write_all(bytes).map_err(Error::io("write", self.path))
     }
 }
 

@@ -15,7 +15,7 @@ use super::super::schema::{BadRow, Columns, RowResult};
 use super::Out;
 
 /// Bytes of text in a row group: what is in memory.
-const GROUP_BYTES: usize = 64 << 20;
+const GROUP_BYTES: usize = 16 << 20;
 
 /// Writes rows in groups. The columns are those of the first group's rows.
 pub(in super::super) struct Writer<'a> {
