@@ -1,5 +1,7 @@
 //! The command line: one struct per command.
 
+mod judge;
+
 use std::path::PathBuf;
 
 use align::data::{Format, Target, TemplateTail};
@@ -10,6 +12,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 use crate::policy::PolicyName;
+
+pub(crate) use judge::{Judge, JudgeBudget};
 
 /// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
 #[derive(Debug, Parser)]
@@ -45,6 +49,7 @@ pub(crate) enum Command {
     Logps(Logps),
     Loss(Loss),
     Generate(Generate),
+    Judge(Judge),
     Merge(Merge),
     Rate(Rate),
     Tabular(Tabular),

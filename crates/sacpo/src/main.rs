@@ -1,5 +1,6 @@
 //! `sacpo`: align language models under safety constraints, step by step.
 
+mod answer_files;
 mod answers;
 mod cli;
 mod commands;

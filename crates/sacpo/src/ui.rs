@@ -119,25 +119,36 @@ pub(crate) fn advance(bar: &ProgressBar) -> impl FnMut(usize) -> Result<()> + '_
     }
 }
 
+/// A line now and then for those who do not see a bar.
+pub(crate) struct Heartbeat {
+    last_line: Instant,
+}
+
+impl Heartbeat {
+    pub(crate) fn new() -> Self {
+        Self { last_line: Instant::now() }
+    }
+
+    /// Says how far the work is, if the bar is hidden and the last line long ago.
+    pub(crate) fn beat(&mut self, bar: &ProgressBar, line: impl FnOnce() -> String) {
+        if bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
+            self.last_line = Instant::now();
+            say(line());
+        }
+    }
+}
+
 /// Shows training steps on a bar, or in a line now and then when standard error is not a terminal.
 pub(crate) struct TrainingBar {
     bar: ProgressBar,
-    last_line: Instant,
+    heartbeat: Heartbeat,
     /// Whether the bar counts optimizer steps yet, and not scored prompts.
     training: bool,
 }
 
 impl TrainingBar {
     pub(crate) fn new(what: &str) -> Self {
-        Self { bar: bar(0, what), last_line: Instant::now(), training: false }
-    }
-
-    /// A line for those who do not see the bar.
-    fn heartbeat(&mut self, line: impl FnOnce() -> String) {
-        if self.bar.is_hidden() && self.last_line.elapsed() >= HEARTBEAT {
-            self.last_line = Instant::now();
-            say(line());
-        }
+        Self { bar: bar(0, what), heartbeat: Heartbeat::new(), training: false }
     }
 }
 
@@ -146,7 +157,7 @@ impl Monitor for TrainingBar {
         self.bar.set_length(total as u64);
         self.bar.set_position(done as u64);
         self.bar.set_message("reference log-probabilities");
-        self.heartbeat(|| format!("  {done} of {total} prompts scored under the reference"));
+        self.heartbeat.beat(&self.bar, || format!("  {done} of {total} prompts scored under the reference"));
     }
 
     fn step(&mut self, total: u64, record: &StepRecord) {
@@ -165,7 +176,7 @@ impl Monitor for TrainingBar {
         let accuracy = record.metrics.get("rewards/accuracies");
         let accuracy = accuracy.map(|a| format!(", accuracy {a:.2}")).unwrap_or_default();
         let message = format!("loss {:.4}{accuracy}", record.loss);
-        self.heartbeat(|| format!("  step {} of {total}, {message}", record.step));
+        self.heartbeat.beat(&self.bar, || format!("  step {} of {total}, {message}", record.step));
         self.bar.set_message(message);
     }
 

@@ -3,6 +3,7 @@
 mod data;
 mod generate;
 mod inputs;
+mod judge;
 mod logps;
 mod loss;
 mod merge;
@@ -32,6 +33,7 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
         Command::Logps(options) => on_threads(global.threads, || logps::run(&options, global)),
         Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => on_threads(global.threads, || generate::run(&options, global)),
+        Command::Judge(options) => judge::run(&options, global),
         Command::Merge(options) => on_threads(global.threads, || merge::run(&options, global)),
         Command::Rate(options) => rate::run(&options, global),
         Command::Tabular(options) => tabular::run(&options, global),

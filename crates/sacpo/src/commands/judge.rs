@@ -1,0 +1,245 @@
+//! `sacpo judge`.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use engine::checkpoint::atomic;
+use engine::{Error, Result};
+use evaluate::judge::{
+    ApiKey, Budget, ChatJudge, ChatOptions, Comparison, Judge as _, Judgement, Missing, Plan, Prices, Progress, Store,
+    SystemClock, Usage,
+};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::print_json;
+use crate::answer_files::AnswerFile;
+use crate::cli::{Global, Judge, JudgeBudget};
+use crate::{interrupt, ui};
+
+#[derive(Serialize)]
+struct Output<'a> {
+    comparisons: usize,
+    verdicts: usize,
+    /// Those without scores.
+    unreadable: usize,
+    #[serde(flatten)]
+    usage: Usage,
+    cost: Option<f64>,
+    seconds: f64,
+    out: &'a Path,
+    store: &'a Path,
+}
+
+#[derive(Serialize)]
+struct DryRun {
+    comparisons: usize,
+    verdicts: usize,
+    kept: usize,
+    /// Calls that are needed.
+    calls: usize,
+    /// What they take at most.
+    most: Option<Usage>,
+    most_cost: Option<f64>,
+    /// What the store's calls for these verdicts took.
+    used: Usage,
+    used_cost: Option<f64>,
+}
+
+pub(super) fn run(command: &Judge, global: Global) -> Result<()> {
+    let start = Instant::now();
+    let files = command.answers.iter().map(|source| AnswerFile::read(source)).collect::<Result<Vec<_>>>()?;
+    let against = command.against.as_ref().map(|source| AnswerFile::read(source)).transpose()?;
+    let comparisons = comparisons(&files, against.as_ref())?;
+    let prices = prices(&command.budget);
+    let options = options(command, prices)?;
+    let store = if command.dry_run { Store::look(&command.store)? } else { Store::open(&command.store)? };
+    let judge = ChatJudge::new(options, &store, &SystemClock)?;
+    let plan = judge.plan(&comparisons)?;
+    if command.dry_run {
+        return tell_plan(&plan, comparisons.len(), prices, global);
+    }
+    ui::say(format!("{}.", describe(&plan, comparisons.len())));
+
+    let bar = ui::bar(plan.verdicts as u64, "verdicts");
+    // only what is done from here counts for the rate
+    bar.set_position(plan.kept as u64);
+    bar.reset_eta();
+    let mut heartbeat = ui::Heartbeat::new();
+    let judged = judge.judge(&comparisons, &mut |progress| {
+        let message = message(progress, &plan, prices, start.elapsed());
+        bar.set_position(progress.done as u64);
+        heartbeat.beat(&bar, || format!("  {} of {} verdicts, {message}", progress.done, progress.total));
+        bar.set_message(message);
+        interrupt::check()
+    })?;
+    bar.finish_and_clear();
+
+    let count = |missing| judged.judgements.iter().filter(|judgement| judgement.missing == Some(missing)).count();
+    let (verdicts, unreadable) = (judged.judgements.len(), count(Missing::Unreadable));
+    let there = verdicts - count(Missing::NotJudged);
+    if there > 0 {
+        write(&command.out, &judged.judgements)?;
+    }
+    let usage = store.usage();
+    ui::say(format!(
+        "{there} of {verdicts} verdicts, {unreadable} of them without scores, by {}{}.",
+        taken(usage, prices),
+        if there > 0 { format!(", in {}", command.out.display()) } else { String::new() }
+    ));
+    if let Some(error) = judged.stopped {
+        return Err(error);
+    }
+    if !global.json {
+        return Ok(());
+    }
+    print_json(&Output {
+        comparisons: comparisons.len(),
+        verdicts,
+        unreadable,
+        usage,
+        cost: prices.map(|prices| prices.cost(usage)),
+        seconds: start.elapsed().as_secs_f64(),
+        out: &command.out,
+        store: &command.store,
+    })
+}
+
+/// All pairs of files, or each with the one that all are compared with.
+fn comparisons<'a>(files: &'a [AnswerFile], against: Option<&'a AnswerFile>) -> Result<Vec<Comparison<'a>>> {
+    let all: Vec<&AnswerFile> = files.iter().chain(against).collect();
+    if all.len() < 2 {
+        return Err(Error::input(
+            "One file of answers has nothing to be compared with. Give another one, or --against.",
+        ));
+    }
+    for (index, file) in all.iter().enumerate() {
+        if file.name.is_empty() || all[..index].iter().any(|before| before.name == file.name) {
+            return Err(Error::input(format!(
+                "Two policies have the name {:?}, or it is empty. Give each a name of its own before its file, as in \
+                 helpful=answers.jsonl.",
+                file.name
+            )));
+        }
+    }
+    let pairs: Vec<[&AnswerFile; 2]> = match against {
+        Some(against) => files.iter().map(|file| [file, against]).collect(),
+        None => {
+            let later = |index: usize| files[index + 1..].iter().map(move |other| [&files[index], other]);
+            (0..files.len()).flat_map(later).collect()
+        }
+    };
+    let compared = pairs.into_iter().map(|[a, b]| a.compared_with(b)).collect::<Result<Vec<_>>>()?;
+    Ok(compared.concat())
+}
+
+fn prices(budget: &JudgeBudget) -> Option<Prices> {
+    budget.input_price.zip(budget.output_price).map(|(input, output)| Prices { input, output })
+}
+
+fn options(command: &Judge, prices: Option<Prices>) -> Result<ChatOptions> {
+    let judge = &command.endpoint;
+    let budget = &command.budget;
+    Ok(ChatOptions {
+        endpoint: judge.endpoint.clone(),
+        model: judge.model.clone(),
+        key: key(judge.api_key_env.as_deref())?,
+        rubric: command.rubric,
+        repeats: judge.repeats,
+        temperature: judge.temperature,
+        max_tokens: judge.max_tokens,
+        fields: judge.set.iter().map(|field| parse_field(field)).collect::<Result<Map<_, _>>>()?,
+        attempts: judge.attempts,
+        retries: judge.retries,
+        timeout: Duration::from_secs(judge.timeout),
+        concurrency: judge.concurrency.into(),
+        budget: Budget { calls: budget.max_calls, cost: budget.max_cost.zip(prices) },
+    })
+}
+
+fn key(variable: Option<&str>) -> Result<ApiKey> {
+    let key = ApiKey::from_env(variable.unwrap_or("OPENAI_API_KEY"))?;
+    match variable {
+        Some(variable) if !key.is_set() => {
+            Err(Error::input(format!("The environment variable {variable} is not set. Put the API key into it.")))
+        }
+        _ => Ok(key),
+    }
+}
+
+/// A field of requests: JSON, or what is no JSON as a text.
+fn parse_field(field: &str) -> Result<(String, Value)> {
+    let Some((key, value)) = field.split_once('=').filter(|(key, _)| !key.is_empty()) else {
+        return Err(Error::input(format!("--set {field} is no field and value. Write KEY=VALUE, such as seed=1.")));
+    };
+    Ok((key.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| Value::from(value))))
+}
+
+fn describe(plan: &Plan, comparisons: usize) -> String {
+    let Plan { verdicts, kept, calls, .. } = plan;
+    format!(
+        "{comparisons} comparisons make {verdicts} verdicts; the store has {kept}, and the others take {calls} calls"
+    )
+}
+
+fn tell_plan(plan: &Plan, comparisons: usize, prices: Option<Prices>, global: Global) -> Result<()> {
+    let cost = |usage: Usage| prices.map(|prices| prices.cost(usage));
+    let most_cost = plan.most.and_then(cost);
+    if global.json {
+        let &Plan { verdicts, kept, calls, used, most } = plan;
+        return print_json(&DryRun {
+            comparisons,
+            verdicts,
+            kept,
+            calls,
+            most,
+            most_cost,
+            used,
+            used_cost: cost(used),
+        });
+    }
+    let most = match plan.most {
+        Some(most) => format!(
+            " Every reply being unreadable and as long as it may be, and every byte a token (English has about four bytes in one), \
+             it takes at most {}.",
+            taken(most, prices)
+        ),
+        None => " Without max_tokens there is no limit to what it takes.".to_owned(),
+    };
+    let used =
+        if plan.used.calls > 0 { format!(" So far it took {}.", taken(plan.used, prices)) } else { String::new() };
+    ui::print(format!("{}.{used}{most}", describe(plan, comparisons)))
+}
+
+/// A usage in words, with its cost where prices are known.
+fn taken(usage: Usage, prices: Option<Prices>) -> String {
+    let Usage { calls, input_tokens, output_tokens } = usage;
+    let cost = prices.map(|prices| format!(", which cost {:.4}", prices.cost(usage))).unwrap_or_default();
+    format!("{calls} calls, {input_tokens} tokens in and {output_tokens} out{cost}")
+}
+
+/// What stands beside the bar.
+fn message(progress: &Progress, plan: &Plan, prices: Option<Prices>, elapsed: Duration) -> String {
+    let rate = (progress.done - plan.kept.min(progress.done)) as f64 / elapsed.as_secs_f64().max(1.0) * 60.0;
+    let mut message = format!("{rate:.0} a minute, {} calls", progress.usage.calls);
+    if let Some(prices) = prices {
+        message += &format!(", cost {:.2}", prices.cost(progress.usage));
+    }
+    if progress.unreadable > 0 {
+        message += &format!(", {} unreadable", progress.unreadable);
+    }
+    if let Some(trouble) = &progress.trouble {
+        message += &format!("; again, since {trouble}");
+    }
+    message
+}
+
+fn write(path: &Path, judgements: &[Judgement]) -> Result<()> {
+    atomic::write_file(path, |out| {
+        for judgement in judgements {
+            serde_json::to_writer(&mut *out, judgement)?;
+            out.write_all(b"\n")?;
+        }
+        Ok(())
+    })
+}
