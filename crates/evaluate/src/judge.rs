@@ -48,6 +48,8 @@ pub struct Judgement {
     /// The verdict.
     #[serde(flatten)]
     pub verdict: Verdict,
+    /// The name of the judge.
+    pub judge: String,
     /// What the judge wrote, where it writes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reply: Option<String>,

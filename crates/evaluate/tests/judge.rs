@@ -113,7 +113,7 @@ fn check(judgements: &[Judgement], comparisons: &[Comparison<'_>], repeats: u32)
     for Comparison { prompt, names, answers, .. } in comparisons {
         for swapped in [false, true] {
             for repeat in 0..repeats {
-                let Judgement { verdict, reply, missing } = left.next().unwrap();
+                let Judgement { verdict, reply, missing, .. } = left.next().unwrap();
                 verdict.check().unwrap();
                 let scores = answers.map(score);
                 let outcome = if scores[0] == scores[1] { 0.5 } else { f64::from(u8::from(scores[0] > scores[1])) };
@@ -410,7 +410,12 @@ fn the_work_stops_when_asked_and_goes_on() {
     let there = judged.judgements.iter().filter(|judgement| judgement.missing.is_none()).count();
     assert_eq!(there, endpoint.log().served.len(), "what was under way is kept");
     let mut last = Progress::default();
-    let judged = chat.judge(&comparisons, &mut |progress| Ok(last = progress.clone())).unwrap();
+    let judged = chat
+        .judge(&comparisons, &mut |progress| {
+            last = progress.clone();
+            Ok(())
+        })
+        .unwrap();
     check(&complete(judged), &comparisons, 1);
     assert_eq!((last.done, last.total, last.unreadable), (60, 60, 0));
     assert_eq!((last.usage.calls, last.usage.input_tokens, last.usage.output_tokens), (60, 6000, 600));

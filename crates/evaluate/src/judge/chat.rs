@@ -246,7 +246,7 @@ impl<'a> ChatJudge<'a> {
             swapped,
             repeat,
         };
-        Judgement { verdict, reply, missing }
+        Judgement { verdict, judge: self.options.model.clone(), reply, missing }
     }
 }
 

@@ -1,33 +1,8 @@
 //! What an endpoint replied.
 
-use serde::Deserialize;
+use serde_json::Value;
 
 use super::rubric::parse_scores;
-
-/// The part of a chat completion that is read.
-#[derive(Deserialize)]
-struct Completion {
-    choices: Vec<Choice>,
-    #[serde(default)]
-    usage: Option<Tokens>,
-}
-
-#[derive(Deserialize)]
-struct Choice {
-    message: Content,
-}
-
-#[derive(Deserialize)]
-struct Content {
-    /// Null where the model declined to write.
-    content: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Tokens {
-    prompt_tokens: u64,
-    completion_tokens: u64,
-}
 
 /// What a judge wrote, and the tokens of request and reply where the endpoint counts them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,11 +12,14 @@ pub(super) struct Reply {
 }
 
 impl Reply {
-    /// Reads the body of a response; nothing if it is no chat completion.
+    /// Reads the body of a response; nothing if it is no chat completion. One whose message is no text, as where a model
+    /// declines to write, is a reply without text.
     pub(super) fn read(body: &str) -> Option<Self> {
-        let completion: Completion = serde_json::from_str(body).ok()?;
-        let text = completion.choices.into_iter().next()?.message.content.unwrap_or_default();
-        Some(Self { text, tokens: completion.usage.map(|usage| [usage.prompt_tokens, usage.completion_tokens]) })
+        let completion: Value = serde_json::from_str(body).ok()?;
+        let message = completion.pointer("/choices/0/message")?.as_object()?;
+        let text = message.get("content").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let tokens = |name: &str| completion.pointer(&format!("/usage/{name}"))?.as_u64();
+        Some(Self { text, tokens: tokens("prompt_tokens").zip(tokens("completion_tokens")).map(Into::into) })
     }
 }
 
@@ -106,6 +84,8 @@ mod tests {
         assert_eq!(reply, Some(Reply { text: "5 5".into(), tokens: Some([11, 3]) }));
         let refused = r#"{"choices":[{"message":{"content":null,"refusal":"No."}}],"usage":null}"#;
         assert_eq!(Reply::read(refused), Some(Reply { text: String::new(), tokens: None }));
+        let parts = r#"{"choices":[{"message":{"content":[{"type":"text"}]}}],"usage":{"prompt_tokens":null}}"#;
+        assert_eq!(Reply::read(parts), Some(Reply { text: String::new(), tokens: None }));
         let deep = "[".repeat(100_000);
         for body in ["", "5 5", "{}", r#"{"choices":[]}"#, r#"{"error":{"message":"overloaded"}}"#, "<html>", &deep] {
             assert_eq!(Reply::read(body), None, "{body}");
