@@ -33,7 +33,8 @@ impl ApiKey {
     /// [`Error::Input`] for a key that no HTTP header can carry.
     pub fn from_env(variable: &str) -> Result<Self> {
         let value = std::env::var_os(variable).unwrap_or_default();
-        let key = value.to_str().map(str::trim).unwrap_or("\n").to_owned();
+        // what is no Unicode becomes characters that are no ASCII
+        let key = value.to_string_lossy().trim().to_owned();
         if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(Error::input(format!(
                 "The environment variable {variable} holds no API key: keys are of visible ASCII characters. Set it anew."
@@ -111,7 +112,8 @@ impl Endpoint {
         let body = response.body_mut().with_config().limit(MOST_BYTES).read_to_vec();
         let text = body.as_ref().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
         match text {
-            Ok(text) if status.is_success() => Sent::Answered(text),
+            // what is kept and shown must not hold the key, whatever an endpoint repeats
+            Ok(text) if status.is_success() => Sent::Answered(self.key.removed_from(&text)),
             Err(error) if status.is_success() => Sent::Lost(self.describe(error)),
             text => self.failed(status, &response, &text.unwrap_or_default(), about, clock.now()),
         }
@@ -148,10 +150,8 @@ impl Endpoint {
                 format!("The request was about {about}. Change what is complained of, and run the same command again.")
             }
         };
-        Sent::Rejected(Error::input(format!(
-            "The endpoint {} did not serve a request: {why}. {remedy} No verdict is lost.",
-            self.url
-        )))
+        let message = format!("The endpoint {} did not serve a request: {why}. {remedy} No verdict is lost.", self.url);
+        Sent::Rejected(if again { Error::Failed(message) } else { Error::Input(message) })
     }
 
     /// What an endpoint says about a failure, for a sentence: its message, or the start of the body.
