@@ -71,7 +71,7 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
             // it writes into the model's folder
             ModelCommand::SetTemplate { .. } => Vec::new(),
         },
-        Command::Quickstart(_) | Command::Run(_) | Command::Train(_) | Command::Loss(_) | Command::Tabular(_) => {
+        Command::Quickstart(_) | Command::Judge(_) | Command::Run(_) | Command::Train(_) | Command::Loss(_) | Command::Tabular(_) => {
             Vec::new()
         }
     }
