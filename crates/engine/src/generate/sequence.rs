@@ -1,9 +1,11 @@
 //! Sequences in generation, and what is kept of the tokens that a policy has seen.
 
+use std::sync::Arc;
+
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use super::{Answer, Finish, SamplingOptions, choose};
+use super::{Answer, Finish, SamplingOptions, SequenceId, choose};
 use crate::decoder::KeyValueCache;
 use crate::error::{Error, Result};
 use crate::mixture::Mixture;
@@ -11,8 +13,8 @@ use crate::ops::attention::{Heads, Prefix, Span};
 
 /// A sequence in generation.
 pub(super) struct Sequence {
-    /// Its place among the prompts.
-    pub(super) index: usize,
+    pub(super) id: SequenceId,
+    options: Arc<SamplingOptions>,
     /// For each pass of the policy, what each of its policies keeps of past tokens.
     caches: Vec<Vec<Cache>>,
     pub(super) past: usize,
@@ -24,6 +26,7 @@ pub(super) struct Sequence {
 
 /// A prompt that the policy has seen, for others that are the same.
 pub(super) struct SeenPrompt {
+    prompt: Vec<u32>,
     caches: Vec<Vec<Cache>>,
     past: usize,
     logits: Vec<f32>,
@@ -32,7 +35,16 @@ pub(super) struct SeenPrompt {
 impl SeenPrompt {
     /// Of a sequence whose prompt has just been seen, with the logits of the token after it.
     pub(super) fn new(sequence: &Sequence, logits: &[f32]) -> Self {
-        Self { caches: sequence.caches.clone(), past: sequence.past, logits: logits.to_vec() }
+        Self {
+            prompt: sequence.pending.clone(),
+            caches: sequence.caches.clone(),
+            past: sequence.past,
+            logits: logits.to_vec(),
+        }
+    }
+
+    pub(super) fn prompt(&self) -> &[u32] {
+        &self.prompt
     }
 
     /// Brings a sequence with the same prompt to where this one was; the logits of the token after it.
@@ -52,53 +64,58 @@ struct Cache {
 
 impl Sequence {
     /// A sequence that the policy has not seen yet.
-    pub(super) fn new(index: usize, prompt: &[u32], policy: &Mixture<'_>, seed: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(index as u64);
+    pub(super) fn new(
+        id: SequenceId,
+        prompt: Vec<u32>,
+        options: Arc<SamplingOptions>,
+        stream: u64,
+        policy: &Mixture<'_>,
+    ) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
+        rng.set_stream(stream);
         let caches = policy.passes().iter().map(|pass| {
             let blocks = vec![Vec::new(); pass.model.config.num_hidden_layers];
             vec![Cache { keys: blocks.clone(), values: blocks }; pass.adapters.len()]
         });
-        Self { index, caches: caches.collect(), past: 0, pending: prompt.to_vec(), answer: Vec::new(), rng }
+        Self { id, options, caches: caches.collect(), past: 0, pending: prompt, answer: Vec::new(), rng }
     }
 
     pub(super) fn positions(&self) -> impl Iterator<Item = u32> + use<> {
         (self.past as u32)..(self.past + self.pending.len()) as u32
     }
 
-    /// The next token.
+    /// The sequence with its next token.
     ///
     /// # Errors
     /// [`Error::Failed`] for logits that are not numbers.
-    pub(super) fn choose(&mut self, logits: &[f32], options: &SamplingOptions) -> Result<u32> {
-        choose(logits, options, &mut self.rng).ok_or_else(|| {
-            Error::Failed(format!(
-                "The model's logits for prompt {} are not numbers. Its weights are damaged, or training diverged: check the \
-                 checkpoint.",
-                self.index + 1
-            ))
-        })
+    pub(super) fn choose(mut self, logits: &[f32]) -> (Self, Result<u32>) {
+        let token = choose(logits, &self.options, &mut self.rng).ok_or_else(|| {
+            Error::Failed(
+                "The model's logits are not numbers. Its weights are damaged, or training diverged: check the checkpoint."
+                    .into(),
+            )
+        });
+        (self, token)
     }
 
-    /// Takes the next token; returns the answer when it is complete.
+    /// Takes the next token; returns the answer when it is complete, which it is at `positions` tokens at the latest.
     pub(super) fn accept(
         &mut self,
         token: u32,
-        options: &SamplingOptions,
-        context: usize,
+        positions: usize,
         decode: &dyn Fn(&[u32]) -> Result<String>,
     ) -> Result<Option<Answer>> {
-        let ended = options.end_tokens.contains(&token);
+        let ended = self.options.end_tokens.contains(&token);
         if !ended {
             self.answer.push(token);
             self.pending = vec![token];
         }
-        let full = self.answer.len() >= options.max_new_tokens || self.past + 1 >= context;
+        let full = self.answer.len() >= self.options.max_new_tokens || self.past + 1 >= positions;
         let mut stopped_at = None;
-        if !options.stop.is_empty() {
+        let stop = &self.options.stop;
+        if !stop.is_empty() {
             let text = decode(&self.answer)?;
-            stopped_at =
-                options.stop.iter().filter_map(|s| text.find(s.as_str())).min().map(|at| text[..at].to_owned());
+            stopped_at = stop.iter().filter_map(|s| text.find(s.as_str())).min().map(|at| text[..at].to_owned());
         }
         if !(ended || full || stopped_at.is_some()) {
             return Ok(None);
