@@ -50,6 +50,7 @@ pub(crate) enum Command {
     Loss(Loss),
     Generate(Generate),
     Judge(Judge),
+    Serve(Serve),
     Merge(Merge),
     Rate(Rate),
     Tabular(Tabular),
@@ -412,6 +413,49 @@ pub(crate) struct Generate {
     /// Seed of the random draws.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+}
+
+/// Offer a policy as a chat endpoint in the form of OpenAI's API.
+///
+/// Requests are answered together, a token of each at a time; what is answered beside a request changes nothing of its
+/// answer. Stops on Ctrl-C.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo serve models/SmolLM2 --name smollm2\n  \
+    sacpo serve 'mix(runs/hh/steps/helpful/checkpoint, runs/hh/steps/safe-0.01/checkpoint, 0.5)' --name half\n\n  \
+    curl http://127.0.0.1:8000/v1/chat/completions -d '{\"model\": \"smollm2\", \"stream\": true,\n    \
+    \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'\n\n  \
+    In Python, with the package openai:\n  \
+    client = openai.OpenAI(base_url=\"http://127.0.0.1:8000/v1\", api_key=\"none\")\n  \
+    client.chat.completions.create(model=\"smollm2\", messages=[{\"role\": \"user\", \"content\": \"Who are you?\"}])\n\n\
+    docs/serving.md lists what is understood of a request.")]
+pub(crate) struct Serve {
+    /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.
+    pub(crate) model: PolicyName,
+    /// Allow q outside 0 to 1 in mix(A, B, q), which leads beyond the models.
+    #[arg(long)]
+    pub(crate) extrapolate: bool,
+    /// The model's name in requests [default: MODEL as it is written].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// Address to listen at; 0.0.0.0 for everybody who can reach this machine.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen at; 0 takes a free one and says which.
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// Environment variable with the key that clients must send [default: none is needed].
+    #[arg(long, value_name = "VAR")]
+    pub(crate) api_key_env: Option<String>,
+    /// The longest answer in tokens, where a request has no max_tokens.
+    #[arg(long, default_value_t = 1024, value_name = "N", value_parser = positive)]
+    pub(crate) max_new_tokens: usize,
+    /// Answers generated at once; each takes memory for its keys and values.
+    #[arg(long, default_value_t = 16, value_name = "N", value_parser = positive)]
+    pub(crate) batch_size: usize,
+    /// Answers that may wait for their turn; a request beyond gets status 503.
+    #[arg(long, default_value_t = 256, value_name = "N")]
+    pub(crate) queue: usize,
 }
 
 /// Merge models of the same shape into one, a part of a tensor at a time.

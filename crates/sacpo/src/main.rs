@@ -8,6 +8,7 @@ mod hub;
 mod interrupt;
 mod pipeline;
 mod policy;
+mod serve;
 mod ui;
 
 use std::process::ExitCode;

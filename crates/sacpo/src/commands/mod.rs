@@ -11,6 +11,7 @@ mod model;
 mod quickstart;
 mod rate;
 mod run;
+mod serve;
 mod tabular;
 
 use std::path::Path;
@@ -34,6 +35,7 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
         Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => on_threads(global.threads, || generate::run(&options, global)),
         Command::Judge(options) => judge::run(&options, global),
+        Command::Serve(options) => on_threads(global.threads, || serve::run(&options, global)),
         Command::Merge(options) => on_threads(global.threads, || merge::run(&options, global)),
         Command::Rate(options) => rate::run(&options, global),
         Command::Tabular(options) => tabular::run(&options, global),
