@@ -20,7 +20,7 @@ import openai
 
 SACPO = Path(__file__).resolve().parent.parent / "target/release/sacpo"
 KEY = "a-key"
-MESSAGES = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "What is the capital of France?"}]
+MESSAGES = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "What is the capital of France?"}]
 
 
 def check(what, holds):
@@ -51,7 +51,7 @@ def chat(client):
     greedy = ask(temperature=0)
     text = greedy.choices[0].message.content
     check(f"chat: {text!r}, {greedy.choices[0].finish_reason}, {greedy.usage.total_tokens} tokens", bool(text))
-    check("greedy is the same again", ask(temperature=0, max_tokens=None).choices[0].message.content.startswith(text))
+    check("greedy is the same again", ask(temperature=0).choices[0].message.content == text)
     short = ask(temperature=0, max_tokens=3)
     check("max_tokens", (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 3))
 

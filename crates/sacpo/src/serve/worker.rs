@@ -22,7 +22,6 @@ pub(super) struct Job {
     pub(super) stream: bool,
     /// Where it goes. When nobody listens any more, it is not generated further.
     pub(super) replies: UnboundedSender<Reply>,
-    /// Given back when the job ends.
     pub(super) room: Option<OwnedSemaphorePermit>,
 }
 
@@ -46,7 +45,8 @@ struct Growing {
     tokens: Vec<u32>,
     text: GrowingText,
     stream: bool,
-    _room: Option<OwnedSemaphorePermit>,
+    /// Given back when the answer ends.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 /// Generates until Ctrl-C, or until no jobs can come any more.
@@ -82,6 +82,10 @@ pub(super) fn work(policy: &Policy, batch_size: usize, mut jobs: UnboundedReceiv
             let Some(answer) = growing.get_mut(&id) else { continue };
             let news = progress.and_then(|progress| answer.news(progress, tokenizer)).transpose();
             let ended = matches!(news, Some(Ok(News::Finished { .. }) | Err(_)));
+            if ended {
+                // before anybody knows, who may have the next request ready
+                answer.room = None;
+            }
             news.into_iter().for_each(|news| answer.tell(news));
             if ended {
                 growing.remove(&id);
@@ -95,7 +99,7 @@ pub(super) fn work(policy: &Policy, batch_size: usize, mut jobs: UnboundedReceiv
 fn begin(generator: &mut Generator<'_>, growing: &mut HashMap<SequenceId, Growing>, job: Job) {
     let Job { prompt, options, choice, stream, replies, room } = job;
     let text = GrowingText::new(options.stop.clone());
-    let answer = Growing { choice, replies, tokens: Vec::new(), text, stream, _room: room };
+    let answer = Growing { choice, replies, tokens: Vec::new(), text, stream, room };
     match generator.add(prompt, options, choice as u64) {
         Ok(id) => _ = growing.insert(id, answer),
         Err(error) => answer.tell(Err(error)),
