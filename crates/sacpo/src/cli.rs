@@ -422,12 +422,13 @@ pub(crate) struct Generate {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     sacpo serve models/SmolLM2 --name smollm2\n  \
-    sacpo serve 'mix(runs/hh/steps/helpful/checkpoint, runs/hh/steps/safe-0.01/checkpoint, 0.5)' --name half\n\n  \
+    sacpo serve 'mix(runs/helpful, runs/safe, 0.5)' --name half --port 0\n\n  \
     curl http://127.0.0.1:8000/v1/chat/completions -d '{\"model\": \"smollm2\", \"stream\": true,\n    \
     \"messages\": [{\"role\": \"user\", \"content\": \"Who are you?\"}]}'\n\n  \
     In Python, with the package openai:\n  \
     client = openai.OpenAI(base_url=\"http://127.0.0.1:8000/v1\", api_key=\"none\")\n  \
-    client.chat.completions.create(model=\"smollm2\", messages=[{\"role\": \"user\", \"content\": \"Who are you?\"}])\n\n\
+    messages = [{\"role\": \"user\", \"content\": \"Who are you?\"}]\n  \
+    client.chat.completions.create(model=\"smollm2\", messages=messages)\n\n\
     docs/serving.md lists what is understood of a request.")]
 pub(crate) struct Serve {
     /// Folder in Hugging Face's layout, .gguf file, or two of them mixed at decode time: 'mix(A, B, q)'.

@@ -25,7 +25,7 @@ use axum::routing::{get, post};
 use engine::generate::SamplingOptions;
 use engine::{Error, Result, Tokenizer};
 use serde_json::{Value, json};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::interrupt;
 use crate::policy::Policy;
@@ -63,7 +63,7 @@ pub(crate) struct Options {
 /// If the policy cannot be used, or the system refuses threads or sockets.
 pub(crate) fn serve(policy: &Policy, listener: TcpListener, options: Options) -> Result<()> {
     let (jobs, received) = mpsc::unbounded_channel();
-    let capacity = options.batch_size + options.queue;
+    let capacity = u32::try_from(options.batch_size.saturating_add(options.queue)).unwrap_or(u32::MAX);
     let app = App {
         context: policy.mixture()?.context(),
         tokenizer: policy.first.tokenizer.clone(),
@@ -77,7 +77,7 @@ pub(crate) fn serve(policy: &Policy, listener: TcpListener, options: Options) ->
         name: options.name,
         created: seconds_since_1970(),
         jobs,
-        room: Arc::new(Semaphore::new(capacity)),
+        room: Arc::new(Semaphore::new(capacity as usize)),
         capacity,
     };
     std::thread::scope(|scope| {
@@ -126,7 +126,7 @@ struct App {
     jobs: mpsc::UnboundedSender<Job>,
     /// One permit for each answer in progress or waiting.
     room: Arc<Semaphore>,
-    capacity: usize,
+    capacity: u32,
 }
 
 fn router(app: Arc<App>) -> Router {
@@ -187,15 +187,8 @@ async fn chat(
     // long conversations take a while to tokenise, during which others are to be served
     let reader = app.clone();
     let read = tokio::task::spawn_blocking(move || reader.read(&body));
-    let (request, prompt) = read.await.map_err(|_| ApiError::stopping())??;
-    let mut room = u32::try_from(request.choices)
-        .ok()
-        .filter(|_| request.choices <= app.capacity)
-        .map(|choices| app.room.clone().try_acquire_many_owned(choices))
-        .ok_or_else(|| {
-            ApiError::bad_request(format!("n is {}, but at most {}.", request.choices, app.capacity)).param("n")
-        })?
-        .map_err(|_| ApiError::queue_full())?;
+    let (request, prompt) = read.await.map_err(|_| ApiError::fault())??;
+    let mut room = app.take_room(request.choices)?;
     let (replies, received) = mpsc::unbounded_channel();
     let options = Arc::new(request.options);
     for choice in 0..request.choices {
@@ -221,6 +214,15 @@ async fn chat(
 impl App {
     fn model(&self) -> Value {
         json!({"id": self.name, "object": "model", "created": self.created, "owned_by": "sacpo"})
+    }
+
+    /// Room for so many answers.
+    fn take_room(&self, choices: usize) -> std::result::Result<OwnedSemaphorePermit, ApiError> {
+        let Some(permits) = u32::try_from(choices).ok().filter(|permits| *permits <= self.capacity) else {
+            let message = format!("n is {choices}, but may be {} at most here.", self.capacity);
+            return Err(ApiError::bad_request(message).param("n"));
+        };
+        self.room.clone().try_acquire_many_owned(permits).map_err(|_| ApiError::queue_full())
     }
 
     /// A request, and the tokens of its conversation.

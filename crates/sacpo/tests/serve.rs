@@ -356,7 +356,10 @@ fn every_fault_of_a_request_is_named() {
     says(server.get("/v1/completions").error(404)["message"].as_str().unwrap(), &["/v1/completions"]);
     says(server.get("/v1/chat/completions").error(405)["message"].as_str().unwrap(), &["GET", "POST"]);
     server.ask("POST", "/v1/models", "", b"{}").error(405);
-    says(post(&vec![b' '; (4 << 20) + 1]).error(413)["message"].as_str().unwrap(), &["4194304 bytes"]);
+    let huge = post(&vec![b' '; (4 << 20) + 1]);
+    says(huge.error(413)["message"].as_str().unwrap(), &["4194304 bytes"]);
+    // a client must not send its next request over a connection in which the rest of this one is
+    assert!(huge.head.contains("connection: close"), "{}", huge.head);
     assert_eq!(server.get("/v1/models/tiny").answer()["id"], "tiny");
     assert_eq!(server.get("/v1/models").answer()["data"][0]["id"], "tiny");
     assert_eq!(server.get("/health").answer(), json!({"status": "ok"}));

@@ -100,7 +100,9 @@ fn sequences_that_join_later_and_beside_cancelled_ones_are_answered_as_alone() {
         prompts.extend([vec![3, 3, 3], vec![3, 3, 3]]);
         let alone: Vec<Answer> = (prompts.iter().enumerate())
             .map(|(index, prompt)| {
-                generate(policy.clone(), &[prompt.clone()], &own(index), &text, &mut |_| Ok(())).unwrap().remove(0)
+                generate(policy.clone(), std::slice::from_ref(prompt), &own(index), &text, &mut |_| Ok(()))
+                    .unwrap()
+                    .remove(0)
             })
             .collect();
         for (batch_size, apart) in [(1, 0), (2, 1), (3, 0), (8, 0), (8, 1), (8, 3)] {

@@ -1,7 +1,7 @@
 //! Errors in the form of OpenAI's API.
 
 use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Json, Response};
+use axum::response::{AppendHeaders, IntoResponse, Json, Response};
 use engine::Error;
 use serde_json::{Value, json};
 
@@ -22,6 +22,11 @@ impl ApiError {
 
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, message)
+    }
+
+    pub(super) fn fault() -> Self {
+        let message = "The request could not be read, by a fault of the program.";
+        Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
     pub(super) fn queue_full() -> Self {
@@ -59,10 +64,15 @@ impl From<Error> for ApiError {
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status, Json(self.body())).into_response();
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
-            response.headers_mut().insert(header::RETRY_AFTER, header::HeaderValue::from_static("1"));
-        }
-        response
+        let header = match self.status {
+            StatusCode::SERVICE_UNAVAILABLE => Some((header::RETRY_AFTER, "1")),
+            // the body may not have been read, and then the connection is of no more use
+            StatusCode::UNAUTHORIZED
+            | StatusCode::NOT_FOUND
+            | StatusCode::METHOD_NOT_ALLOWED
+            | StatusCode::PAYLOAD_TOO_LARGE => Some((header::CONNECTION, "close")),
+            _ => None,
+        };
+        (self.status, AppendHeaders(header), Json(self.body())).into_response()
     }
 }
