@@ -136,8 +136,13 @@ pub fn generate<'a>(
     let mut done = 0;
     while !generator.is_empty() {
         for (id, progress) in generator.step() {
+            let place = places[&id];
+            let progress = progress.map_err(|error| match error {
+                Error::Failed(message) => Error::Failed(format!("For prompt {}: {message}", place + 1)),
+                other => other,
+            });
             if let Progress::Finished(answer) = progress? {
-                answers[places[&id]] = Some(answer);
+                answers[place] = Some(answer);
                 done += 1;
                 finished(done)?;
             }

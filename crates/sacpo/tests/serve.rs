@@ -425,7 +425,7 @@ fn ctrl_c_ends_it_within_a_moment() {
     // clients are told
     let mut rest = String::new();
     stream.read_to_string(&mut rest).unwrap();
-    let last = event(rest.trim_end().rsplit("\n\n").next().unwrap());
+    let last = event(rest.trim().rsplit("\n\n").next().unwrap());
     assert_eq!(last["error"]["code"], "stopping");
     assert_eq!(Response::read(whole).error(503)["code"], "stopping");
 }
