@@ -60,6 +60,7 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
             std::iter::once(data(&mut source.file)).chain(model.iter_mut().map(tokenizer)).collect()
         }
         Command::Data(DataCommand::Convert(options)) => vec![data(&mut options.from)],
+        Command::Serve(options) => policy(&mut options.model),
         Command::Rate(options) => options.files.iter_mut().map(data).collect(),
         Command::Model(command) => match command {
             ModelCommand::Inspect { model: path } | ModelCommand::Convert { from: path, .. } => vec![model(path)],
@@ -71,8 +72,11 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
             // it writes into the model's folder
             ModelCommand::SetTemplate { .. } => Vec::new(),
         },
-        Command::Quickstart(_) | Command::Judge(_) | Command::Run(_) | Command::Train(_) | Command::Loss(_) | Command::Tabular(_) => {
-            Vec::new()
-        }
+        Command::Quickstart(_)
+        | Command::Judge(_)
+        | Command::Run(_)
+        | Command::Train(_)
+        | Command::Loss(_)
+        | Command::Tabular(_) => Vec::new(),
     }
 }
