@@ -1,10 +1,12 @@
 //! The command line: one struct per command.
 
+mod data;
 mod judge;
+mod model;
 
 use std::path::PathBuf;
 
-use align::data::{Format, Target, TemplateTail};
+use align::data::{Format, TemplateTail};
 use align::merge::Method;
 use align::objective;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -13,7 +15,9 @@ use serde::Serialize;
 
 use crate::policy::PolicyName;
 
+pub(crate) use data::{ConvertData, DataCommand, DataSource, InspectData};
 pub(crate) use judge::{Judge, JudgeBudget};
+pub(crate) use model::{AddAdapter, ModelCommand};
 
 /// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
 #[derive(Debug, Parser)]
@@ -60,97 +64,6 @@ pub(crate) enum Command {
     /// Look at models, convert them, and handle adapters.
     #[command(subcommand)]
     Model(ModelCommand),
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum DataCommand {
-    Convert(ConvertData),
-    Inspect(InspectData),
-    /// Count what a file of preference data holds: labels, repetitions, contradictions, lengths.
-    ///
-    /// Bad rows are left out and counted.
-    #[command(after_help = "Examples:\n  sacpo data stats pairs.jsonl\n  \
-        sacpo data stats pku.jsonl.gz --metric harmlessness --model models/SmolLM2\n  \
-        sacpo data stats 'hf://datasets/HuggingFaceH4/ultrafeedback_binarized/data/train_prefs-*'\n\n\
-        docs/data.md says how addresses on the Hugging Face Hub (hf://) are written and which variables it heeds.")]
-    Stats {
-        #[command(flatten)]
-        source: DataSource,
-        /// Count lengths in this model's tokens, prompts in its chat template, instead of characters.
-        #[arg(long, value_name = "MODEL")]
-        model: Option<PathBuf>,
-    },
-}
-
-/// Write preference data in another format, or into another kind of file.
-///
-/// Texts stay as they are: a conversation never becomes plain text, nor plain text a conversation. From pairs can be made
-/// labelled responses (unpaired), demonstrations (sft: the preferred responses) and lists of prompts (each once); from single
-/// responses no pairs, and from responses without labels none with.
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  \
-    sacpo data convert helpful-base/train.jsonl.gz helpful.parquet --skip-bad-rows\n  \
-    sacpo data convert pku.jsonl.gz safe.jsonl --metric harmlessness\n  \
-    sacpo data convert 'ultrafeedback/train_prefs-*.parquet' prompts.jsonl.zst --to prompts\n\n\
-    trl, pku, hh, unpaired and sft are the formats of docs/data.md. What has no place in the new one, such as other columns \
-    and PKU-SafeRLHF's other label, is left out and named.")]
-pub(crate) struct ConvertData {
-    /// Preference data or prompts: .jsonl, .json or Parquet, prompts .txt or .csv too; a file, a folder or a pattern.
-    pub(crate) from: PathBuf,
-    /// File to write: .jsonl or .json, perhaps with .gz or .zst behind, or .parquet.
-    pub(crate) out: PathBuf,
-    /// What the rows are written as [default: pairs as trl, others as what they are].
-    #[arg(long, value_name = "FORMAT", value_parser = target_parser())]
-    pub(crate) to: Option<Target>,
-    /// Schema of the data [default: found from the first row].
-    #[arg(long, value_parser = format_parser())]
-    pub(crate) format: Option<Format>,
-    /// Which preference to read from files that hold several, and to label in pku.
-    #[arg(long, default_value = "helpfulness")]
-    pub(crate) metric: String,
-    /// Leave out and count rows that cannot be read, or that the new format cannot hold.
-    #[arg(long)]
-    pub(crate) skip_bad_rows: bool,
-}
-
-/// Show rows as the model sees them in training: the text of its tokens, prompts in its chat template.
-#[derive(Debug, Args)]
-#[command(after_help = "Example:\n  sacpo data inspect pairs.jsonl --model models/SmolLM2 --from 120 --rows 1")]
-pub(crate) struct InspectData {
-    #[command(flatten)]
-    pub(crate) source: DataSource,
-    /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME, whose tokenizer and template are used.
-    #[arg(long, value_name = "MODEL")]
-    pub(crate) model: PathBuf,
-    /// The first row to show, counted from 1 as in messages.
-    #[arg(long, value_name = "ROW", default_value_t = 1, value_parser = positive)]
-    pub(crate) from: usize,
-    /// The number of rows to show.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = positive)]
-    pub(crate) rows: usize,
-    /// Longest prompt and response together, in tokens [default: no limit].
-    #[arg(long, value_name = "TOKENS", value_parser = positive)]
-    pub(crate) max_length: Option<usize>,
-    /// Whether what the template writes after the end of a response is scored.
-    #[arg(long, default_value = "drop", value_parser = template_tail_parser())]
-    pub(crate) template_tail: TemplateTail,
-}
-
-/// A file of preference data and how to read it.
-#[derive(Debug, Args)]
-pub(crate) struct DataSource {
-    /// Preference pairs or single responses: .jsonl, .json or Parquet; a file, a folder, a pattern ('train-*.parquet'), or
-    /// hf://datasets/OWNER/NAME/PATH.
-    pub(crate) file: PathBuf,
-    /// Read the file as this objective would: `kto`, `bco` and `sft` take single responses, all others pairs.
-    #[arg(long, default_value = "dpo", value_parser = PossibleValuesParser::new(objective::NAMES))]
-    pub(crate) objective: String,
-    /// Which preference to read from files that hold several.
-    #[arg(long, default_value = "helpfulness")]
-    pub(crate) metric: String,
-    /// Schema of the file [default: found from its first row].
-    #[arg(long, value_parser = format_parser())]
-    pub(crate) format: Option<Format>,
 }
 
 /// Run the whole method in a small world where reward and safety are known exactly.
@@ -558,90 +471,6 @@ pub(crate) struct Tabular {
     pub(crate) problem: PathBuf,
 }
 
-#[derive(Debug, Subcommand)]
-pub(crate) enum ModelCommand {
-    /// Describe a model without loading its weights.
-    Inspect {
-        /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
-        model: PathBuf,
-    },
-    /// Write a model as a folder in Hugging Face's layout, with f32 weights.
-    #[command(after_help = "Example:\n  sacpo model convert models/SmolLM2.gguf models/SmolLM2")]
-    Convert {
-        /// Folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
-        from: PathBuf,
-        /// Folder to write.
-        to: PathBuf,
-    },
-    /// Give a model the chat template of a plain text, as a chat_template.jinja in its folder.
-    #[command(after_help = "Example:\n  sacpo model set-template models/alpaca-7b-reproduced \\\n    \
-        'BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:'")]
-    SetTemplate {
-        /// Folder in Hugging Face's layout.
-        model: PathBuf,
-        /// The text, with {prompt} where the user's message stands. The answer follows it, and EOS.
-        text: String,
-    },
-    AddAdapter(AddAdapter),
-    /// Write the model that an adapter makes of its base, as a folder in Hugging Face's layout.
-    #[command(after_help = "Example:\n  sacpo model fold-adapter models/SmolLM2 adapters/helpful models/helpful")]
-    FoldAdapter {
-        /// The base: folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
-        model: PathBuf,
-        /// Folder in PEFT's layout, or hf://OWNER/NAME.
-        adapter: PathBuf,
-        /// Folder to write.
-        to: PathBuf,
-    },
-    /// Write one adapter that does what several adapters of one base do together.
-    ///
-    /// The ranks add up. Adapters with DoRA cannot be stacked, only folded.
-    #[command(after_help = "Example:\n  \
-        sacpo model stack-adapters models/SmolLM2 adapters/helpful adapters/harmless adapters/both")]
-    StackAdapters {
-        /// The base: folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
-        model: PathBuf,
-        /// Folders in PEFT's layout, or hf://OWNER/NAME.
-        #[arg(num_args = 2.., required = true)]
-        adapters: Vec<PathBuf>,
-        /// Folder to write.
-        to: PathBuf,
-    },
-}
-
-/// Write a fresh low-rank adapter for a model (LoRA), as a folder in PEFT's layout; it changes nothing yet.
-#[derive(Debug, Args)]
-#[command(after_help = "Examples:\n  \
-    sacpo model add-adapter models/SmolLM2 adapters/fresh --rank 16 --alpha 32\n  \
-    sacpo model add-adapter models/SmolLM2 adapters/fresh --targets q_proj,v_proj --rank-stabilized")]
-pub(crate) struct AddAdapter {
-    /// The base: folder in Hugging Face's layout, .gguf file, or hf://OWNER/NAME.
-    pub(crate) model: PathBuf,
-    /// Folder to write.
-    pub(crate) to: PathBuf,
-    /// Rank of the update of each matrix.
-    #[arg(long, default_value_t = 16, value_name = "N")]
-    pub(crate) rank: usize,
-    /// The update is scaled by alpha/rank.
-    #[arg(long, default_value_t = 32.0, allow_negative_numbers = true)]
-    pub(crate) alpha: f64,
-    /// Probability that an input of the adapter is dropped in training.
-    #[arg(long, default_value_t = 0.0, allow_negative_numbers = true)]
-    pub(crate) dropout: f64,
-    /// Names of the adapted matrices, such as q_proj,v_proj; or all.
-    #[arg(long, default_value = "all", value_name = "NAMES")]
-    pub(crate) targets: String,
-    /// Scale by alpha/√rank instead (rsLoRA).
-    #[arg(long)]
-    pub(crate) rank_stabilized: bool,
-    /// Learn the lengths of the matrices' rows by themselves (DoRA).
-    #[arg(long)]
-    pub(crate) dora: bool,
-    /// Seed of the first values.
-    #[arg(long, default_value_t = 0, value_parser = seed())]
-    pub(crate) seed: u64,
-}
-
 fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("must be at least 1".into()),
@@ -674,11 +503,6 @@ fn method_parser() -> impl TypedValueParser<Value = Method> {
 fn format_parser() -> impl TypedValueParser<Value = Format> {
     PossibleValuesParser::new(Format::ALL.map(Format::name))
         .map(|name| Format::ALL.into_iter().find(|f| f.name() == name).unwrap_or(Format::Trl))
-}
-
-fn target_parser() -> impl TypedValueParser<Value = Target> {
-    PossibleValuesParser::new(Target::ALL.map(Target::name))
-        .map(|name| Target::ALL.into_iter().find(|target| target.name() == name).unwrap_or(Target::Trl))
 }
 
 fn template_tail_parser() -> impl TypedValueParser<Value = TemplateTail> {
