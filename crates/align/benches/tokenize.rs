@@ -58,11 +58,11 @@ fn texts(pairs: &[PreferencePair], tokenizer: &Tokenizer) -> Result<Vec<[String;
     pairs.iter().map(of_pair).collect()
 }
 
-fn alone(texts: &[[String; 3]], tokenizer: &Tokenizer) -> (f64, usize) {
+fn alone(texts: &[[String; 3]], tokenizer: &tokenizers::Tokenizer) -> (f64, usize) {
     let start = Instant::now();
     let tokens = AtomicUsize::new(0);
     texts.par_iter().flatten_iter().for_each(|text| {
-        let ids = tokenizer.encode(text).map_or(0, |ids| ids.len());
+        let ids = tokenizer.encode_fast(text.as_str(), false).map_or(0, |encoding| encoding.len());
         tokens.fetch_add(ids, Ordering::Relaxed);
     });
     (start.elapsed().as_secs_f64(), tokens.into_inner())
@@ -125,10 +125,11 @@ fn main() -> Result<()> {
 
     repeat(Path::new(pairs), (mib << 20) / 16, &part)?;
     let texts = texts(&read_pairs(&part, None, "harmlessness", true)?.rows, &tokenizer)?;
+    let peer = tokenizers::Tokenizer::from_file(Path::new(model).join("tokenizer.json")).expect("a tokenizer");
     let mut ratios = Vec::new();
     for round in 1..=rounds {
         let (ours, _) = ours(&part, &tokenizer)?;
-        let (alone, tokens) = alone(&texts, &tokenizer);
+        let (alone, tokens) = alone(&texts, &peer);
         ratios.push(ours / alone);
         println!(
             "round {round}: ours {ours:.2} s, tokenizers alone {alone:.2} s ({tokens} tokens): {:.3}",
