@@ -271,6 +271,40 @@ fn a_file_that_is_held_out_shares_no_opening_with_training() {
     assert!(error.to_string().contains("no.jsonl"), "{error}");
 }
 
+#[test]
+fn a_file_that_moves_from_training_to_what_is_held_out_is_noticed() {
+    let (tokenizer, cache) = (tokenizer(), tempfile::tempdir().unwrap());
+    let parts = [rows(0..10), rows(20..30), rows(40..50)].map(|rows| lines(&rows));
+    // both have the same three files in the same order
+    let [few, many] = [1, 2].map(|held_out| {
+        let folder = tempfile::tempdir().unwrap();
+        for (number, part) in parts.iter().enumerate() {
+            let side = folder.path().join(if number < held_out { "held-out" } else { "data" });
+            std::fs::create_dir_all(&side).unwrap();
+            std::fs::write(side.join(format!("{number}.jsonl")), part).unwrap();
+        }
+        let (data, held_out) = (folder.path().join("data"), folder.path().join("held-out"));
+        let own = Preparation { held_out: HeldOut::Path(&held_out), ..preparation(&data, &tokenizer) };
+        let Prepared { train, held_out, .. } = pairs(&own, cache.path());
+        [train.len(), held_out.len()]
+    });
+    assert_eq!((few, many), ([20, 10], [10, 20]));
+}
+
+#[test]
+fn work_on_rows_that_are_left_out_can_be_stopped() {
+    let (tokenizer, cache) = (tokenizer(), tempfile::tempdir().unwrap());
+    let data = file("pairs.jsonl", lines(&rows(0..1)).repeat(3000));
+    let own = Preparation { deduplicate: true, ..preparation(&data.path, &tokenizer) };
+    let mut calls = 0;
+    let stop = &mut |_| {
+        calls += 1;
+        if calls < 3 { Ok(()) } else { Err(Error::Interrupted("stopped".into())) }
+    };
+    let error = own.pairs(cache.path(), "", &|_, _| Ok(true), stop).unwrap_err();
+    assert_eq!(error.to_string(), "stopped");
+}
+
 /// Responses are encoded behind the last special token of their prompt. That gives the tokens which they have behind all of it.
 #[test]
 fn the_end_of_a_prompt_is_context_enough() {

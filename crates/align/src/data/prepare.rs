@@ -235,11 +235,16 @@ impl Preparation<'_> {
         let settings =
             (T::NAME, format, metric, skip_bad_rows, share, excluded, deduplicate, self.written(), render, rule);
         hasher.update(format!("{VERSION} {} {settings:?}", tokenizer.hash()).as_bytes());
-        for path in self.sources().flat_map(|source| files(source.path).into_iter().flatten()) {
-            let file = std::fs::File::open(&path).map_err(Error::io("read", &path))?;
-            let mut content = blake3::Hasher::new();
-            content.update_reader(file).map_err(Error::io("read", &path))?;
-            hasher.update(content.finalize().as_bytes());
+        for source in self.sources() {
+            let files = files(source.path)?;
+            // which files are held out counts, not only which there are
+            hasher.update(&(files.len() as u64).to_le_bytes());
+            for path in files {
+                let file = std::fs::File::open(&path).map_err(Error::io("read", &path))?;
+                let mut content = blake3::Hasher::new();
+                content.update_reader(file).map_err(Error::io("read", &path))?;
+                hasher.update(content.finalize().as_bytes());
+            }
         }
         Ok(hasher.finalize().to_hex()[..32].to_owned())
     }
@@ -367,16 +372,19 @@ impl Preparation<'_> {
                     report.bad += 1;
                     report.first_bad.get_or_insert(described);
                 }
-                Ok(row) => match sieve.fate(&row, side, &self.held_out) {
-                    Fate::Excluded => report.excluded += 1,
-                    Fate::Repeated => report.repeated += 1,
-                    Fate::Taken { held_out } => {
-                        bytes += text_bytes(&row);
-                        report.plain_text |= matches!(row.prompt(), Prompt::Text(_));
-                        block.rows.push(row);
-                        block.held_out.push(held_out);
+                Ok(row) => {
+                    // rows that are left out count too: else a file of them would show no progress and could not be stopped
+                    bytes += text_bytes(&row);
+                    match sieve.fate(&row, side, &self.held_out) {
+                        Fate::Excluded => report.excluded += 1,
+                        Fate::Repeated => report.repeated += 1,
+                        Fate::Taken { held_out } => {
+                            report.plain_text |= matches!(row.prompt(), Prompt::Text(_));
+                            block.rows.push(row);
+                            block.held_out.push(held_out);
+                        }
                     }
-                },
+                }
             }
             if bytes < BLOCK {
                 return Ok(ControlFlow::Continue(()));
