@@ -136,7 +136,7 @@ fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(chat))
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .route_layer(middleware::from_fn_with_state(app.clone(), authorise))
-        .route("/health", get(|| async { Json(json!({"status": "ok"})) }))
+        .route("/health", get(health))
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
         .with_state(app)
@@ -150,6 +150,10 @@ async fn authorise(State(app): State<Arc<App>>, request: Request, next: Next) ->
         return ApiError::new(StatusCode::UNAUTHORIZED, message).code("invalid_api_key").into_response();
     }
     next.run(request).await
+}
+
+async fn health(State(app): State<Arc<App>>) -> Json<Value> {
+    Json(json!({"status": "ok", "room": app.room.available_permits()}))
 }
 
 async fn not_found(uri: Uri) -> ApiError {

@@ -362,7 +362,7 @@ fn every_fault_of_a_request_is_named() {
     assert!(huge.head.contains("connection: close"), "{}", huge.head);
     assert_eq!(server.get("/v1/models/tiny").answer()["id"], "tiny");
     assert_eq!(server.get("/v1/models").answer()["data"][0]["id"], "tiny");
-    assert_eq!(server.get("/health").answer(), json!({"status": "ok"}));
+    assert_eq!(server.get("/health").answer(), json!({"status": "ok", "room": 5}));
     // none of it has harmed the server
     assert_eq!(server.chat(&with(&hello(), json!({"max_tokens": 2}))).texts().len(), 1);
 }
@@ -386,7 +386,7 @@ fn who_leaves_makes_room_and_who_comes_to_a_full_queue_is_told() {
     let short = with(&hello(), json!({"max_tokens": 2}));
     for stream in [true, false] {
         let (first, second) = (server.endless(stream), server.endless(!stream));
-        wait_until("the queue to be full", || server.chat(&short).status == 503);
+        wait_until("the queue to be full", || server.get("/health").answer()["room"] == 0);
         let refused = server.chat(&short);
         assert_eq!(refused.error(503)["code"], "queue_full");
         assert!(refused.head.contains("retry-after: 1"), "{}", refused.head);
@@ -395,7 +395,7 @@ fn who_leaves_makes_room_and_who_comes_to_a_full_queue_is_told() {
         for left in [first, second] {
             left.shutdown(Shutdown::Both).unwrap();
         }
-        wait_until("room for both", || server.chat(&with(&short, json!({"n": 2}))).status == 200);
+        wait_until("room for both", || server.get("/health").answer()["room"] == 2);
         // which an answer gives back before its client has it
         (0..20).for_each(|_| assert_eq!(server.chat(&with(&short, json!({"n": 2}))).texts().len(), 2));
     }
@@ -403,7 +403,7 @@ fn who_leaves_makes_room_and_who_comes_to_a_full_queue_is_told() {
 
 #[test]
 fn ctrl_c_ends_it_within_a_moment() {
-    let mut server = Server::start(&["--batch-size", "2"]);
+    let mut server = Server::start(&["--batch-size", "2", "--queue", "1"]);
     let (mut stream, whole) = (BufReader::new(server.endless(true)), server.endless(false));
     let mut line = String::new();
     while !line.starts_with("data: ") {
@@ -412,7 +412,7 @@ fn ctrl_c_ends_it_within_a_moment() {
     }
     // a connection that never asks must not hold it up
     let silent = TcpStream::connect(&server.address).unwrap();
-    thread::sleep(Duration::from_millis(200));
+    wait_until("both answers to be in progress", || server.get("/health").answer()["room"] == 1);
     assert!(Command::new("kill").args(["-INT", &server.process.id().to_string()]).status().unwrap().success());
     let start = std::time::Instant::now();
     let status = server.process.wait().unwrap();
