@@ -1,5 +1,7 @@
 //! Text to token ids and back.
 
+mod words;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io::ErrorKind;
@@ -7,7 +9,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
+use tokenizers::{Model as _, OffsetReferential, OffsetType, PreTokenizer as _};
 
+use self::words::Words;
 use crate::chat::{ChatTemplate, Message};
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
@@ -16,6 +20,7 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    words: Arc<Words>,
     /// The bytes of `tokenizer.json` as they were read, so that they can be written back unchanged.
     json: Arc<[u8]>,
     /// `tokenizer_config.json` without the chat template.
@@ -140,7 +145,8 @@ impl Tokenizer {
         };
         let dividers = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| divides(token));
         let dividers = Arc::new(dividers.map(|(id, token)| (id, token.content)).collect());
-        Ok(Self { inner: Arc::new(inner), json: json.into(), config, bos, eos, adds_bos, dividers, template })
+        let words = Arc::default();
+        Ok(Self { inner: Arc::new(inner), words, json: json.into(), config, bos, eos, adds_bos, dividers, template })
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja`.
@@ -164,7 +170,29 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Input`] when the vocabulary cannot express the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        Ok(self.inner.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec())
+        // The crate's own steps up to the words. It would go on to make texts and offsets of their tokens, which takes longer
+        // than to look up the ids.
+        let mut words = self.inner.get_added_vocabulary().extract_and_normalize(self.inner.get_normalizer(), text);
+        if let Some(pre_tokenizer) = self.inner.get_pre_tokenizer() {
+            pre_tokenizer.pre_tokenize(&mut words).map_err(encoding_failed)?;
+        }
+        let mut ids = Vec::with_capacity(text.len() / 4);
+        let mut known = self.words.take();
+        for (word, _, tokens) in words.get_splits(OffsetReferential::Normalized, OffsetType::None) {
+            if let Some(added) = tokens {
+                ids.extend(added.iter().map(|token| token.id));
+            } else if let Some(of_word) = known.get(word) {
+                ids.extend(of_word);
+            } else {
+                let start = ids.len();
+                ids.extend(
+                    self.inner.get_model().tokenize(word).map_err(encoding_failed)?.iter().map(|token| token.id),
+                );
+                known.insert(word, &ids[start..]);
+            }
+        }
+        self.words.give_back(known);
+        Ok(ids)
     }
 
     /// Where the last special token begins in a text of these ids, in bytes, if there is one: whatever text follows, its tokens

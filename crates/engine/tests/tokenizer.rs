@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
@@ -12,6 +13,8 @@ use engine::chat::{Message, plain_template};
 use engine::checkpoint::Checkpoint;
 use engine::tokenizer::Tokenizer;
 use engine::{Model, ModelConfig};
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 
 fn with_template(template: &str) -> Tokenizer {
@@ -41,6 +44,80 @@ fn text_becomes_ids_and_text_again() {
     assert_eq!(ids.len(), 200);
     assert_eq!(tokenizer.decode(&ids).unwrap(), long);
     assert!(tokenizer.encode("").unwrap().is_empty());
+}
+
+/// A tokenizer of another kind than byte-level BPE.
+fn of_kind(model: Value, normalizer: Value, pre_tokenizer: Value) -> Value {
+    json!({
+        "version": "1.0", "model": model, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
+        "post_processor": null, "decoder": null, "truncation": null, "padding": null,
+        "added_tokens": [
+            {"id": 0, "content": "<s>", "special": true, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false},
+            {"id": 1, "content": "</s>", "special": true, "single_word": false, "lstrip": true, "rstrip": true, "normalized": false},
+        ],
+    })
+}
+
+#[test]
+fn ids_are_those_of_the_crate() {
+    let pieces = ["<s>", "</s>", "un", "known", "c", "t"];
+    let scored: Vec<Value> =
+        pieces.iter().chain(&["<unk>", "▁", "▁the", "▁cat", "cat"]).map(|piece| json!([piece, -1.5])).collect();
+    let unigram = json!({"type": "Unigram", "unk_id": 6, "vocab": scored, "byte_fallback": false});
+    let word_piece = json!({
+        "type": "WordPiece", "unk_token": "<unk>", "continuing_subword_prefix": "##", "max_input_chars_per_word": 20,
+        "vocab": {"<s>": 0, "</s>": 1, "<unk>": 2, "the": 3, "cat": 4, "##s": 5, "un": 6, "##known": 7},
+    });
+    let metaspace = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": true});
+    let mut kinds = vec![
+        tokenizer_json(),
+        of_kind(unigram.clone(), json!({"type": "NFKC"}), metaspace),
+        // the whole text is one word, whose ids need not be those of its parts
+        of_kind(unigram, json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"}), Value::Null),
+        of_kind(word_piece, json!({"type": "Lowercase"}), json!({"type": "Whitespace"})),
+    ];
+    if let Some(file) = common::smollm2() {
+        let folder = tempfile::tempdir().unwrap();
+        Checkpoint::load(&file).unwrap().tokenizer.save(folder.path()).unwrap();
+        kinds.push(serde_json::from_slice(&fs::read(folder.path().join("tokenizer.json")).unwrap()).unwrap());
+    }
+    let parts = [
+        "the",
+        "The",
+        "cat",
+        "cats",
+        " ",
+        "  ",
+        "\n",
+        "unknown",
+        "<s>",
+        "</s>",
+        "<|im_end|>",
+        "12",
+        "é",
+        "e\u{301}",
+        "ﬁ",
+        "👍🏽",
+    ];
+    let mut rng = ChaCha8Rng::seed_from_u64(0);
+    for mut json in kinds {
+        let ours = Tokenizer::from_json(json.to_string().as_bytes(), None, None, None).unwrap();
+        (json["truncation"], json["padding"]) = (Value::Null, Value::Null);
+        let theirs: tokenizers::Tokenizer = serde_json::from_value(json.clone()).unwrap();
+        let mut different = HashSet::new();
+        for length in (0..300).map(|text| text % 30) {
+            let text: String = (0..length).map(|_| parts[rng.random_range(0..parts.len())]).collect();
+            let ids = ours.encode(&text).unwrap();
+            assert_eq!(
+                ids,
+                theirs.encode_fast(text.as_str(), false).unwrap().get_ids(),
+                "{}: {text:?}",
+                json["model"]["type"]
+            );
+            different.extend(ids);
+        }
+        assert!(different.len() > 4, "{different:?}");
+    }
 }
 
 #[test]
