@@ -9,6 +9,7 @@ mod interrupt;
 mod pipeline;
 mod policy;
 mod serve;
+mod tracking;
 mod ui;
 
 use std::process::ExitCode;

@@ -14,6 +14,7 @@ use engine::{Adapter, Error, ModelConfig, Result};
 use super::record::{KeptAdapter, Made, PolicyRecord, Provenance};
 use super::{Policy, Run, judge};
 use crate::policy::PolicyName;
+use crate::tracking::{About, tracked};
 use crate::ui;
 use sacpo::recipe::{PreviousAdapter, Step};
 
@@ -161,6 +162,28 @@ impl Training {
         Ok(Cow::Owned(Dataset::Pairs(pairs)))
     }
 
+    /// What tracking servers are told of the training.
+    fn about(&self, run: &Run<'_>, objective: &str, examples: usize) -> About {
+        let (step, options) = (self.step(run), self.options(run));
+        let parameters = [
+            ("step", step.name.clone()),
+            ("metric", step.metric.clone()),
+            ("objective", objective.into()),
+            ("temperature", self.beta.to_string()),
+            ("start", run.policies[self.parent].name().into()),
+            ("base", run.recipe.model.base.to_string()),
+            ("data", step.data.to_string()),
+            ("examples", examples.to_string()),
+            ("optimizer", options.optimizer.name().into()),
+            ("learning_rate", options.learning_rate.to_string()),
+            ("epochs", options.epochs.to_string()),
+            ("batch_size", options.batch_size.to_string()),
+            ("lora_rank", options.lora.map_or_else(|| "none".into(), |lora| lora.rank.to_string())),
+            ("seed", options.seed.to_string()),
+        ];
+        About { name: self.name.clone(), parameters: parameters.into() }
+    }
+
     /// Trains the policy from its parent, and keeps it.
     fn train(&self, run: &Run<'_>) -> Result<PolicyRecord> {
         let step = self.step(run);
@@ -184,7 +207,8 @@ impl Training {
             folder: &folder,
             cache: &run.folder.cache(),
         };
-        let Aligned { policy, adapter, records } = alignment.run(&mut ui::TrainingBar::new("training"))?;
+        let about = self.about(run, objective.name(), data.len());
+        let Aligned { policy, adapter, records } = tracked(&folder, &about, |monitor| alignment.run(monitor))?;
         let adapter = match (adapter, &adapter_below) {
             (Some(adapter), Some(below)) => Some(Adapter::stack(config, &[below, &adapter])?),
             (adapter, _) => adapter,

@@ -186,14 +186,14 @@ pub(crate) fn read_lines(path: impl AsRef<Path>) -> Vec<Value> {
     fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// Every file below a folder and its bytes, by path.
+/// Every file below a folder and its bytes, by path, but for TensorBoard's, which hold times, one for each part of a training.
 pub(crate) fn files(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
     fn visit(root: &Path, folder: &Path, files: &mut BTreeMap<PathBuf, Vec<u8>>) {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 visit(root, &path, files);
-            } else {
+            } else if !path.file_name().is_some_and(|name| name.to_string_lossy().contains("tfevents")) {
                 files.insert(path.strip_prefix(root).unwrap().to_owned(), fs::read(&path).unwrap());
             }
         }
