@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use engine::{Error, Mixture, Result};
+use engine::{Error, Mixture, Model, OutputHead, Result};
 
+use crate::objective::ScoreLoss;
 use crate::reference;
 use crate::sequences::Sequences;
 use crate::tabular::Table;
@@ -25,6 +26,14 @@ pub enum Judge<'a> {
         /// The temperature of that alignment, above 0: β of a first step, β/λ of a later one.
         temperature: f64,
     },
+    /// The score that a reward or cost model gives the response's last token; as in `transformers`, padding tokens at the end
+    /// of the response do not count as such.
+    Model {
+        /// It has a score head.
+        model: &'a Model,
+        /// Whether the score is a reward or a cost, which counts with the other sign: 0 then parts safe from unsafe.
+        loss: ScoreLoss,
+    },
     /// The exact values of the quickstart world. A text outside its grammar, such as an answer without its end, is worth
     /// [`Metric::outside`].
     Quickstart {
@@ -38,7 +47,7 @@ pub enum Judge<'a> {
 impl Judge<'_> {
     /// The score of every response, `[item][response]`.
     ///
-    /// Log-probabilities of [`Judge::Implicit`] are computed and kept as [`reference::logps`] does, `micro_batch_tokens` at a
+    /// Log-probabilities of [`Judge::Implicit`] and scores of [`Judge::Model`] are computed and kept as [`reference::logps`] does, `micro_batch_tokens` at a
     /// time in the folder `cache`. `progress` gets the number of items done and may end the work with an error; of two
     /// passes over the items each counts half.
     ///
@@ -68,6 +77,25 @@ impl Judge<'_> {
                 };
                 let (policy, start) = (logps(policy, 0)?, logps(start, items.len())?);
                 let mut scores = policy.iter().zip(&start).map(|(policy, start)| temperature * (policy - start));
+                Ok(items.iter().map(|item| scores.by_ref().take(item.responses.len()).collect()).collect())
+            }
+            Self::Model { model, loss } => {
+                let OutputHead::Score { pad_token_id } = model.config.head else {
+                    return Err(Error::input(
+                        "A language model does not score responses. Give a reward or cost model.",
+                    ));
+                };
+                let is_pad = |token: &u32| Some(*token) == pad_token_id;
+                let ended = |response: &[u32]| response.iter().rposition(|token| !is_pad(token)).map_or(0, |at| at + 1);
+                let trimmed: Vec<Sequences<'_>> = items
+                    .iter()
+                    .map(|item| Sequences {
+                        responses: item.responses.iter().map(|response| &response[..ended(response)]).collect(),
+                        ..*item
+                    })
+                    .collect();
+                let scores = reference::logps(*model, &trimmed, micro_batch_tokens, cache, progress)?;
+                let mut scores = scores.into_iter().map(|score| loss.sign() * score);
                 Ok(items.iter().map(|item| scores.by_ref().take(item.responses.len()).collect()).collect())
             }
             Self::Quickstart { world, metric } => {

@@ -20,7 +20,7 @@ const ARITHMETIC: &str = "f32 v3";
 /// Prompts per block: some seconds of work on a small model.
 const BLOCK: usize = 256;
 
-/// The log-probability of every response under a policy, in order.
+/// The log-probability of every response under a policy, or its score by a model with a score head, in order.
 ///
 /// Blocks that `cache` holds are read, the others computed and kept there. `progress` gets the number of prompts done
 /// and may end the work with an error; finished blocks stay.
@@ -36,6 +36,7 @@ pub fn logps<'p>(
     progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f64>> {
     let policy = policy.into();
+    let for_scores = policy.is_scorer();
     let hash = cache.map(|_| policy.hash());
     let mut scorer = Scorer::new(policy, items.iter().map(Sequences::longest).max().unwrap_or(0));
     let mut all = Vec::with_capacity(items.iter().map(|item| item.responses.len()).sum());
@@ -47,8 +48,8 @@ pub fn logps<'p>(
             all.extend(kept);
         } else {
             let start = all.len();
-            for part in micro_batches(block, micro_batch_tokens) {
-                all.extend(scorer.logps(&pack(&block[part.clone()])));
+            for part in micro_batches(block, micro_batch_tokens, for_scores) {
+                all.extend(scorer.logps(&pack(&block[part.clone()], for_scores)));
                 progress(done + part.end)?;
             }
             check_finite(block, &all[start..])?;

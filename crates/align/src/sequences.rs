@@ -17,9 +17,10 @@ pub struct Sequences<'a> {
 }
 
 impl Sequences<'_> {
-    /// Number of tokens that the decoder computes.
-    pub fn computed(&self) -> usize {
-        packed_rows(self.prompt.len(), &self.responses.iter().map(|response| response.len()).collect::<Vec<_>>())
+    /// Number of tokens that the decoder computes, for scores of responses or for their log-probabilities.
+    pub fn computed(&self, for_scores: bool) -> usize {
+        let responses: Vec<usize> = self.responses.iter().map(|response| response.len()).collect();
+        packed_rows(self.prompt.len(), &responses, for_scores)
     }
 
     /// Number of tokens of the prompt with the longest response.
@@ -37,11 +38,11 @@ impl Sequences<'_> {
 }
 
 /// Cuts a list into runs that compute at most `tokens` tokens each (at least one item).
-pub(crate) fn micro_batches(items: &[Sequences<'_>], tokens: usize) -> Vec<Range<usize>> {
+pub(crate) fn micro_batches(items: &[Sequences<'_>], tokens: usize, for_scores: bool) -> Vec<Range<usize>> {
     let mut parts: Vec<Range<usize>> = Vec::new();
     let mut used = 0;
     for (at, item) in items.iter().enumerate() {
-        let rows = item.computed();
+        let rows = item.computed(for_scores);
         match parts.last_mut() {
             Some(part) if used + rows <= tokens => part.end = at + 1,
             _ => {
@@ -55,8 +56,8 @@ pub(crate) fn micro_batches(items: &[Sequences<'_>], tokens: usize) -> Vec<Range
 }
 
 /// The items as one packed batch, with the number of each as its key for dropout.
-pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
-    let mut packed = PackedBatch::default();
+pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize], for_scores: bool) -> PackedBatch {
+    let mut packed = empty(for_scores);
     for (item, &key) in items.iter().zip(keys) {
         packed.push_keyed(key as u64, item.prompt, &item.responses);
     }
@@ -64,10 +65,14 @@ pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch
 }
 
 /// The items as one packed batch.
-pub(crate) fn pack(items: &[Sequences<'_>]) -> PackedBatch {
-    let mut packed = PackedBatch::default();
+pub(crate) fn pack(items: &[Sequences<'_>], for_scores: bool) -> PackedBatch {
+    let mut packed = empty(for_scores);
     for item in items {
         packed.push(item.prompt, &item.responses);
     }
     packed
+}
+
+fn empty(for_scores: bool) -> PackedBatch {
+    if for_scores { PackedBatch::for_scores() } else { PackedBatch::default() }
 }

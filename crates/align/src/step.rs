@@ -152,14 +152,26 @@ impl Alignment<'_> {
     }
 
     fn train(&self, task: &dyn Task, held_out: &dyn Task, monitor: &mut dyn Monitor) -> Result<Aligned> {
-        let mut policy = match &self.options.lora {
-            Some(lora) => Policy::Adapted(self.start, Adapter::new(self.start, lora.clone(), self.options.seed)?),
-            None => Policy::Whole(self.start.clone()),
-        };
-        let records = train(&mut policy, task, Some(held_out), self.options, self.folder, monitor)?;
-        let (policy, adapter) = policy.into_model();
-        Ok(Aligned { policy, adapter, records })
+        trained_from(self.start, task, held_out, self.options, self.folder, monitor)
     }
+}
+
+/// Trains all weights of a model, or an adapter of it, as the options say.
+pub(crate) fn trained_from(
+    start: &Model,
+    task: &dyn Task,
+    held_out: &dyn Task,
+    options: &TrainOptions,
+    folder: &Path,
+    monitor: &mut dyn Monitor,
+) -> Result<Aligned> {
+    let mut policy = match &options.lora {
+        Some(lora) => Policy::Adapted(start, Adapter::new(start, lora.clone(), options.seed)?),
+        None => Policy::Whole(start.clone()),
+    };
+    let records = train(&mut policy, task, Some(held_out), options, folder, monitor)?;
+    let (policy, adapter) = policy.into_model();
+    Ok(Aligned { policy, adapter, records })
 }
 
 /// How a policy ranks held-out responses.

@@ -12,7 +12,7 @@ use crate::trainer::batches::derangement;
 /// What the policy says of one response.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Scored {
-    /// log π_θ(y | x), in nats.
+    /// log π_θ(y | x), in nats; of a model with a score head the score of y.
     pub logp: f64,
     /// Σₜ KL(π_ref ‖ π_θ) along the response, in nats; 0 unless the task asks for it.
     pub kl: f64,

@@ -14,7 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions};
-use engine::{Decoder, Keep, Model, ModelConfig, PackedBatch, RopeScaling};
+use engine::{Decoder, Keep, Model, ModelConfig, OutputHead, PackedBatch, RopeScaling};
 
 const SEQUENCES: usize = 8;
 const LENGTH: usize = 256;
@@ -47,6 +47,7 @@ impl Ours {
             model_type: "llama".into(),
             bos_token_id: None,
             eos_token_ids: Vec::new(),
+            head: OutputHead::Vocabulary,
         };
         let vocab = config.vocab_size as u32;
         let model = Model::random(config, 0.02, 0);

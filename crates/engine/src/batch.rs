@@ -8,19 +8,22 @@ use crate::ops::dropout::mix;
 /// Prompts with their responses, ready for the decoder.
 ///
 /// A prompt that has several responses is computed once; each response attends to it and to itself,
-/// and takes the positions after it. The last token of a response predicts nothing and is not computed.
+/// and takes the positions after it. The last token of a response predicts nothing and is not computed, unless the
+/// batch is [`for_scores`](Self::for_scores).
 #[derive(Debug, Clone, Default)]
 pub struct PackedBatch {
+    /// Whether it is for a score head.
+    pub(crate) for_scores: bool,
     /// Tokens that the decoder computes, `[rows]`.
     pub tokens: Vec<u32>,
     /// Position of each token in its sequence, `[rows]`.
     pub positions: Vec<u32>,
     segments: Vec<Segment>,
-    /// For each scored token, the row that predicts it.
+    /// For each scored token, the row that predicts it; for scores the row of the last token of each text.
     pub scored_rows: Vec<u32>,
-    /// The scored tokens: every token of every response.
+    /// The scored tokens: every token of every response; none for scores.
     pub targets: Vec<u32>,
-    /// For each response, in the order of insertion, its range in `targets`.
+    /// For each response, in the order of insertion, its range in `scored_rows`.
     pub responses: Vec<Range<usize>>,
     /// For dropout, what tells each row from all others of a training, `[rows]`; see [`push_keyed`](Self::push_keyed).
     pub(crate) row_keys: Vec<u64>,
@@ -33,26 +36,35 @@ struct Segment {
 }
 
 impl PackedBatch {
+    /// A batch for a model with a score head, which reads the row of the last token of each response.
+    pub fn for_scores() -> Self {
+        Self { for_scores: true, ..Self::default() }
+    }
+
     /// Adds a prompt with its responses.
     ///
     /// # Panics
-    /// If the prompt or a response is empty: the first token of a sequence is predicted by nothing.
+    /// If the prompt is empty: the first token of a sequence is predicted by nothing. Nor may a response be, unless the batch
+    /// is for scores.
     pub fn push(&mut self, prompt: &[u32], responses: &[&[u32]]) {
         assert!(!prompt.is_empty(), "a prompt has at least one token");
-        assert!(responses.iter().all(|r| !r.is_empty()), "a response has at least one token");
+        assert!(self.for_scores || responses.iter().all(|r| !r.is_empty()), "a response has at least one token");
         if let [response] = responses {
             // nothing to share: one segment is cheaper than two
-            let computed = &response[..response.len() - 1];
-            let rows = self.add_segment(prompt.iter().chain(computed), 0, None);
+            let rows = self.add_segment(prompt.iter().chain(self.computed(response)), 0, None);
             self.score(rows.start + prompt.len() - 1, rows.start + prompt.len(), response);
             return;
         }
         let prompt_rows = self.add_segment(prompt, 0, None);
         for response in responses {
-            let computed = &response[..response.len() - 1];
-            let rows = self.add_segment(computed, prompt.len(), Some(prompt_rows.clone()));
+            let rows = self.add_segment(self.computed(response), prompt.len(), Some(prompt_rows.clone()));
             self.score(prompt_rows.end - 1, rows.start, response);
         }
+    }
+
+    /// The tokens of a response that have rows.
+    fn computed<'t>(&self, response: &'t [u32]) -> &'t [u32] {
+        &response[..computed_tokens(response.len(), self.for_scores)]
     }
 
     /// As [`push`](Self::push), for training with dropout: `key` names the example, so that what is dropped of it does
@@ -63,8 +75,8 @@ impl PackedBatch {
     pub fn push_keyed(&mut self, key: u64, prompt: &[u32], responses: &[&[u32]]) {
         assert_eq!(self.row_keys.len(), self.rows(), "either every example of a batch has a key or none");
         self.push(prompt, responses);
-        let lengths = std::iter::once(prompt.len()).chain(responses.iter().map(|r| r.len() - 1));
-        for (part, rows) in lengths.enumerate() {
+        let of_responses = responses.iter().map(|r| computed_tokens(r.len(), self.for_scores));
+        for (part, rows) in std::iter::once(prompt.len()).chain(of_responses).enumerate() {
             let part = mix(key ^ mix(part as u64));
             self.row_keys.extend((0..rows).map(|row| mix(part ^ row as u64)));
         }
@@ -89,18 +101,23 @@ impl PackedBatch {
     /// Records the targets of a response whose first token is predicted by row `first` and the others
     /// by the rows from `rest`.
     fn score(&mut self, first: usize, rest: usize, response: &[u32]) {
-        let start = self.targets.len();
-        self.targets.extend_from_slice(response);
-        self.scored_rows.push(first as u32);
-        self.scored_rows.extend((rest..rest + response.len() - 1).map(|row| row as u32));
-        self.responses.push(start..self.targets.len());
+        let start = self.scored_rows.len();
+        if self.for_scores {
+            let last = if response.is_empty() { first } else { rest + response.len() - 1 };
+            self.scored_rows.push(last as u32);
+        } else {
+            self.targets.extend_from_slice(response);
+            self.scored_rows.push(first as u32);
+            self.scored_rows.extend((rest..rest + response.len() - 1).map(|row| row as u32));
+        }
+        self.responses.push(start..self.scored_rows.len());
     }
 
     /// The same examples several times, all of them once before any of them again.
     pub(crate) fn repeated(&self, times: usize) -> Self {
-        let mut all = Self::default();
+        let mut all = Self { for_scores: self.for_scores, ..Self::default() };
         for _ in 0..times {
-            let (row, target) = (all.rows(), all.targets.len());
+            let (row, target) = (all.rows(), all.scored_rows.len());
             let moved = |range: &Range<usize>, by: usize| range.start + by..range.end + by;
             all.tokens.extend(&self.tokens);
             all.positions.extend(&self.positions);
@@ -139,9 +156,14 @@ impl PackedBatch {
     }
 }
 
-/// Number of rows that [`PackedBatch::push`] computes for a prompt and responses of these lengths.
-pub fn packed_rows(prompt: usize, responses: &[usize]) -> usize {
-    prompt + responses.iter().map(|r| r - 1).sum::<usize>()
+/// Number of rows that [`PackedBatch::push`] computes for a prompt and responses of these lengths, `for_scores` or not.
+pub fn packed_rows(prompt: usize, responses: &[usize], for_scores: bool) -> usize {
+    prompt + responses.iter().map(|&r| computed_tokens(r, for_scores)).sum::<usize>()
+}
+
+/// How many tokens of a response of this length are computed.
+fn computed_tokens(len: usize, for_scores: bool) -> usize {
+    if for_scores { len } else { len - 1 }
 }
 
 #[cfg(test)]
@@ -159,9 +181,24 @@ mod tests {
         assert_eq!(batch.targets, [7, 8, 2, 9, 3, 2]);
         assert_eq!(batch.responses, [0..3, 3..4, 4..6]);
         assert_eq!(batch.spans().len(), 3);
-        assert_eq!(packed_rows(2, &[3, 1]) + packed_rows(1, &[2]), batch.rows());
+        assert_eq!(packed_rows(2, &[3, 1], false) + packed_rows(1, &[2], false), batch.rows());
         assert_eq!(batch.sum_responses(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), [6.0, 4.0, 11.0]);
         assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]);
+    }
+
+    #[test]
+    fn for_scores_the_last_tokens_are_computed_and_scored_alone() {
+        let mut batch = PackedBatch::for_scores();
+        batch.push_keyed(0, &[5, 6], &[&[7, 8, 2], &[9], &[]]);
+        batch.push_keyed(1, &[4], &[&[3, 2]]);
+        assert_eq!(batch.tokens, [5, 6, 7, 8, 2, 9, 4, 3, 2]);
+        assert_eq!(batch.positions, [0, 1, 2, 3, 4, 2, 0, 1, 2]);
+        assert_eq!(batch.scored_rows, [4, 5, 1, 8]);
+        assert_eq!(batch.responses, [0..1, 1..2, 2..3, 3..4]);
+        assert_eq!(packed_rows(2, &[3, 1, 0], true) + packed_rows(1, &[2], true), batch.rows());
+        assert_eq!(batch.row_keys.len(), batch.rows());
+        assert_eq!(batch.sum_responses(&[1.0, 2.0, 3.0, 4.0]), [1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0, 4.0]), [1.0, 2.0, 3.0, 4.0]);
     }
 
     #[test]

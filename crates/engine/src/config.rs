@@ -45,6 +45,26 @@ impl RopeScaling {
     }
 }
 
+/// What a decoder makes of its last hidden rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputHead {
+    /// Logits of the next token: a language model.
+    Vocabulary,
+    /// One number for a text, from the row of its last token: a reward or cost model. Hugging Face's sequence
+    /// classification with one label and no bias.
+    Score {
+        /// The token that fills batches up. As in `transformers`, a text ends before the ones at its end.
+        pad_token_id: Option<u32>,
+    },
+}
+
+impl OutputHead {
+    /// Whether it gives scores of texts.
+    pub fn is_score(self) -> bool {
+        matches!(self, Self::Score { .. })
+    }
+}
+
 /// The shape of a Llama-type decoder, in the names of Hugging Face's `config.json`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
@@ -78,6 +98,8 @@ pub struct ModelConfig {
     pub bos_token_id: Option<u32>,
     /// The tokens that end a response.
     pub eos_token_ids: Vec<u32>,
+    /// What stands on top of the blocks.
+    pub head: OutputHead,
 }
 
 impl ModelConfig {
@@ -99,8 +121,14 @@ impl ModelConfig {
         let attention = q.checked_add(kv)?.checked_mul(2)?.checked_mul(d)?;
         let feed_forward = d.checked_mul(f)?.checked_mul(3)?;
         let block = attention.checked_add(feed_forward)?.checked_add(d.checked_mul(2)?)?;
-        let vocabulary = self.vocab_size.checked_mul(d)?.checked_mul(if self.tie_word_embeddings { 1 } else { 2 })?;
-        block.checked_mul(self.num_hidden_layers)?.checked_add(vocabulary)?.checked_add(d)
+        let embedding = self.vocab_size.checked_mul(d)?;
+        let head = match self.head {
+            OutputHead::Vocabulary if self.tie_word_embeddings => 0,
+            OutputHead::Vocabulary => embedding,
+            OutputHead::Score { .. } => d,
+        };
+        let blocks = block.checked_mul(self.num_hidden_layers)?;
+        blocks.checked_add(embedding)?.checked_add(head)?.checked_add(d)
     }
 
     /// Checks that the sizes fit together and that special tokens are in the vocabulary.

@@ -13,7 +13,7 @@ use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::rope::RopeTable;
-use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, swiglu};
+use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
 
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
@@ -32,10 +32,13 @@ pub enum Keep {
 /// Runs a model's forward and backward passes, and owns the memory they need between calls.
 ///
 /// Weights and gradients are passed to each call, so that one decoder serves several policies of one shape, with
-/// adapters and without.
+/// adapters and without. A model with a score head gives the scores of responses where others give log-probabilities;
+/// its batches are [`PackedBatch::for_scores`].
 #[derive(Debug)]
 pub struct Decoder {
     layout: Layout,
+    /// Whether the head gives scores instead of logits.
+    scores: bool,
     heads: Heads,
     hidden: usize,
     intermediate: usize,
@@ -101,6 +104,7 @@ impl Decoder {
         let config = &model.config;
         Self {
             layout: model.layout.clone(),
+            scores: config.head.is_score(),
             heads: Heads {
                 query: config.num_attention_heads,
                 key_value: config.num_key_value_heads,
@@ -128,7 +132,7 @@ impl Decoder {
         4 * (rows * per_row + logprob::chunk_rows(self.layout.head.len() / d) * (self.layout.head.len() / d + 5 * d))
     }
 
-    /// The log-probability of each response of the batch, summed over its tokens.
+    /// The log-probability of each response of the batch, summed over its tokens; or its score.
     pub fn logps<'a>(&mut self, parameters: impl Into<Parameters<'a>>, batch: &'a PackedBatch) -> Vec<f64> {
         let pass = Pass::new(parameters.into(), batch);
         self.run_blocks(&pass, batch, None);
@@ -242,6 +246,7 @@ impl Decoder {
     /// Leaves the output of the last block in `self.x`.
     fn run_blocks(&mut self, pass: &Pass<'_>, batch: &PackedBatch, keep: Option<Keep>) {
         self.check_weights(pass);
+        assert_eq!(batch.for_scores, self.scores, "the batch is not for this head");
         let blocks = self.layout.blocks.len();
         self.tapes.resize_with(if keep == Some(Keep::All) { blocks } else { 1 }, BlockTape::default);
         self.inputs.resize_with(if keep.is_some() { blocks } else { 0 }, Vec::new);
@@ -364,8 +369,13 @@ impl Decoder {
         rmsnorm::backward(x, norm, r, d_normed, dx, gradient.base(&block.attention_norm));
     }
 
-    /// Log-probabilities of the batch's responses from `self.x`.
+    /// Log-probabilities, or scores, of the batch's responses from `self.x`.
     fn head_forward(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Vec<f64> {
+        if self.scores {
+            self.gather_normed(pass, &batch.scored_rows);
+            let normed = &self.scratch.head.normed[..batch.scored_rows.len() * self.hidden];
+            return batch.sum_responses(&score::forward(normed, pass.score_head(&self.layout.head)));
+        }
         let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / self.hidden);
         let mut logps = Vec::with_capacity(batch.targets.len());
         for (rows, targets) in batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)) {
@@ -388,8 +398,11 @@ impl Decoder {
     ) -> Vec<f64> {
         let d = self.hidden;
         let d_logps = batch.spread_responses(d_logps);
-        let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / d);
         fit(&mut self.scratch.dx, batch.rows() * d).fill(0.0);
+        if self.scores {
+            return self.score_forward_backward(pass, batch, &d_logps, gradient);
+        }
+        let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / d);
         let mut logps = Vec::with_capacity(batch.targets.len());
         let chunks = batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)).zip(d_logps.chunks(chunk));
         for ((rows, targets), d_logps) in chunks {
@@ -402,6 +415,24 @@ impl Decoder {
             self.norm_backward(pass, rows, gradient);
         }
         batch.sum_responses(&logps)
+    }
+
+    /// As [`head_forward_backward`](Self::head_forward_backward), of scores; `scratch.dx` is all zero before. The head is
+    /// trained even where the model is frozen.
+    fn score_forward_backward(
+        &mut self,
+        pass: &Pass<'_>,
+        batch: &PackedBatch,
+        d_scores: &[f32],
+        gradient: &mut Gradient<'_>,
+    ) -> Vec<f64> {
+        self.gather_normed(pass, &batch.scored_rows);
+        let (range, head, len) = (&self.layout.head, &mut self.scratch.head, batch.scored_rows.len() * self.hidden);
+        let (normed, w) = (&head.normed[..len], pass.score_head(range));
+        let scores = score::forward(normed, w);
+        score::backward(normed, w, d_scores, fit(&mut head.d_normed, len), pass.score_gradient(range, gradient));
+        self.norm_backward(pass, &batch.scored_rows, gradient);
+        batch.sum_responses(&scores)
     }
 
     /// Takes `scratch.head.d_normed` of the given rows through the last norm and adds it to `scratch.dx`.

@@ -21,7 +21,7 @@ pub mod tokenizer;
 pub use batch::PackedBatch;
 pub use chat::Message;
 pub use checkpoint::Checkpoint;
-pub use config::{ModelConfig, RopeScaling};
+pub use config::{ModelConfig, OutputHead, RopeScaling};
 pub use decoder::{Decoder, Head, Keep, Parameters};
 pub use error::{Error, Result};
 pub use lora::{Adapter, LoraOptions, Projection};

@@ -195,6 +195,8 @@ pub struct AdapterLayout {
     pub len: usize,
     /// For each block, its four products.
     sites: Vec<[Site; 4]>,
+    /// The score head of a model that has one: it is trained whole, as PEFT does.
+    pub(crate) score_head: Option<Range<usize>>,
 }
 
 impl AdapterLayout {
@@ -207,8 +209,15 @@ impl AdapterLayout {
                 sites[product as usize] = site(config, options, block, product, &mut specs);
             }
         }
-        let len = specs.last().map_or(0, |spec| spec.range.end);
-        Self { specs, len, sites }
+        let mut len = specs.last().map_or(0, |spec| spec.range.end);
+        let score_head = config.head.is_score().then(|| {
+            let range = len..len + config.hidden_size;
+            let name = "base_model.model.score.weight".to_owned();
+            specs.push(ParamSpec { name, shape: vec![1, config.hidden_size], range: range.clone() });
+            len = range.end;
+            range
+        });
+        Self { specs, len, sites, score_head }
     }
 }
 
@@ -278,10 +287,18 @@ impl Adapter {
                 .map_err(|error| Error::Failed(format!("The adapter's first values cannot be drawn: {error}.")))?;
             adapter.weights[spec.range.clone()].fill_with(|| uniform.sample(&mut rng));
         }
+        if let Some(head) = adapter.layout.score_head.clone() {
+            adapter.weights[head].copy_from_slice(&model.weights[model.layout.head.clone()]);
+        }
         if adapter.options.dora {
             adapter.set_magnitudes(model);
         }
         Ok(adapter)
+    }
+
+    /// The score head that takes the place of the model's, if it has one.
+    pub(crate) fn score_head(&self) -> Option<&[f32]> {
+        self.layout.score_head.clone().map(|head| &self.weights[head])
     }
 
     /// Sets DoRA's m so that the rows keep the lengths that they have now.
@@ -321,6 +338,9 @@ impl Adapter {
                     low_rank.merge(&mut weights[range]);
                 }
             }
+        }
+        if let Some(head) = self.score_head() {
+            weights[layout.head.clone()].copy_from_slice(head);
         }
     }
 

@@ -112,6 +112,11 @@ impl<'a> Mixture<'a> {
         self.passes[0].model.config.vocab_size
     }
 
+    /// Whether it gives scores of texts in the place of log-probabilities: a model with a score head, alone.
+    pub fn is_scorer(&self) -> bool {
+        self.passes.iter().any(|pass| pass.model.config.head.is_score())
+    }
+
     /// The longest sequence that all models take.
     pub fn context(&self) -> usize {
         let contexts = self.passes.iter().map(|pass| pass.model.config.max_position_embeddings);

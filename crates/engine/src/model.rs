@@ -10,7 +10,7 @@ use rand::SeedableRng;
 use rand::distr::{Distribution, StandardUniform};
 use rand_chacha::ChaCha8Rng;
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, OutputHead};
 
 /// One tensor of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -93,7 +93,7 @@ pub struct Layout {
     pub blocks: Vec<BlockLayout>,
     /// Gain of the last norm, `[hidden]`.
     pub final_norm: Range<usize>,
-    /// Vocabulary head, `[vocab, hidden]`; the embedding's range when tied.
+    /// Vocabulary head, `[vocab, hidden]`, the embedding's range when tied; or score head, `[1, hidden]`.
     pub head: Range<usize>,
     /// Total number of weights.
     pub len: usize,
@@ -134,10 +134,10 @@ impl Layout {
             });
         }
         let final_norm = add("model.norm.weight".into(), &[d]);
-        let head = if config.tie_word_embeddings {
-            embedding.clone()
-        } else {
-            add("lm_head.weight".into(), &[config.vocab_size, d])
+        let head = match config.head {
+            OutputHead::Vocabulary if config.tie_word_embeddings => embedding.clone(),
+            OutputHead::Vocabulary => add("lm_head.weight".into(), &[config.vocab_size, d]),
+            OutputHead::Score { .. } => add("score.weight".into(), &[1, d]),
         };
         let len = specs.last().map_or(0, |s| s.range.end);
         Self { specs, embedding, blocks, final_norm, head, len }
@@ -183,6 +183,19 @@ impl Model {
                 }
             }
         }
+        Self { config, layout, weights }
+    }
+
+    /// The same blocks under a score head of zeros, so that every text has the score 0.
+    ///
+    /// `pad_token_id` is as in [`OutputHead::Score`].
+    pub fn with_score_head(self, pad_token_id: Option<u32>) -> Self {
+        let config = ModelConfig { head: OutputHead::Score { pad_token_id }, ..self.config };
+        let layout = Layout::new(&config);
+        let mut weights = self.weights;
+        // a head of its own is behind everything else
+        weights.truncate(layout.head.start);
+        weights.resize(layout.len, 0.0);
         Self { config, layout, weights }
     }
 
@@ -248,6 +261,7 @@ pub(crate) mod tests {
             model_type: "llama".into(),
             bos_token_id: Some(1),
             eos_token_ids: vec![2],
+            head: OutputHead::Vocabulary,
         }
     }
 

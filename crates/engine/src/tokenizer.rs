@@ -232,6 +232,30 @@ impl Tokenizer {
         self.eos.as_ref().map(|token| token.id)
     }
 
+    /// A token to fill batches up with, which no text ends with: the file's own padding token, its unknown token, or the first
+    /// special token that is neither. Not BOS, not EOS, and none that the chat template writes; nothing if there is no other.
+    pub fn padding(&self) -> Option<u32> {
+        let named =
+            ["pad_token", "unk_token"].map(|name| self.config.get(name).and_then(token_text).map(str::to_owned));
+        let mut special: Vec<(u32, tokenizers::AddedToken)> =
+            self.inner.get_added_tokens_decoder().into_iter().collect();
+        special.sort_unstable_by_key(|(id, _)| *id);
+        let special = special.into_iter().filter(|(_, token)| token.special).map(|(_, token)| token.content);
+        let template = self.template.as_ref().map_or("", |template| template.source());
+        let ids = named.into_iter().flatten().chain(special).filter(|text| !template.contains(text.as_str()));
+        let mut ids = ids.filter_map(|text| self.inner.token_to_id(&text));
+        ids.find(|id| Some(*id) != self.bos() && Some(*id) != self.eos())
+    }
+
+    /// The same tokenizer, whose files name this padding token.
+    pub(crate) fn padded_with(mut self, pad: Option<u32>) -> Self {
+        match pad.and_then(|pad| self.token(pad)) {
+            Some(text) => self.config.insert("pad_token".into(), text.into()),
+            None => self.config.remove("pad_token"),
+        };
+        self
+    }
+
     /// Whether texts are meant to start with BOS: whether the tokenizer's own post-processor adds it.
     pub fn adds_bos(&self) -> bool {
         self.adds_bos

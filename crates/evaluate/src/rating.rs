@@ -137,6 +137,28 @@ pub struct Proportion {
     pub n: usize,
 }
 
+/// A mean of values from 0 to 1, such as an accuracy.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Mean {
+    /// The mean.
+    pub mean: f64,
+    /// The 95 % interval over prompts: Wilson's by the standard error; [`None`] for a single prompt.
+    pub interval: Option<[f64; 2]>,
+    /// The number of values.
+    pub n: usize,
+    /// The number of prompts that they are on.
+    pub prompts: usize,
+}
+
+impl Mean {
+    /// From values, each with the number of its prompt; [`None`] if there are none.
+    pub fn of(values: impl IntoIterator<Item = (usize, f64)>) -> Option<Self> {
+        let share = Share::new(values)?;
+        let prompts = share.by_prompt().count();
+        Some(Self { mean: share.mean(), interval: share.interval(), n: share.n() as usize, prompts })
+    }
+}
+
 /// Scores of a policy's answers, one per prompt: the mean over the verdicts on it. In the judge's units.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct ScoreRatings {

@@ -3,6 +3,7 @@
 mod data;
 mod judge;
 mod model;
+mod train;
 
 use std::path::PathBuf;
 
@@ -18,6 +19,7 @@ use crate::policy::PolicyName;
 pub(crate) use data::{ConvertData, DataCommand, DataSource, InspectData};
 pub(crate) use judge::{Judge, JudgeBudget};
 pub(crate) use model::{AddAdapter, ModelCommand};
+pub(crate) use train::{TrainCommand, TrainScorer};
 
 /// Align language models under safety constraints, step by step (SACPO, arXiv 2404.11049).
 #[derive(Debug, Parser)]
@@ -49,7 +51,7 @@ pub(crate) struct Global {
 pub(crate) enum Command {
     Quickstart(Quickstart),
     Run(Run),
-    Train(Train),
+    Train(TrainCommand),
     Logps(Logps),
     Loss(Loss),
     Generate(Generate),

@@ -28,13 +28,16 @@ use align::step::{self, PreferenceReport};
 use blend::Between;
 pub(crate) use constraint::Outcome as ConstraintOutcome;
 pub(crate) use data::StepData;
+pub(crate) use data::load_scored_pairs;
 use data::{load_data, warn_of_objectives};
 use engine::checkpoint::{Checkpoint, StreamedModel, describe};
 use engine::{Error, LoraOptions, ModelConfig, Result};
 pub(crate) use folder::RunFolder;
 pub(crate) use record::Provenance;
+pub(crate) use record::write_json;
 use record::{KeptAdapter, Made};
 use train::Training;
+pub(crate) use train::options as train_options;
 
 use crate::policy::{self, PolicyName};
 use crate::ui;

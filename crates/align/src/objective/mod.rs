@@ -9,10 +9,12 @@
 
 mod options;
 mod pairwise;
+mod score;
 mod unpaired;
 
 pub use options::{NAMES, Options};
 pub use pairwise::{Pair, PairLoss, Pairwise};
+pub use score::{ScoreLoss, ScorePairLoss};
 pub use unpaired::{Labelled, LabelledLoss, RunningMean, Unpaired, WeightRule};
 
 /// The log-probabilities of one response: sums over its tokens, in nats, EOS included.
@@ -43,7 +45,7 @@ impl Response {
 /// The derivative of a loss with respect to what the policy says of one response.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Derivative {
-    /// ∂loss / ∂ log π_θ(y | x).
+    /// ∂loss / ∂ log π_θ(y | x); of a model with a score head ∂loss / ∂ score.
     pub logp: f64,
     /// ∂loss / ∂ Σₜ KL(π_ref ‖ π_θ); 0 but for `tdpo`.
     pub kl: f64,

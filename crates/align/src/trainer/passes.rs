@@ -21,6 +21,8 @@ pub(super) struct Passes {
     decoder: Decoder,
     pub(super) keep: Keep,
     micro_batch_tokens: usize,
+    /// Whether the policy has a score head.
+    for_scores: bool,
 }
 
 /// A batch of a task, with what its losses depend on beside the policy.
@@ -44,12 +46,13 @@ impl Batch<'_> {
 impl Passes {
     /// For batches of any of the tasks, which train `policy`. `state_bytes` is what the training state takes.
     pub(super) fn new(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions, state_bytes: usize) -> Self {
+        let for_scores = policy.base().config.head.is_score();
         let (mut longest, mut largest) = (0, 0);
         for task in tasks {
             for example in 0..task.len() {
                 let sequences = task.sequences(example);
                 longest = longest.max(sequences.longest());
-                largest = largest.max(sequences.computed());
+                largest = largest.max(sequences.computed(for_scores));
             }
         }
         let decoder = Decoder::new(policy.base(), longest);
@@ -59,7 +62,7 @@ impl Passes {
         let for_activations = memory.map_or(usize::MAX, |bytes| bytes.saturating_sub(fixed));
         let rows = options.micro_batch_tokens.max(largest);
         let keep = if decoder.activation_bytes(rows, Keep::All) <= for_activations { Keep::All } else { Keep::Inputs };
-        Self { decoder, keep, micro_batch_tokens: options.micro_batch_tokens }
+        Self { decoder, keep, micro_batch_tokens: options.micro_batch_tokens, for_scores }
     }
 
     /// Adds the gradient of the batch's mean loss.
@@ -73,8 +76,8 @@ impl Passes {
         gradient: &mut [f32],
     ) -> (Means, usize, Vec<usize>) {
         let items = batch.sequences();
-        let parts = micro_batches(&items, self.micro_batch_tokens);
-        let mut tokens = items.iter().map(Sequences::computed).sum();
+        let parts = micro_batches(&items, self.micro_batch_tokens, self.for_scores);
+        let mut tokens = self.computed(&items);
         // what is kept of a forward pass ends with the next one, so other passes come before it
         let from = batch.task.shift_from(batch.examples);
         let alone = parts.len() == 1 && from == ShiftFrom::OwnResponses;
@@ -89,7 +92,7 @@ impl Passes {
         let mut sums = Sums::default();
         for part in parts {
             let examples = &batch.examples[part.clone()];
-            let packed = pack_keyed(&items[part], examples);
+            let packed = pack_keyed(&items[part], examples, self.for_scores);
             let rows = reference.map(|model| self.decoder.head_rows(&model.weights, &packed));
             let head = reference.zip(rows.as_deref()).map(|(model, rows)| head(model, rows));
             let scored = match head {
@@ -154,7 +157,12 @@ impl Passes {
         };
         let scored = self.score(parameters, items, batch.examples, None);
         let shift = batch.task.shift(batch.step, batch.examples, &scored, running);
-        (shift, items.iter().map(Sequences::computed).sum())
+        (shift, self.computed(items))
+    }
+
+    /// Number of tokens that are computed for items.
+    fn computed(&self, items: &[Sequences<'_>]) -> usize {
+        items.iter().map(|item| item.computed(self.for_scores)).sum()
     }
 
     /// What the policy says of every response, with the divergence from `reference` if there is one. `keys` tell the
@@ -167,8 +175,8 @@ impl Passes {
         reference: Option<&Model>,
     ) -> Vec<Scored> {
         let mut all = Vec::new();
-        for part in micro_batches(items, self.micro_batch_tokens) {
-            let packed = pack_keyed(&items[part.clone()], &keys[part]);
+        for part in micro_batches(items, self.micro_batch_tokens, self.for_scores) {
+            let packed = pack_keyed(&items[part.clone()], &keys[part], self.for_scores);
             all.extend(match reference {
                 None => logps(self.decoder.logps(parameters, &packed)),
                 Some(model) => {

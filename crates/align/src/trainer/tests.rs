@@ -346,7 +346,7 @@ fn demonstrations_are_learned_and_weighted_by_tokens() {
     let options = TrainOptions { epochs: 60, batch_size: 2, weight_decay: 0.0, max_grad_norm: 1.0, ..options() };
     let before = evaluate(&policy, &task, &options).loss;
     let mut decoder = Decoder::new(&policy, 8);
-    let logps = decoder.logps(&policy.weights, &pack(&[task.sequences(0), task.sequences(1)]));
+    let logps = decoder.logps(&policy.weights, &pack(&[task.sequences(0), task.sequences(1)], false));
     assert!((before + (logps[0] + logps[1]) / 5.0).abs() < 1e-9);
     let folder = tempfile::tempdir().unwrap();
     train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();

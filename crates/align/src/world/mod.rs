@@ -11,7 +11,7 @@ mod lookup;
 mod sample;
 mod vocabulary;
 
-use engine::{ModelConfig, RopeScaling};
+use engine::{ModelConfig, OutputHead, RopeScaling};
 use rand::SeedableRng;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -147,6 +147,7 @@ impl World {
             model_type: "llama".into(),
             bos_token_id: Some(BOS),
             eos_token_ids: vec![EOS],
+            head: OutputHead::Vocabulary,
         }
     }
 

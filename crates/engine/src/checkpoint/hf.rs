@@ -23,9 +23,22 @@ pub(super) use tensors::Tensors;
 /// The size above which weights are cut into several files, as `transformers` does by default.
 const SHARD_BYTES: usize = 5_000_000_000;
 
-/// Reads the model of a folder, without its tokenizer.
+/// Reads the language model of a folder, without its tokenizer.
 pub(super) fn load_model(folder: &Path) -> Result<Model> {
     Tensors::open(folder)?.load(load_config(folder)?)
+}
+
+/// Reads the reward or cost model of a folder, without its tokenizer.
+pub(super) fn load_scorer(folder: &Path) -> Result<Model> {
+    let config = read_config(folder)?;
+    if !config.head.is_score() {
+        return Err(Error::input(format!(
+            "{} holds a language model, but a reward or cost model is needed here, whose config.json names an architecture such as \
+             LlamaForSequenceClassification. Train one by `sacpo train reward` or `sacpo train cost`.",
+            folder.display()
+        )));
+    }
+    Tensors::open(folder)?.load(config)
 }
 
 /// Reads `generation_config.json`; a folder without one has nothing to say about generation.
@@ -47,20 +60,35 @@ pub(super) fn save(
     folder: &Path,
 ) -> Result<()> {
     write_json(&folder.join("config.json"), config::to_json(config))?;
-    write_json(&folder.join("generation_config.json"), generation.to_json())?;
+    if !config.head.is_score() {
+        write_json(&folder.join("generation_config.json"), generation.to_json())?;
+    }
     tokenizer.save(folder)?;
     tensors::save(&Layout::new(config).specs, values, folder, SHARD_BYTES)
 }
 
 /// Describes the model of a folder from its headers alone.
 pub(super) fn describe(folder: &Path) -> Result<Description> {
-    let config = load_config(folder)?;
+    let config = read_config(folder)?;
     let tensors = Tensors::open(folder)?;
     let tokenizer = Tokenizer::found_in(folder)?.as_ref().map(TokenizerSummary::new);
     Ok(Description::new("Hugging Face folder", &config, tensors.by_type(), tensors.file_bytes(), tokenizer))
 }
 
+/// The shape of the language model of a folder.
 fn load_config(folder: &Path) -> Result<ModelConfig> {
+    let config = read_config(folder)?;
+    if config.head.is_score() {
+        return Err(Error::input(format!(
+            "{} holds a reward or cost model, which scores texts and writes none, but a language model is needed here. Judges take \
+             it: `sacpo judge --reward-model`, `--cost-model`.",
+            folder.display()
+        )));
+    }
+    Ok(config)
+}
+
+fn read_config(folder: &Path) -> Result<ModelConfig> {
     let path = folder.join("config.json");
     config::parse(&fs::read(&path).map_err(Error::io("read", &path))?, &path)
 }

@@ -61,6 +61,31 @@ impl Checkpoint {
         Ok(Self { model, tokenizer, generation })
     }
 
+    /// Reads a reward or cost model: a Hugging Face folder of a sequence classification with one label.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`]; [`Error::Input`] for anything else than such a folder.
+    pub fn load_scorer(path: &Path) -> Result<Self> {
+        let Format::Folder = format(path)? else {
+            return Err(Error::input(format!(
+                "{} is no reward or cost model: such a model is a folder with config.json and safetensors.",
+                path.display()
+            )));
+        };
+        let (mut model, tokenizer) = (hf::load_scorer(path)?, Tokenizer::from_folder(path)?);
+        let mut generation = GenerationConfig::default();
+        agree(&mut model.config, &tokenizer, &mut generation, path)?;
+        Ok(Self { model, tokenizer, generation })
+    }
+
+    /// This language model as a reward or cost model that gives every text the score 0. Its padding token is
+    /// [`Tokenizer::padding`].
+    pub fn into_scorer(self) -> Self {
+        let pad = self.tokenizer.padding();
+        let tokenizer = self.tokenizer.padded_with(pad);
+        Self { model: self.model.with_score_head(pad), tokenizer, generation: GenerationConfig::default() }
+    }
+
     /// Reads the adapter of a PEFT folder of which this is the base model, and leaves the weights alone. A tokenizer in the
     /// folder goes before the base model's.
     ///
@@ -150,7 +175,7 @@ pub fn describe(path: &Path) -> Result<Description> {
     }
 }
 
-/// Reads the model of a Hugging Face folder, without its tokenizer.
+/// Reads the language model of a Hugging Face folder, without its tokenizer.
 ///
 /// # Errors
 /// As [`Checkpoint::load`].

@@ -73,6 +73,23 @@ impl<'a> Pass<'a> {
         &self.base[range.clone()]
     }
 
+    /// The score head: the adapter's, which replaces that of the model at `range`, or the model's.
+    pub(super) fn score_head(&self, range: &Range<usize>) -> &'a [f32] {
+        let adapted = only(&self.adapters).and_then(|adapter| adapter.score_head());
+        adapted.unwrap_or_else(|| self.base(range))
+    }
+
+    /// The gradient of the [`score_head`](Self::score_head).
+    pub(super) fn score_gradient<'g>(&self, range: &Range<usize>, gradient: &'g mut Gradient<'_>) -> &'g mut [f32] {
+        match gradient {
+            Gradient::Base(gradient) => &mut gradient[range.clone()],
+            Gradient::Adapter(gradient) => {
+                let head = only(&self.adapters).and_then(|adapter| adapter.layout.score_head.clone());
+                &mut gradient[head.unwrap_or_default()]
+            }
+        }
+    }
+
     /// A product of block `index`.
     pub(super) fn linear(&self, block: &BlockLayout, index: usize, product: Product) -> Linear<'a> {
         let range = block.product(product).clone();

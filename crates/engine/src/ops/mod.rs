@@ -14,6 +14,7 @@ pub(crate) mod logprob;
 pub(crate) mod lora;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
+pub(crate) mod score;
 pub(crate) mod simd;
 pub(crate) mod swiglu;
 

@@ -36,7 +36,7 @@ pub enum OptimizerKind {
     #[serde(rename = "lion")]
     Lion,
     /// Orthogonalised momentum for matrices, scaled as in equation 4 of arXiv 2502.16982; AdamW for the token embedding,
-    /// the vocabulary head, and everything that is no matrix.
+    /// the head, and everything that is no matrix.
     #[serde(rename = "muon")]
     Muon,
 }

@@ -23,10 +23,10 @@ const ITERATIONS: usize = 5;
 /// The smallest norm that is divided by, so that a gradient of zero gives an update of zero.
 const SMALLEST_NORM: f64 = 1e-7;
 
-/// Whether Muon updates this tensor: matrices that map hidden states, not those over the vocabulary.
+/// Whether Muon updates this tensor: matrices that map hidden states, neither those over the vocabulary nor a score head.
 pub(super) fn applies_to(spec: &ParamSpec) -> bool {
-    let over_vocabulary = ["embed_tokens.weight", "lm_head.weight"].iter().any(|name| spec.name.ends_with(name));
-    spec.shape.len() == 2 && !over_vocabulary
+    let at_an_end = ["embed_tokens.weight", "lm_head.weight", "score.weight"];
+    spec.shape.len() == 2 && !at_an_end.iter().any(|name| spec.name.ends_with(name))
 }
 
 /// The momentum of one matrix.

@@ -7,7 +7,7 @@ pub mod stories;
 use std::path::{Path, PathBuf};
 
 use engine::tokenizer::Tokenizer;
-use engine::{ModelConfig, RopeScaling};
+use engine::{ModelConfig, OutputHead, RopeScaling};
 use serde_json::{Map, Value, json};
 
 /// The folder with shared data, or `None` after a loud line when it is not there.
@@ -51,6 +51,7 @@ pub fn tiny_config() -> ModelConfig {
         model_type: "llama".to_owned(),
         bos_token_id: Some(256),
         eos_token_ids: vec![257],
+        head: OutputHead::Vocabulary,
     }
 }
 

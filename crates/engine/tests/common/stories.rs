@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use engine::{Model, ModelConfig, RopeScaling};
+use engine::{Model, ModelConfig, OutputHead, RopeScaling};
 
 /// Reads a model: seven i32 (width, feed-forward width, blocks, heads, key–value heads, vocabulary, context), then f32
 /// tensors, each kind for all blocks at once. A vocabulary above 0 means that the head is tied.
@@ -27,6 +27,7 @@ pub fn load_stories(path: &Path) -> Model {
         model_type: "llama".to_owned(),
         bos_token_id: Some(1),
         eos_token_ids: vec![2],
+        head: OutputHead::Vocabulary,
     };
     let numbers: Vec<f32> = body.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
     let mut rest = numbers.as_slice();

@@ -10,6 +10,7 @@ mod merge;
 mod model;
 mod quickstart;
 mod rate;
+mod reward;
 mod run;
 mod serve;
 mod tabular;
@@ -19,7 +20,7 @@ use std::path::Path;
 use engine::{Error, Result};
 use serde::Serialize;
 
-use crate::cli::{Arguments, Command};
+use crate::cli::{Arguments, Command, TrainCommand};
 use crate::{interrupt, ui};
 
 /// Carries out the command line.
@@ -30,7 +31,8 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
     match arguments.command {
         Command::Quickstart(options) => on_threads(global.threads, || quickstart::run(&options, global)),
         Command::Run(options) => run::run(&options, global),
-        Command::Train(options) => run::train(&options, global),
+        Command::Train(TrainCommand::Policy(options)) => run::train(&options, global),
+        Command::Train(TrainCommand::Scorer(loss, options)) => reward::run(loss, &options, global),
         Command::Logps(options) => on_threads(global.threads, || logps::run(&options, global)),
         Command::Loss(options) => loss::run(&options, global),
         Command::Generate(options) => on_threads(global.threads, || generate::run(&options, global)),

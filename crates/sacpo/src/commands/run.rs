@@ -32,10 +32,6 @@ pub(super) fn train(options: &Train, global: Global) -> Result<()> {
 
 /// The recipe of one step that the options describe.
 fn recipe_of(options: &Train) -> Result<Recipe> {
-    let text = |path: &Path| {
-        let text = path.to_str().map(str::to_owned);
-        text.ok_or_else(|| Error::input(format!("The path {} is not UTF-8. Rename it.", path.display())))
-    };
     let mut step = json!({
         "metric": options.metric,
         "objective": options.objective,
@@ -53,6 +49,12 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
     let toml = toml::to_string(&document)
         .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}.")))?;
     Recipe::parse(&toml, Path::new("command line"), &options.set)
+}
+
+/// A path as a text of a recipe.
+pub(super) fn text(path: &Path) -> Result<String> {
+    let text = path.to_str().map(str::to_owned);
+    text.ok_or_else(|| Error::input(format!("The path {} is not UTF-8. Rename it.", path.display())))
 }
 
 fn on_its_threads(mut recipe: Recipe, global: Global, dry: bool) -> Result<()> {

@@ -139,7 +139,7 @@ fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
     let all = data.sequences();
     let mut filled = 0;
     let enough = all.iter().position(|item| {
-        filled += item.computed();
+        filled += item.computed(false);
         filled > step.train.micro_batch_tokens
     });
     // batches of fewer than two have no shift
@@ -178,7 +178,7 @@ fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
 }
 
 fn tokens(items: &[Sequences<'_>]) -> f64 {
-    items.iter().map(|item| item.computed() as f64).sum()
+    items.iter().map(|item| item.computed(false) as f64).sum()
 }
 
 impl Forecast {

@@ -148,7 +148,7 @@ impl PolicyRecord {
 }
 
 /// Writes a value as JSON for people and programs, atomically.
-pub(super) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     atomic::write_file(path, |out| {
         serde_json::to_writer_pretty(&mut *out, value)?;
         out.write_all(b"\n")

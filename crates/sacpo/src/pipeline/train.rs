@@ -261,7 +261,7 @@ impl Training {
 }
 
 /// How a step trains, as the trainer takes it.
-pub(super) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainOptions {
+pub(crate) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainOptions {
     let train = &step.train;
     TrainOptions {
         lora: train.lora(),

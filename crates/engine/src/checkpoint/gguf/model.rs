@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use super::container::{Container, Tensor};
-use crate::config::{ModelConfig, RopeScaling};
+use crate::config::{ModelConfig, OutputHead, RopeScaling};
 use crate::error::{Error, Result};
 use crate::model::{Layout, Model, ParamSpec};
 
@@ -96,6 +96,7 @@ pub(super) fn config(file: &Container) -> Result<ModelConfig> {
         model_type: "llama".to_owned(),
         bos_token_id: special("bos")?,
         eos_token_ids,
+        head: OutputHead::Vocabulary,
     };
     config.validate(&path.to_string())?;
     Ok(config)

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::fields::Fields;
-use crate::config::{ModelConfig, RopeScaling};
+use crate::config::{ModelConfig, OutputHead, RopeScaling};
 use crate::error::Result;
 
 /// Fields that change nothing in what the model computes.
@@ -56,13 +56,22 @@ const HARMLESS: &[&str] = &[
     "use_return_dict",
 ];
 
+/// The architectures that there are: model type, and whether there is a score head in the place of the vocabulary's.
+const ARCHITECTURES: &[(&str, &str, bool)] = &[
+    ("LlamaForCausalLM", "llama", false),
+    ("MistralForCausalLM", "mistral", false),
+    ("LlamaForSequenceClassification", "llama", true),
+    ("MistralForSequenceClassification", "mistral", true),
+];
+
 /// Reads a model's shape. Absent fields have the defaults of `transformers`, save the sizes, which must be there.
 ///
 /// # Errors
 /// `Error::Input` that names any field that is missing, malformed, or asks for arithmetic that the engine does not do.
 pub(crate) fn parse(json: &[u8], path: &Path) -> Result<ModelConfig> {
     let mut fields = Fields::parse(json, path)?;
-    let model_type = model_type(&mut fields)?;
+    let (model_type, scores) = architecture(&mut fields)?;
+    let head = if scores { score_head(&mut fields)? } else { OutputHead::Vocabulary };
     let mistral = model_type == "mistral";
 
     let required = |fields: &mut Fields, name: &str| {
@@ -102,6 +111,7 @@ pub(crate) fn parse(json: &[u8], path: &Path) -> Result<ModelConfig> {
         model_type,
         bos_token_id: fields.token("bos_token_id")?,
         eos_token_ids: fields.tokens("eos_token_id")?,
+        head,
     };
 
     fields.must_be("hidden_act", &[json!("silu")])?;
@@ -123,28 +133,41 @@ pub(crate) fn parse(json: &[u8], path: &Path) -> Result<ModelConfig> {
     Ok(config)
 }
 
-/// `llama` or `mistral`, on which `architectures` and `model_type` must agree.
-fn model_type(fields: &mut Fields) -> Result<String> {
+/// `llama` or `mistral`, on which `architectures` and `model_type` must agree, and whether there is a score head.
+fn architecture(fields: &mut Fields) -> Result<(String, bool)> {
     let named = fields.text("model_type")?;
     let architecture = fields.take("architectures");
-    let from_architecture = match &architecture {
+    let known = match &architecture {
         None => None,
-        Some(value) => Some(match value.as_array().map(Vec::as_slice) {
-            Some([Value::String(name)]) if name == "LlamaForCausalLM" => "llama",
-            Some([Value::String(name)]) if name == "MistralForCausalLM" => "mistral",
-            _ => return Err(fields.unsupported("architectures", value)),
-        }),
+        Some(value) => {
+            let only = value
+                .as_array()
+                .and_then(|names| if let [Value::String(name)] = &names[..] { Some(name) } else { None });
+            let known = only.and_then(|name| ARCHITECTURES.iter().find(|(known, ..)| known == name));
+            Some(known.ok_or_else(|| fields.unsupported("architectures", value))?)
+        }
     };
-    match (named.as_deref(), from_architecture) {
-        (Some(name @ ("llama" | "mistral")), None) => Ok(name.to_owned()),
-        (Some(name), Some(other)) if name != other => {
+    match (named.as_deref(), known) {
+        (Some(name @ ("llama" | "mistral")), None) => Ok((name.to_owned(), false)),
+        (Some(name), Some((_, other, _))) if name != *other => {
             let needs = format!("`{other}` to agree with architectures");
             Err(fields.wrong("model_type", &json!(name), &needs))
         }
-        (_, Some(name)) => Ok(name.to_owned()),
+        (_, Some((_, name, scores))) => Ok(((*name).to_owned(), *scores)),
         (Some(name), None) => Err(fields.unsupported("model_type", &json!(name))),
         (None, None) => fields.required("model_type", None),
     }
+}
+
+/// The head of a sequence classification, which must have one label. Without `num_labels` there are as many as
+/// `id2label` names; `transformers` takes two where neither is given.
+fn score_head(fields: &mut Fields) -> Result<OutputHead> {
+    let named = fields.take("id2label").and_then(|labels| labels.as_object().map(Map::len));
+    let labels = fields.size("num_labels")?.or(named).unwrap_or(2);
+    if labels != 1 {
+        return Err(fields.wrong("num_labels", &json!(labels), "1: a reward or cost model gives one number"));
+    }
+    Ok(OutputHead::Score { pad_token_id: fields.token("pad_token_id")? })
 }
 
 /// The width of Mistral's attention window in tokens. An absent field means the published default, `null` no window.
@@ -211,7 +234,9 @@ pub(crate) fn to_json(config: &ModelConfig) -> Map<String, Value> {
     };
     let mut fields = Map::new();
     let mut set = |name: &str, value: Value| fields.insert(name.to_owned(), value);
-    set("architectures", json!([if mistral { "MistralForCausalLM" } else { "LlamaForCausalLM" }]));
+    let scores = config.head.is_score();
+    let architecture = ARCHITECTURES.iter().find(|(_, name, head)| *name == config.model_type && *head == scores);
+    set("architectures", json!(architecture.map(|(name, ..)| vec![*name])));
     set("model_type", json!(config.model_type));
     set("vocab_size", json!(config.vocab_size));
     set("hidden_size", json!(config.hidden_size));
@@ -235,6 +260,12 @@ pub(crate) fn to_json(config: &ModelConfig) -> Map<String, Value> {
     set("tie_word_embeddings", json!(config.tie_word_embeddings));
     set("bos_token_id", json!(config.bos_token_id));
     set("eos_token_id", token_ids(&config.eos_token_ids));
+    if let OutputHead::Score { pad_token_id } = config.head {
+        set("pad_token_id", json!(pad_token_id));
+        set("num_labels", json!(1));
+        set("id2label", json!({"0": "score"}));
+        set("label2id", json!({"score": 0}));
+    }
     set("torch_dtype", json!("float32"));
     fields
 }
@@ -323,7 +354,8 @@ mod tests {
             (json!({"rope_scaling": {"type": "yarn", "factor": 2}}), "rope_scaling.rope_type to \"yarn\""),
             (json!({"rope_parameters": {"rope_type": "default", "mscale": 2}}), "rope_parameters.mscale to 2"),
             (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor to 0.5"),
-            (json!({"architectures": ["LlamaForSequenceClassification"]}), "architectures to"),
+            (json!({"architectures": ["LlamaForTokenClassification"]}), "architectures to"),
+            (json!({"num_labels": 1}), "num_labels to 1"),
             (json!({"architectures": null, "model_type": "qwen2"}), "model_type to \"qwen2\""),
             (json!({"new_trick": true}), "new_trick to true"),
             (json!({"auto_map": {"AutoModel": "x"}}), "auto_map to"),
@@ -331,6 +363,25 @@ mod tests {
         for (edits, expected) in cases {
             let error = parsed(edits).unwrap_err().to_string();
             assert!(error.contains(expected) && error.contains("m/config.json"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_sequence_classification_with_one_label_is_a_score_head() {
+        let classifier = |extra: Value| {
+            let mut edits = json!({"architectures": ["LlamaForSequenceClassification"], "pad_token_id": 3});
+            edits.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            parsed(edits)
+        };
+        for one in [json!({"num_labels": 1}), json!({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}})] {
+            let config = classifier(one).unwrap();
+            assert_eq!(config.head, OutputHead::Score { pad_token_id: Some(3) });
+            let written = Value::Object(to_json(&config)).to_string();
+            assert_eq!(parse(written.as_bytes(), Path::new("m/config.json")).unwrap(), config);
+        }
+        for more in [json!({}), json!({"num_labels": 3}), json!({"id2label": {"0": "a", "1": "b"}})] {
+            let error = classifier(more).unwrap_err().to_string();
+            assert!(error.contains("num_labels is") && error.contains("one number"), "{error}");
         }
     }
 
@@ -380,6 +431,8 @@ mod tests {
         for tie in [false, true] {
             let edits = json!({"tie_word_embeddings": tie, "num_key_value_heads": 2, "head_dim": 6});
             let config = parsed(edits).unwrap();
+            assert_eq!(config.parameter_count(), Some(crate::Layout::new(&config).len));
+            let config = ModelConfig { head: OutputHead::Score { pad_token_id: None }, ..config };
             assert_eq!(config.parameter_count(), Some(crate::Layout::new(&config).len));
         }
     }

@@ -290,7 +290,7 @@ fn save_shard(specs: &[&ParamSpec], values: &mut Values, path: &Path) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::RopeScaling;
+    use crate::config::{OutputHead, RopeScaling};
 
     #[test]
     fn large_models_are_cut_into_shards() {
@@ -310,6 +310,7 @@ mod tests {
             model_type: "llama".to_owned(),
             bos_token_id: None,
             eos_token_ids: vec![],
+            head: OutputHead::Vocabulary,
         };
         let model = Model::random(config, 0.02, 1);
         let folder = tempfile::tempdir().unwrap();
