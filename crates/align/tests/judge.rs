@@ -11,12 +11,12 @@ use align::data::{
     LongPrompts, Prompt, RenderOptions, TemplateTail, TokenizedPair, margins, set_margins, tokenize_pairs,
 };
 use align::judge::{Judge, relative_to};
-use align::objective::Pairwise;
+use align::objective::{Pairwise, ScoreLoss};
 use align::sequences::Sequences;
 use align::task::{Preferences, Scored, Task};
 use align::world::{EOS, Metric, UNKNOWN, World};
 use common::pair;
-use engine::checkpoint::load_model;
+use engine::checkpoint::{load_model, load_scorer};
 use engine::{Mixture, Model, ModelConfig, PackedBatch, Scorer, Tokenizer};
 
 /// Models of one small shape with random weights.
@@ -208,4 +208,35 @@ fn implicit_margins_make_modpo_the_second_step() {
         assert!((a.loss - b.loss).abs() <= 1e-12 * (1.0 + b.loss), "{a:?} {b:?}");
         assert!((a.derivatives[0].logp - b.derivatives[0].logp).abs() <= 1e-12, "{a:?} {b:?}");
     }
+}
+
+/// Costs count with the other sign; padding at the end of a response is not part of it, as in transformers; and the cache
+/// changes nothing.
+#[test]
+fn scores_of_models_are_transformers() {
+    let folder = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/score"));
+    let model = load_scorer(folder).unwrap();
+    let fixture: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(folder.join("expected.json")).unwrap()).unwrap();
+    let ids = |value: &serde_json::Value| -> Vec<u32> {
+        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let sequences = fixture["sequences"].as_array().unwrap();
+    let texts: Vec<(Vec<u32>, Vec<Vec<u32>>)> =
+        sequences.iter().map(|sequence| (ids(&sequence[0]), vec![ids(&sequence[1]), vec![3, 3]])).collect();
+    let items = items(&texts);
+    let cache = tempfile::tempdir().unwrap();
+    let rewards = scores(&Judge::Model { model: &model, loss: ScoreLoss::Reward }, &items, Some(cache.path()));
+    for (rewards, expected) in rewards.iter().zip(fixture["scores"].as_array().unwrap()) {
+        let expected = expected.as_f64().unwrap();
+        assert!((rewards[0] - expected).abs() < 1e-5 * expected.abs().max(1.0), "{} not {expected}", rewards[0]);
+        // nothing but padding: the score of the prompt
+        assert!(rewards[1].is_finite() && rewards[1] != rewards[0]);
+    }
+    let costs = scores(&Judge::Model { model: &model, loss: ScoreLoss::Cost }, &items, Some(cache.path()));
+    assert!(rewards.iter().flatten().zip(costs.iter().flatten()).all(|(reward, cost)| *reward == -cost));
+    assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 1, "the scores are read, not computed again");
+    let [policy] = models();
+    let error = Judge::Model { model: &policy, loss: ScoreLoss::Reward }.scores(&items, 64, None, &mut |_| Ok(()));
+    assert!(error.unwrap_err().to_string().contains("does not score"));
 }

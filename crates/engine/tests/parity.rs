@@ -6,9 +6,9 @@ mod common;
 use std::path::Path;
 
 use engine::chat::Message;
-use engine::checkpoint::{Checkpoint, load_model};
+use engine::checkpoint::{Checkpoint, load_model, load_scorer};
 use engine::generate::{SamplingOptions, generate};
-use engine::{Decoder, Model, PackedBatch};
+use engine::{Decoder, Keep, Model, OutputHead, PackedBatch};
 use serde_json::Value;
 
 fn json(path: &Path) -> Value {
@@ -49,6 +49,42 @@ fn tiny_models_give_transformers_log_probabilities() {
             for (logp, logit) in decoder.logps(&model.weights, &batch).iter().zip(&logits) {
                 assert!((logp - (logit - log_sum)).abs() < 1e-4, "{name} at {n}: {logp} not {}", logit - log_sum);
             }
+        }
+    }
+}
+
+/// A `LlamaForSequenceClassification` as transformers saves it: scores, and gradients of a sum of them.
+#[test]
+fn a_tiny_score_model_gives_transformers_scores_and_gradients() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/score");
+    let model = load_scorer(&folder).unwrap();
+    let OutputHead::Score { pad_token_id: Some(pad) } = model.config.head else { panic!("{:?}", model.config.head) };
+    let fixture = json(&folder.join("expected.json"));
+    let floats =
+        |value: &Value| -> Vec<f64> { value.as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect() };
+    let mut batch = PackedBatch::for_scores();
+    for sequence in fixture["sequences"].as_array().unwrap() {
+        let mut response = ids(&sequence[1]);
+        while response.last() == Some(&pad) {
+            response.pop();
+        }
+        batch.push(&ids(&sequence[0]), &[&response]);
+    }
+    let mut decoder = Decoder::new(&model, batch.rows());
+    let scores = decoder.forward(&model.weights, &batch, Keep::All);
+    for (score, expected) in scores.iter().zip(floats(&fixture["scores"])) {
+        assert!((score - expected).abs() < 1e-5 * expected.abs().max(1.0), "{score} not {expected}");
+    }
+    let mut gradient = vec![0.0; model.layout.len];
+    decoder.backward(&model.weights, &batch, &floats(&fixture["d_scores"]), &mut gradient);
+    assert_eq!(fixture["gradients"].as_object().unwrap().len(), model.layout.specs.len());
+    for spec in &model.layout.specs {
+        let (own, expected) = (&gradient[spec.range.clone()], &fixture["gradients"][&spec.name]);
+        let (norm, expected_norm) =
+            (own.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt(), expected["norm"].as_f64().unwrap());
+        assert!((norm - expected_norm).abs() < 1e-5 * expected_norm, "{}: {norm} not {expected_norm}", spec.name);
+        for (own, expected) in own.iter().zip(floats(&expected["first"])) {
+            assert!((f64::from(*own) - expected).abs() < 1e-5 * expected_norm, "{}: {own} not {expected}", spec.name);
         }
     }
 }

@@ -6,6 +6,7 @@
 //!                             └────── store ◄────┘           every reply, before anything is made of it
 //!                                       │
 //!                                  judgements
+//! comparisons ──► answers ──► scores ─────┘                  a model or a function that scores every answer by itself
 //! ```
 
 mod budget;
@@ -14,6 +15,7 @@ mod endpoint;
 mod reply;
 mod retry;
 mod rubric;
+mod scored;
 mod store;
 mod work;
 
@@ -27,6 +29,7 @@ pub use chat::{ChatJudge, ChatOptions, Plan};
 pub use endpoint::ApiKey;
 pub use retry::{Clock, SystemClock};
 pub use rubric::Rubric;
+pub use scored::{ScoreJudge, Scorer};
 pub use store::Store;
 
 /// Two policies' answers to one prompt.

@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::policy::PolicyName;
 
 pub(crate) use data::{ConvertData, DataCommand, DataSource, InspectData};
-pub(crate) use judge::{Judge, JudgeBudget};
+pub(crate) use judge::{Judge, JudgeBudget, LocalJudge};
 pub(crate) use model::{AddAdapter, ModelCommand};
 pub(crate) use train::{TrainCommand, TrainScorer};
 

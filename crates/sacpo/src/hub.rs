@@ -91,8 +91,9 @@ impl Hub {
     /// # Errors
     /// As [`Hub::fetch`].
     pub(crate) fn fetch_recipe(&mut self, recipe: &mut Recipe) -> Result<()> {
-        let base = &mut recipe.model.base;
-        base.fetched = self.fetch(&base.given, Content::Model)?;
+        for location in recipe.model_locations() {
+            location.fetched = self.fetch(&location.given, Content::Model)?;
+        }
         for location in recipe.data_locations() {
             location.fetched = self.fetch(&location.given, Content::Data)?;
         }

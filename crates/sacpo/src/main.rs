@@ -8,6 +8,7 @@ mod hub;
 mod interrupt;
 mod pipeline;
 mod policy;
+mod scorer;
 mod serve;
 mod tracking;
 mod ui;

@@ -21,6 +21,7 @@ mod record;
 mod sample;
 mod train;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use align::reference;
@@ -113,6 +114,8 @@ pub(crate) struct Inputs {
     /// The base model.
     pub(crate) base: Checkpoint,
     data: Vec<StepData>,
+    /// The hashes of the reward and cost models that judge, by metric.
+    scorers: BTreeMap<String, String>,
 }
 
 /// What a run has made.
@@ -135,6 +138,7 @@ struct Run<'r> {
     plan: Plan,
     base: &'r Checkpoint,
     data: &'r [StepData],
+    scorers: &'r BTreeMap<String, String>,
     folder: &'r RunFolder,
     /// The base model, the plan's trained policies as far as they are made, then all others.
     policies: Vec<Policy>,
@@ -158,9 +162,10 @@ pub(crate) fn load_base(recipe: &Recipe) -> Result<Checkpoint> {
 /// # Errors
 /// Bad input, or files that cannot be read or written.
 pub(crate) fn load_inputs(recipe: &Recipe, base: Checkpoint, cache: &Path) -> Result<Inputs> {
+    let scorers = judge::scorers(recipe, &base)?;
     let load = |step| load_data(step, &base, recipe.run.seed, cache);
     let data = recipe.steps.iter().map(load).collect::<Result<Vec<_>>>()?;
-    Ok(Inputs { base, data })
+    Ok(Inputs { base, data, scorers })
 }
 
 /// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
@@ -250,7 +255,15 @@ impl<'r> Run<'r> {
                 from: Vec::new(),
             },
         };
-        Self { recipe, plan: recipe.plan(), base: &inputs.base, data: &inputs.data, folder, policies: vec![base] }
+        Self {
+            recipe,
+            plan: recipe.plan(),
+            base: &inputs.base,
+            data: &inputs.data,
+            scorers: &inputs.scorers,
+            folder,
+            policies: vec![base],
+        }
     }
 
     /// The training of a planned policy. The plan's policies are the run's, after the base model.

@@ -213,6 +213,15 @@ impl Recipe {
         Plan { steps: plan::expand(&self.steps, &self.constraints), blends }
     }
 
+    /// Where the models are that it starts from and is judged by.
+    pub fn model_locations(&mut self) -> impl Iterator<Item = &mut Location> {
+        let judges = self.judges.iter_mut().filter_map(|judge| match &mut judge.source {
+            JudgeSource::Model(model, _) => Some(model),
+            JudgeSource::Policy(_) | JudgeSource::Quickstart(_) => None,
+        });
+        std::iter::once(&mut self.model.base).chain(judges)
+    }
+
     /// Where its data and prompts are.
     pub fn data_locations(&mut self) -> impl Iterator<Item = &mut Location> {
         let of_steps = self.steps.iter_mut().flat_map(|step| {
@@ -265,8 +274,8 @@ impl Recipe {
         let check = |metric: &str, section: &Section<'_>, before: usize| {
             match self.judge(metric) {
             None => Err(section.error(&format!(
-                "The metric `{metric}` has no judge. Add a `[[judge]]` with `metric = \"{metric}\"` and `policy` or \
-                 `quickstart`."
+                "The metric `{metric}` has no judge. Add a `[[judge]]` with `metric = \"{metric}\"` and `policy`, \
+                 `reward_model`, `cost_model` or `quickstart`."
             ))),
             Some(Judge { source: JudgeSource::Policy(PolicyRef { name, planned: Some(index) }), .. })
                 if plan[*index].step >= before =>

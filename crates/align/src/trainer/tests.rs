@@ -1,4 +1,5 @@
 mod adapters;
+mod scores;
 mod shifts;
 mod states;
 

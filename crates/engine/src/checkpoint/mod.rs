@@ -183,6 +183,14 @@ pub fn load_model(folder: &Path) -> Result<Model> {
     hf::load_model(folder)
 }
 
+/// Reads the reward or cost model of a Hugging Face folder, without its tokenizer.
+///
+/// # Errors
+/// As [`Checkpoint::load_scorer`].
+pub fn load_scorer(folder: &Path) -> Result<Model> {
+    hf::load_scorer(folder)
+}
+
 enum Format {
     Folder,
     Gguf,

@@ -1,4 +1,5 @@
 mod adapter;
+mod score;
 
 use super::*;
 use crate::config::ModelConfig;

@@ -2,18 +2,21 @@
 
 use std::path::PathBuf;
 
+use align::data::TemplateTail;
+use align::world::Metric;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use evaluate::judge::Rubric;
 
-use super::positive;
+use super::{positive, temperature, template_tail_parser};
+use crate::policy::PolicyName;
 
-/// Let a language model judge answers in pairs: which of two to a prompt is better, and by how much.
+/// Let a language model, a reward or cost model, or a policy judge answers in pairs: which of two to a prompt is better.
 ///
-/// The judge is behind an OpenAI-compatible chat endpoint: a service, or a server of your own. It scores both answers to a
-/// prompt from 0 to 10, in both orders. Every reply is kept in a store as soon as it is there and never asked for again, so a
+/// A language model is behind an OpenAI-compatible chat endpoint: a service, or a server of your own. It scores both answers to
+/// a prompt from 0 to 10, in both orders. Every reply is kept in a store as soon as it is there and never asked for again, so a
 /// judging that was stopped goes on when the same command is given again. A reply without two scores on its first line is
-/// asked for again, and then counts as missing, never as a tie.
+/// asked for again, and then counts as missing, never as a tie. Other judges are on this machine and score each answer by itself.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     sacpo judge base.json sacpo-0.1.json --rubric harmlessness \\\n    \
@@ -22,6 +25,10 @@ use super::positive;
     sacpo judge sacpo-0.1.json sacpo-0.01.json --against base.json --rubric helpfulness \\\n    \
     --endpoint https://api.openai.com/v1 --model gpt-4.1-mini --out helpfulness.jsonl \\\n    \
     --input-price 0.4 --output-price 1.6 --max-cost 5 --dry-run\n\n  \
+    A judge on this machine:\n  \
+    sacpo judge base.json sacpo-0.1.json --cost-model runs/cost/checkpoint --metric harmlessness --out harmlessness.jsonl\n  \
+    sacpo judge base.json sacpo-0.1.json --implicit runs/hh/steps/safe/checkpoint --reference runs/hh/steps/helpful/checkpoint \\\n    \
+    --beta 0.05 --metric harmlessness --out harmlessness.jsonl\n\n  \
     A reasoning model, which takes other fields:\n  \
     … --set temperature=null --set max_tokens=null --set max_completion_tokens=4096\n\n\
     The files hold answers as `sacpo generate --json` prints them, rows with `prompt` and `answer`, or alpaca_eval's \
@@ -33,9 +40,6 @@ pub(crate) struct Judge {
     /// Compare every policy with this one, instead of all with each other.
     #[arg(long, value_name = "[NAME=]FILE")]
     pub(crate) against: Option<String>,
-    /// What answers are judged by.
-    #[arg(long, value_parser = rubric_parser())]
-    pub(crate) rubric: Rubric,
     /// File of verdicts to write, one JSON object a line.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: PathBuf,
@@ -49,18 +53,25 @@ pub(crate) struct Judge {
     pub(crate) endpoint: JudgeEndpoint,
     #[command(flatten)]
     pub(crate) budget: JudgeBudget,
+    #[command(flatten)]
+    pub(crate) local: LocalJudge,
+    #[command(flatten)]
+    pub(crate) scoring: LocalScoring,
 }
 
 /// The judging model and how it is asked.
 #[derive(Debug, Args)]
-#[command(next_help_heading = "The judge")]
+#[command(next_help_heading = "A language model as the judge")]
 pub(crate) struct JudgeEndpoint {
     /// URL of an OpenAI-compatible API, up to /v1.
-    #[arg(long, value_name = "URL")]
-    pub(crate) endpoint: String,
+    #[arg(long, value_name = "URL", required_unless_present = "local")]
+    pub(crate) endpoint: Option<String>,
     /// The name that the endpoint knows the model by.
-    #[arg(long, value_name = "NAME")]
-    pub(crate) model: String,
+    #[arg(long, value_name = "NAME", required_unless_present = "local")]
+    pub(crate) model: Option<String>,
+    /// What answers are judged by.
+    #[arg(long, value_parser = rubric_parser(), required_unless_present = "local")]
+    pub(crate) rubric: Option<Rubric>,
     /// The environment variable that holds the API key [default: OPENAI_API_KEY, if it is set].
     #[arg(long, value_name = "VARIABLE")]
     pub(crate) api_key_env: Option<String>,
@@ -107,6 +118,49 @@ pub(crate) struct JudgeBudget {
     /// Price of a million tokens of replies.
     #[arg(long, value_name = "PRICE", value_parser = not_negative, requires = "input_price")]
     pub(crate) output_price: Option<f64>,
+}
+
+/// A judge that scores each answer by itself, in the place of a language model.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A judge on this machine")]
+#[group(id = "local", multiple = false, requires = "metric")]
+#[group(conflicts_with_all = ["JudgeEndpoint", "JudgeBudget", "store", "dry_run"])]
+pub(crate) struct LocalJudge {
+    /// A reward model: folder or hf://OWNER/NAME of a sequence classification with one label. More is better.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) reward_model: Option<PathBuf>,
+    /// A cost model, of the same kind. Less is better, and less than 0 is safe; scores in verdicts are costs times −1.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) cost_model: Option<PathBuf>,
+    /// The implicit reward β log π/π_reference of a policy that was aligned to the metric.
+    #[arg(long, value_name = "POLICY", requires_all = ["reference", "beta"])]
+    pub(crate) implicit: Option<PolicyName>,
+    /// The exact values of the quickstart's world, for answers to its prompts.
+    #[arg(long, value_name = "METRIC", value_parser = world_metric_parser())]
+    pub(crate) quickstart: Option<Metric>,
+}
+
+/// What such a judge needs besides.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "A judge on this machine")]
+pub(crate) struct LocalScoring {
+    /// What the judge scores, such as helpfulness or harmlessness: the verdicts' metric.
+    #[arg(long, requires = "local")]
+    pub(crate) metric: Option<String>,
+    /// What the policy was aligned from.
+    #[arg(long, value_name = "POLICY", requires = "implicit")]
+    pub(crate) reference: Option<PolicyName>,
+    /// The temperature of that alignment: β in the first step of a chain, β/λ in a later one.
+    #[arg(long, value_parser = temperature, allow_negative_numbers = true, requires = "implicit")]
+    pub(crate) beta: Option<f64>,
+    /// Whether what the template writes after the end of an answer is read too: as TRL does where it trains reward models.
+    #[arg(long, default_value = "drop", value_parser = template_tail_parser(), requires = "local")]
+    pub(crate) template_tail: TemplateTail,
+}
+
+fn world_metric_parser() -> impl TypedValueParser<Value = Metric> {
+    PossibleValuesParser::new(["reward", "safety"])
+        .map(|name| if name == "reward" { Metric::Reward } else { Metric::Safety })
 }
 
 fn not_negative(text: &str) -> Result<f64, String> {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use engine::Result;
 
-use crate::cli::{Command, DataCommand, InspectData, ModelCommand};
+use crate::cli::{Command, DataCommand, InspectData, LocalJudge, ModelCommand};
 use crate::hub::{Content, Hub};
 use crate::policy::PolicyName;
 
@@ -61,6 +61,12 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
         }
         Command::Data(DataCommand::Convert(options)) => vec![data(&mut options.from)],
         Command::Serve(options) => policy(&mut options.model),
+        Command::Judge(options) => {
+            let LocalJudge { reward_model, cost_model, implicit, .. } = &mut options.local;
+            let models = reward_model.iter_mut().chain(cost_model).map(model);
+            let policies = implicit.iter_mut().chain(&mut options.scoring.reference).flat_map(policy);
+            models.chain(policies).collect()
+        }
         Command::Rate(options) => options.files.iter_mut().map(data).collect(),
         Command::Model(command) => match command {
             ModelCommand::Inspect { model: path } | ModelCommand::Convert { from: path, .. } => vec![model(path)],
@@ -72,11 +78,8 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
             // it writes into the model's folder
             ModelCommand::SetTemplate { .. } => Vec::new(),
         },
-        Command::Quickstart(_)
-        | Command::Judge(_)
-        | Command::Run(_)
-        | Command::Train(_)
-        | Command::Loss(_)
-        | Command::Tabular(_) => Vec::new(),
+        Command::Quickstart(_) | Command::Run(_) | Command::Train(_) | Command::Loss(_) | Command::Tabular(_) => {
+            Vec::new()
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! `sacpo judge`.
 
+mod local;
+
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,7 @@ use evaluate::judge::{
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::print_json;
+use super::{on_threads, print_json};
 use crate::answer_files::AnswerFile;
 use crate::cli::{Global, Judge, JudgeBudget};
 use crate::{interrupt, ui};
@@ -47,15 +49,23 @@ struct DryRun {
 }
 
 pub(super) fn run(command: &Judge, global: Global) -> Result<()> {
-    let start = Instant::now();
     let files = command.answers.iter().map(|source| AnswerFile::read(source)).collect::<Result<Vec<_>>>()?;
     let against = command.against.as_ref().map(|source| AnswerFile::read(source)).transpose()?;
     let comparisons = comparisons(&files, against.as_ref())?;
+    match command.scoring.metric {
+        Some(_) => on_threads(global.threads, || local::judge(command, &comparisons, global)),
+        None => by_endpoint(command, &comparisons, global),
+    }
+}
+
+/// Lets a language model judge.
+fn by_endpoint(command: &Judge, comparisons: &[Comparison<'_>], global: Global) -> Result<()> {
+    let start = Instant::now();
     let prices = prices(&command.budget);
     let options = options(command, prices)?;
     let store = if command.dry_run { Store::look(&command.store)? } else { Store::open(&command.store)? };
     let judge = ChatJudge::new(options, &store, &SystemClock)?;
-    let plan = judge.plan(&comparisons)?;
+    let plan = judge.plan(comparisons)?;
     if command.dry_run {
         return tell_plan(&plan, comparisons.len(), prices, global);
     }
@@ -66,7 +76,7 @@ pub(super) fn run(command: &Judge, global: Global) -> Result<()> {
     bar.set_position(plan.kept as u64);
     bar.reset_eta();
     let mut heartbeat = ui::Heartbeat::new();
-    let judged = judge.judge(&comparisons, &mut |progress| {
+    let judged = judge.judge(comparisons, &mut |progress| {
         let message = message(progress, &plan, prices, start.elapsed());
         bar.set_position(progress.done as u64);
         heartbeat.beat(&bar, || format!("  {} of {} verdicts, {message}", progress.done, progress.total));
@@ -140,11 +150,16 @@ fn prices(budget: &JudgeBudget) -> Option<Prices> {
 fn options(command: &Judge, prices: Option<Prices>) -> Result<ChatOptions> {
     let judge = &command.endpoint;
     let budget = &command.budget;
+    let (Some(endpoint), Some(model), Some(rubric)) = (&judge.endpoint, &judge.model, judge.rubric) else {
+        return Err(Error::input(
+            "A judge is needed. Give --endpoint, --model and --rubric, or a judge on this machine.",
+        ));
+    };
     Ok(ChatOptions {
-        endpoint: judge.endpoint.clone(),
-        model: judge.model.clone(),
+        endpoint: endpoint.clone(),
+        model: model.clone(),
         key: key(judge.api_key_env.as_deref())?,
-        rubric: command.rubric,
+        rubric,
         repeats: judge.repeats,
         temperature: judge.temperature,
         max_tokens: judge.max_tokens,

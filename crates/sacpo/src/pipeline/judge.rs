@@ -7,11 +7,34 @@ use align::judge::Judge;
 use align::sequences::Sequences;
 use align::tabular::Table;
 use align::world::World;
+use engine::checkpoint::Checkpoint;
 use engine::{Error, Result};
 
 use super::{Run, index_of};
-use crate::ui;
-use sacpo::recipe::JudgeSource;
+use crate::{scorer, ui};
+use sacpo::recipe::{JudgeSource, Recipe};
+
+/// The hashes of the reward and cost models that judge, by metric. All of them are loaded once, to be checked.
+///
+/// # Errors
+/// Models that cannot be read, or that do not take the base model's tokens.
+pub(super) fn scorers(recipe: &Recipe, base: &Checkpoint) -> Result<BTreeMap<String, String>> {
+    let mut hashes = BTreeMap::new();
+    for judge in &recipe.judges {
+        let JudgeSource::Model(location, loss) = &judge.source else { continue };
+        let loaded = scorer::load(location.path(), *loss)?;
+        if loaded.tokenizer.hash() != base.tokenizer.hash() {
+            return Err(Error::input(format!(
+                "The tokenizer of {location}, the judge of `{}`, is not that of the base model, whose answers it would read as \
+                 tokens. Train one from this base model, or from another with its tokenizer, by `sacpo train {}`.",
+                judge.metric,
+                loss.name()
+            )));
+        }
+        hashes.insert(judge.metric.clone(), loaded.model.hash());
+    }
+    Ok(hashes)
+}
 
 /// Names everything that a metric's scores depend on; `hash` gives those of policies by their index, as far as they are
 /// known.
@@ -22,6 +45,7 @@ pub(super) fn identity(run: &Run<'_>, metric: &str, hash: &dyn Fn(usize) -> Opti
             let start = index_of(planned.parent);
             Some(format!("implicit {} {} {}", planned.beta, hash(index_of(policy.planned))?, hash(start)?))
         }
+        JudgeSource::Model(_, loss) => Some(format!("{} {}", loss.name(), run.scorers.get(metric)?)),
         JudgeSource::Quickstart(metric) => Some(format!("quickstart {} {metric:?}", run.recipe.run.seed)),
     }
 }
@@ -47,6 +71,16 @@ pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro
             let start = parent.map(|parent| run.policies[index_of(Some(parent))].load()).transpose()?;
             let start = start.as_ref().map_or(&run.base.model, |start| &start.first.model);
             ask(Judge::Implicit { policy: (&model).into(), start: start.into(), temperature: beta })
+        }
+        JudgeSource::Model(location, loss) => {
+            let model = scorer::load(location.path(), *loss)?.model;
+            if run.scorers.get(metric) != Some(&model.hash()) {
+                return Err(Error::input(format!(
+                    "The judge {location} of `{metric}` is no longer the model that it was when the run began. Put it back, and run \
+                     the same command again."
+                )));
+            }
+            ask(Judge::Model { model: &model, loss: *loss })
         }
         JudgeSource::Quickstart(metric) => {
             ask(Judge::Quickstart { world: &World::new(run.recipe.run.seed), metric: *metric })

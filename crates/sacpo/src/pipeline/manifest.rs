@@ -57,6 +57,9 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     }
     hasher.update(inputs.base.tokenizer.hash().as_bytes());
     hasher.update(format!("{:?}", inputs.base.generation).as_bytes());
+    for hash in inputs.scorers.values() {
+        hasher.update(hash.as_bytes());
+    }
     for data in &inputs.data {
         hasher.update(data.train.fingerprint().as_bytes()).update(data.validation.fingerprint().as_bytes());
     }

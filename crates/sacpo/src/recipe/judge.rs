@@ -1,14 +1,17 @@
 //! `[[judge]]`: who scores answers by a metric.
 
+use align::objective::ScoreLoss;
 use align::world::Metric;
 use engine::Result;
+use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
 use super::blend::PolicyRef;
+use super::location::Location;
 use super::plan::Sweep;
 use super::section::Section;
 
-pub(super) const JUDGE_KEYS: &[&str] = &["metric", "policy", "quickstart"];
+pub(super) const JUDGE_KEYS: &[&str] = &["metric", "policy", "reward_model", "cost_model", "quickstart"];
 
 /// `[[judge]]`: scores of answers by one metric.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,21 +24,34 @@ pub struct Judge {
 }
 
 /// Where a judge's scores come from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, PartialEq)]
 pub enum JudgeSource {
     /// The implicit reward β log π/π_start of a trained policy, relative to its mean over answers of the base model.
     Policy(PolicyRef),
+    /// The score of a reward model, or the cost by a cost model times −1, so that at least 0 is safe: folders of a sequence
+    /// classification with one label.
+    Model(Location, ScoreLoss),
     /// What the quickstart world says exactly.
-    #[serde(serialize_with = "metric_name")]
     Quickstart(Metric),
 }
 
 const WORLD_METRICS: [(&str, Metric); 2] = [("reward", Metric::Reward), ("safety", Metric::Safety)];
 
-fn metric_name<S: Serializer>(metric: &Metric, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    let name = WORLD_METRICS.iter().find(|(_, other)| other == metric).map_or("", |(name, _)| name);
-    serializer.serialize_str(name)
+/// One key and its value, as recipes have them.
+impl Serialize for JudgeSource {
+    fn serialize<S: Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(1))?;
+        match self {
+            Self::Policy(policy) => map.serialize_entry("policy", policy)?,
+            Self::Model(location, ScoreLoss::Reward) => map.serialize_entry("reward_model", location)?,
+            Self::Model(location, ScoreLoss::Cost) => map.serialize_entry("cost_model", location)?,
+            Self::Quickstart(metric) => {
+                let name = WORLD_METRICS.iter().find(|(_, other)| other == metric).map_or("", |(name, _)| name);
+                map.serialize_entry("quickstart", name)?;
+            }
+        }
+        map.end()
+    }
 }
 
 impl Judge {
@@ -44,20 +60,34 @@ impl Judge {
         if above.iter().any(|judge| judge.metric == metric) {
             return Err(section.error(&format!("The metric `{metric}` has another judge above. Keep one of them.")));
         }
-        let source = match (section.text("policy")?, section.choice("quickstart", &WORLD_METRICS)?) {
-            (Some(name), None) => {
-                let policy = trained.policy(section, "policy", &name)?;
-                check_implicit(section, &metric, &policy, trained)?;
-                JudgeSource::Policy(policy)
-            }
-            (None, Some(metric)) => JudgeSource::Quickstart(metric),
-            (None, None) => {
+        let policy = section.text("policy")?.map(|name| {
+            let policy = trained.policy(section, "policy", &name)?;
+            check_implicit(section, &metric, &policy, trained)?;
+            Ok(JudgeSource::Policy(policy))
+        });
+        let model = |key: &str, loss: ScoreLoss| -> Result<Option<JudgeSource>> {
+            Ok(section.text(key)?.map(|path| JudgeSource::Model(path.into(), loss)))
+        };
+        let given = [
+            policy.transpose()?,
+            model("reward_model", ScoreLoss::Reward)?,
+            model("cost_model", ScoreLoss::Cost)?,
+            section.choice("quickstart", &WORLD_METRICS)?.map(JudgeSource::Quickstart),
+        ];
+        let mut given = given.into_iter().flatten();
+        let source = match (given.next(), given.next()) {
+            (Some(source), None) => source,
+            (None, _) => {
                 return Err(section.error(
-                    "It must say who judges: `policy`, a policy of this recipe that was trained on the metric, or `quickstart`, in \
-                     the quickstart's world.",
+                    "It must say who judges: `policy`, a policy of this recipe that was trained on the metric; `reward_model` or \
+                     `cost_model`, a folder; or `quickstart`, in the quickstart's world.",
                 ));
             }
-            (Some(_), Some(_)) => return Err(section.error("It has both `policy` and `quickstart`. Keep one of them.")),
+            (Some(_), Some(_)) => {
+                return Err(section.error(
+                    "It has several of `policy`, `reward_model`, `cost_model` and `quickstart`. Keep one of them.",
+                ));
+            }
         };
         Ok(Self { metric, source })
     }
