@@ -203,6 +203,11 @@ fn labels_and_margins_come_from_judges() {
     let world = read(&[CHAIN, "[[judge]]\nmetric = \"helpfulness\"\nquickstart = \"reward\"\n"]);
     assert_eq!(world.judge("helpfulness").unwrap().source, JudgeSource::Quickstart(Metric::Reward));
 
+    let cost = read(&[CHAIN, "[[judge]]\nmetric = \"harmlessness\"\ncost_model = \"runs/cost\"\n"]);
+    assert_eq!(
+        cost.judge("harmlessness").unwrap().source,
+        JudgeSource::Model("runs/cost".into(), align::objective::ScoreLoss::Cost)
+    );
     refused(&[CHAIN, ALONE, pecan, JUDGE], &["`step.4`", "`helpfulness` has no judge", "[[judge]]"]);
     refused(&[CHAIN, pecan, ALONE, JUDGE, judges], &["`step.3`", "`alone`", "not trained before this step"]);
     refused(
@@ -240,7 +245,9 @@ fn labels_and_margins_come_from_judges() {
     refused(&[CHAIN, &simpo, JUDGE], &["`simpo`, which has no reference"]);
     for (source, expected) in [
         ("", &["who judges"][..]),
-        ("policy = \"alone\"\nquickstart = \"safety\"\n", &["both `policy` and `quickstart`"]),
+        ("policy = \"alone\"\nquickstart = \"safety\"\n", &["several of", "Keep one"]),
+        ("reward_model = \"r\"\ncost_model = \"c\"\n", &["several of", "Keep one"]),
+        ("cost_model = 3\n", &["cost_model", "text in quotes"]),
         ("policy = \"base\"\n", &["no judge"]),
         ("policy = \"alnoe\"\n", &["no policy and no step", "`alone`"]),
         ("quickstart = \"harm\"\n", &["\"reward\" or \"safety\""]),
