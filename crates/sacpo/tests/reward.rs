@@ -11,17 +11,19 @@ use std::process::{Command, Stdio};
 use align::world::{Metric, World};
 use common::*;
 use engine::checkpoint::Checkpoint;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Pairs of answers to the prompts of the world, the better one by its exact value chosen.
 fn exact_pairs(folder: &TempDir, metric: Metric) -> String {
     let world = World::new(0);
-    let mut rows = String::new();
-    for (number, prompt) in world.train_prompts.iter().enumerate() {
+    let (mut rows, mut rng) = (String::new(), ChaCha8Rng::seed_from_u64(1));
+    for prompt in &world.train_prompts {
         let answers = world.answers(prompt);
-        for k in 0..6 {
-            let pair = [17 * number + 31 * k, 23 * number + 7 * k + 5].map(|at| &answers[at % answers.len()]);
+        for _ in 0..8 {
+            let pair = [(); 2].map(|()| &answers[rng.random_range(0..answers.len())]);
             let [a, b] = pair.map(|answer| answer.value(metric));
             if a == b {
                 continue;
@@ -53,16 +55,21 @@ const WELL: [&str; 4] =
 const BRIEFLY: [&str; 4] =
     ["train.learning_rate=1e-3", "train.batch_size=8", "train.save_every=1", "data.max_pairs=64"];
 
-/// Two files of answers to some of the world's prompts, `tail` behind each answer of the first.
+/// How many answers a policy of [`answers`] has to each prompt.
+const EACH: usize = 4;
+
+/// Two files of answers to the prompts that nothing is trained on.
 fn answers(folder: &TempDir) -> [String; 2] {
     let world = World::new(0);
-    ["a", "b"].map(|name| {
-        let row = |(number, prompt): (usize, &align::world::Prompt)| {
+    [("a", 2), ("b", 3)].map(|(name, seed)| {
+        let (mut rows, mut rng) = (String::new(), ChaCha8Rng::seed_from_u64(seed));
+        for prompt in &world.heldout_prompts {
             let answers = world.answers(prompt);
-            let answer = &answers[(if name == "a" { 13 } else { 29 } * number + 3) % answers.len()].text;
-            format!("{}\n", json!({"prompt": prompt.text, "answer": answer, "category": "world"}))
-        };
-        let rows: String = world.heldout_prompts.iter().enumerate().map(row).collect();
+            for _ in 0..EACH {
+                let answer = &answers[rng.random_range(0..answers.len())].text;
+                rows += &format!("{}\n", json!({"prompt": prompt.text, "answer": answer, "category": "world"}));
+            }
+        }
         file(folder, &format!("{name}.jsonl"), rows)
     })
 }
@@ -111,12 +118,12 @@ fn a_reward_model_learns_the_exact_reward_of_the_world() {
     let model = format!("{out}/checkpoint");
     let by_model = judge(&folder, "model.jsonl", &["--reward-model", &model]);
     let by_world = judge(&folder, "world.jsonl", &["--quickstart", "reward"]);
-    assert_eq!(by_model.len(), World::new(0).heldout_prompts.len());
+    assert_eq!(by_model.len(), EACH * World::new(0).heldout_prompts.len());
     let decided = by_model.iter().zip(&by_world).filter(|(_, world)| world["outcome"] != 0.5);
     let (agreeing, all) = decided.fold((0, 0), |(agreeing, all), (model, world)| {
         (agreeing + usize::from(model["outcome"] == world["outcome"]), all + 1)
     });
-    assert!(all > 60 && agreeing as f64 > 0.95 * f64::from(all), "{agreeing} of {all}");
+    assert!(all > 200 && agreeing as f64 > 0.95 * f64::from(all), "{agreeing} of {all}");
     let first = &by_model[0];
     assert_eq!(
         (&first["a"], &first["b"], &first["metric"], &first["category"]),
