@@ -55,7 +55,7 @@ pub(crate) enum Command {
     Logps(Logps),
     Loss(Loss),
     Generate(Generate),
-    Judge(Judge),
+    Judge(Box<Judge>),
     Serve(Serve),
     Merge(Merge),
     Rate(Rate),
