@@ -38,7 +38,12 @@ impl Task for ScoredPairs<'_> {
     }
 
     fn parameters(&self) -> String {
-        format!("{:?} of scores", self.loss)
+        // at equal scores, which tell trainings apart, the loss does not show which of two responses is the unsafe one
+        let mut labels = blake3::Hasher::new();
+        for pair in self.pairs.iter().filter(|_| self.loss == ScoreLoss::Cost) {
+            labels.update(&pair.is_unsafe.unwrap_or_default().map(u8::from));
+        }
+        format!("{:?} of scores {}", self.loss, labels.finalize().to_hex())
     }
 
     /// Metrics are of rewards, which are costs with the other sign, under the names that TRL has for implicit ones.

@@ -108,7 +108,7 @@ fn unanswered(prompts: &[&str], has: &AnswerFile, lacks: &AnswerFile) -> Error {
 }
 
 /// The start of a prompt.
-fn shortened(prompt: &str) -> String {
+pub(crate) fn shortened(prompt: &str) -> String {
     let mut start: String = prompt.chars().take(60).collect();
     if start.len() < prompt.len() {
         start.push('…');

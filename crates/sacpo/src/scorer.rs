@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use align::data::{
-    LabelledExample, LongPrompts, Prompt, RenderOptions, TemplateTail, TokenizedExample, tokenize_examples,
+    LabelledExample, LongPrompts, Prompt, RenderOptions, TemplateTail, TokenizedExample, Tokens, tokenize_examples,
+    tokenize_prompt,
 };
-use align::data::{Tokens, tokenize_prompt};
 use align::judge::Judge;
 use align::objective::ScoreLoss;
 use align::sequences::Sequences;
@@ -14,7 +14,8 @@ use engine::checkpoint::Checkpoint;
 use engine::{Error, Result, Tokenizer};
 use evaluate::judge::Scorer;
 
-use crate::answers::as_taken;
+use crate::answer_files::shortened;
+use crate::answers::as_chat;
 use crate::ui;
 
 /// Tokens of a scoring pass, unless one prompt with its answers has more.
@@ -55,15 +56,17 @@ pub(crate) struct TextScorer<'a> {
 }
 
 impl TextScorer<'_> {
-    /// The tokens of an answer to a prompt, as those of a response to train on. A policy may have answered nothing.
+    /// The tokens of an answer to a prompt, as those of a response to train on, and whether its end was cut. A policy may have
+    /// answered nothing.
     fn tokens(&self, prompt: &str, answer: &str, row: usize) -> Result<(TokenizedExample, bool)> {
-        let [prompt] = <[Prompt; 1]>::try_from(as_taken([Prompt::Text(prompt.to_owned())], self.tokenizer))
-            .map_err(|_| Error::Failed("One prompt became several.".into()))?;
+        let place = |_: usize| format!("An answer to {:?}", shortened(prompt));
+        let prompt = Prompt::Text(prompt.to_owned());
+        let prompt = if self.tokenizer.has_chat_template() { as_chat(prompt, None) } else { prompt };
         if answer.trim().is_empty() {
             let prompt: Tokens = tokenize_prompt(&prompt, self.tokenizer)?.into();
             let end: Vec<u32> = self.tokenizer.eos().into_iter().collect();
             if prompt.is_empty() || prompt.len() >= self.context || end.is_empty() {
-                return Err(Error::input(format!("The answer of comparison {row} is empty, and cannot be judged.")));
+                return Err(Error::input(format!("{} is empty, and cannot be judged. Leave it out.", place(row))));
             }
             return Ok((TokenizedExample { prompt, response: end.into(), desirable: true, row }, false));
         }
@@ -73,7 +76,6 @@ impl TextScorer<'_> {
             template_tail: self.template_tail,
             long_prompts: LongPrompts::Error,
         };
-        let place = |row: usize| format!("The answer of comparison {row}");
         let mut tokenized = tokenize_examples(&[example], &place, self.tokenizer, &options)?;
         let cut = tokenized.truncated_responses > 0;
         tokenized.rows.pop().map(|row| (row, cut)).ok_or_else(|| Error::Failed("An answer was lost.".into()))

@@ -91,7 +91,7 @@ fn a_stopped_training_of_scores_continues_bit_exactly() {
 }
 
 #[test]
-fn two_losses_are_two_trainings() {
+fn losses_and_labels_tell_trainings_apart() {
     let fixture = fixture();
     let pairs = pairs(&fixture["pairs"]);
     let [reward, cost] = [ScoreLoss::Reward, ScoreLoss::Cost].map(|loss| ScoredPairs::new(&pairs, loss).parameters());
@@ -99,7 +99,8 @@ fn two_losses_are_two_trainings() {
     let policy = Policy::Whole(scorer());
     let own = identity(&policy, &[&ScoredPairs::new(&pairs, ScoreLoss::Cost)], &options());
     let mut other = pairs.clone();
-    other[0].is_unsafe = Some([true, false]);
+    assert_eq!(other[1].is_unsafe, Some([false, true]));
+    other[1].is_unsafe = Some([true, false]);
     assert_ne!(own, identity(&policy, &[&ScoredPairs::new(&other, ScoreLoss::Cost)], &options()));
 }
 

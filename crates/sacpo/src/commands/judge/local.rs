@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use align::judge::Judge;
 use align::objective::ScoreLoss;
-use align::world::World;
+use align::world::{Metric, World};
 use engine::{Error, Result, Tokenizer};
 use evaluate::judge::{Comparison, Judge as _, ScoreJudge};
 use serde::Serialize;
@@ -71,8 +71,11 @@ pub(super) fn judge(command: &cli::Judge, comparisons: &[Comparison<'_>], global
             let world = World::new(0);
             let tokenizer = Tokenizer::from_json(&world.tokenizer_json(), Some("<s>"), Some("</s>"), None)?;
             let context = world.model_config().max_position_embeddings;
-            let name = format!("quickstart {metric:?}").to_lowercase();
-            by(Judge::Quickstart { world: &world, metric: *metric }, &tokenizer, context, name)?
+            let name = match metric {
+                Metric::Reward => "quickstart reward",
+                Metric::Safety => "quickstart safety",
+            };
+            by(Judge::Quickstart { world: &world, metric: *metric }, &tokenizer, context, name.into())?
         }
         _ => {
             return Err(Error::input(
