@@ -38,7 +38,7 @@ pub(crate) use record::Provenance;
 pub(crate) use record::write_json;
 use record::{KeptAdapter, Made};
 use train::Training;
-pub(crate) use train::options as train_options;
+pub(crate) use train::{options as train_options, parameters};
 
 use crate::policy::{self, PolicyName};
 use crate::ui;

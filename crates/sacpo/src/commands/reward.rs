@@ -8,7 +8,7 @@ use align::judge::Judge;
 use align::log::read_metric;
 use align::objective::ScoreLoss;
 use align::reward;
-use align::trainer::discard_state;
+use align::trainer::{Monitor, discard_state};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::{Error, Result};
 use evaluate::rating::Mean;
@@ -20,6 +20,7 @@ use super::{on_threads, print_json};
 use crate::cli::{Global, TrainScorer};
 use crate::hub::Hub;
 use crate::pipeline::{self, RunFolder};
+use crate::tracking::{About, tracked};
 use crate::ui;
 use sacpo::recipe::Recipe;
 
@@ -154,7 +155,12 @@ fn train_and_judge(
     let step = &recipe.steps[0];
     let options = pipeline::train_options(step, recipe.run.seed, recipe.run.memory_gib);
     let sides = [pairs.as_slice(), held_out];
-    let made = reward::train(&start.model, loss, sides, &options, &folder.path, &mut ui::TrainingBar::new("training"))?;
+    let about = About {
+        name: format!("{} model", loss.name()),
+        parameters: pipeline::parameters(step, &options, recipe.model.base.to_string(), pairs.len()),
+    };
+    let train = |monitor: &mut dyn Monitor| reward::train(&start.model, loss, sides, &options, &folder.path, monitor);
+    let made = tracked(&folder.path, &about, train)?;
     let checkpoint = folder.path.join("checkpoint");
     let Checkpoint { tokenizer, .. } = start;
     let scorer = Checkpoint { model: made.policy, tokenizer, generation: GenerationConfig::default() };

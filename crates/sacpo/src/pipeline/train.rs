@@ -164,24 +164,16 @@ impl Training {
 
     /// What tracking servers are told of the training.
     fn about(&self, run: &Run<'_>, objective: &str, examples: usize) -> About {
-        let (step, options) = (self.step(run), self.options(run));
-        let parameters = [
+        let step = self.step(run);
+        let base = run.recipe.model.base.to_string();
+        let mut parameters = parameters(step, &self.options(run), base, examples);
+        parameters.extend([
             ("step", step.name.clone()),
-            ("metric", step.metric.clone()),
-            ("objective", objective.into()),
+            ("objective", objective.to_owned()),
             ("temperature", self.beta.to_string()),
-            ("start", run.policies[self.parent].name().into()),
-            ("base", run.recipe.model.base.to_string()),
-            ("data", step.data.to_string()),
-            ("examples", examples.to_string()),
-            ("optimizer", options.optimizer.name().into()),
-            ("learning_rate", options.learning_rate.to_string()),
-            ("epochs", options.epochs.to_string()),
-            ("batch_size", options.batch_size.to_string()),
-            ("lora_rank", options.lora.map_or_else(|| "none".into(), |lora| lora.rank.to_string())),
-            ("seed", options.seed.to_string()),
-        ];
-        About { name: self.name.clone(), parameters: parameters.into() }
+            ("start", run.policies[self.parent].name().to_owned()),
+        ]);
+        About { name: self.name.clone(), parameters }
     }
 
     /// Trains the policy from its parent, and keeps it.
@@ -281,4 +273,26 @@ pub(crate) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainO
         patience: train.patience.map(|patience| patience as u64),
         ema_decay: train.ema_decay,
     }
+}
+
+/// What decides the result of any training, for tracking servers.
+pub(crate) fn parameters(
+    step: &Step,
+    options: &TrainOptions,
+    base: String,
+    examples: usize,
+) -> Vec<(&'static str, String)> {
+    let lora_rank = options.lora.as_ref().map_or_else(|| "none".into(), |lora| lora.rank.to_string());
+    vec![
+        ("base", base),
+        ("metric", step.metric.clone()),
+        ("data", step.data.to_string()),
+        ("examples", examples.to_string()),
+        ("optimizer", options.optimizer.name().to_owned()),
+        ("learning_rate", options.learning_rate.to_string()),
+        ("epochs", options.epochs.to_string()),
+        ("batch_size", options.batch_size.to_string()),
+        ("lora_rank", lora_rank),
+        ("seed", options.seed.to_string()),
+    ]
 }
