@@ -7,7 +7,9 @@ mod common;
 use std::collections::HashSet;
 use std::path::Path;
 
-use align::data::{DataFile, Format, PreferencePair, Prompt, is_held_out, read_pairs, read_prompts};
+use align::data::{
+    DataFile, Format, PreferencePair, Prompt, is_held_out, read_categorised_prompts, read_pairs, read_prompts,
+};
 use common::{chat, file, gzip, lines, pair, shared};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -284,6 +286,33 @@ fn prompts_come_from_json_and_from_text() {
     let expected = [Prompt::Text("One?".into()), Prompt::Text("  {Two}? ".into())];
     assert_eq!(read_prompts(&file("p.txt", text).path).unwrap(), expected);
     assert_eq!(read_prompts(&file("P.TXT.gz", gzip(text.as_bytes())).path).unwrap(), expected);
+}
+
+#[test]
+fn prompts_keep_their_category() {
+    let rows = [
+        json!({"prompt": "One?", "category": "x"}),
+        json!({"prompt": "Two?", "dataset": "y", "category": 3}),
+        json!({"prompt": "Three?"}),
+    ];
+    let read = read_categorised_prompts(&file("p.jsonl", lines(&rows)).path).unwrap();
+    let categories: Vec<Option<&str>> = read.iter().map(|row| row.category.as_deref()).collect();
+    assert_eq!(categories, [Some("x"), Some("y"), None]);
+    assert_eq!(read[2].prompt, Prompt::Text("Three?".into()));
+}
+
+#[test]
+fn a_prompt_is_a_text_to_read() {
+    for (prompt, expected) in [
+        (Prompt::Text("One?".into()), "One?"),
+        (chat(&[("system", "Be brief."), ("user", "One?")]), "One?"),
+        (
+            chat(&[("user", "One?"), ("assistant", "Yes."), ("user", "Two?")]),
+            "user:\nOne?\n\nassistant:\nYes.\n\nuser:\nTwo?",
+        ),
+    ] {
+        assert_eq!(prompt.text(), expected);
+    }
 }
 
 #[test]

@@ -4,8 +4,10 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use align::data::{self, Record};
+use engine::generate::Finish;
 use engine::{Error, Result};
 use evaluate::judge::Comparison;
+use serde::Deserialize as _;
 use serde_json::{Map, Value};
 
 /// The answers of one policy.
@@ -18,11 +20,16 @@ pub(crate) struct AnswerFile {
     answers: Vec<Answer>,
 }
 
+/// An answer as a file has it.
 #[derive(Debug)]
-struct Answer {
+pub(crate) struct Answer {
     prompt: String,
-    text: String,
+    pub(crate) text: String,
     category: Option<String>,
+    /// The number of its tokens, where the row says.
+    pub(crate) tokens: Option<usize>,
+    /// Why it ended, where the row says.
+    pub(crate) finish: Option<Finish>,
 }
 
 /// The columns that hold the prompt and the answer, by who writes them.
@@ -63,16 +70,43 @@ impl AnswerFile {
         Ok(Self { name, path: path.to_owned(), answers })
     }
 
+    /// The answers to these prompts, in their order. A prompt that is there several times is matched in order.
+    ///
+    /// # Errors
+    /// Prompts without an answer.
+    pub(crate) fn answers_to(&self, prompts: &[String]) -> Result<Vec<&Answer>> {
+        let own: HashMap<(&str, usize), &Answer> = numbered(&self.answers, |answer| &answer.prompt).collect();
+        let mut lacking = Vec::new();
+        let mut answers = Vec::with_capacity(prompts.len());
+        for (key, _) in numbered(prompts, String::as_str) {
+            match own.get(&key) {
+                Some(answer) => answers.push(*answer),
+                None => lacking.push(key.0),
+            }
+        }
+        if lacking.is_empty() {
+            return Ok(answers);
+        }
+        Err(Error::input(format!(
+            "{} of the {} prompts have no answer in {}: {}. It must hold an answer to every prompt, as often as it is asked and \
+             to the letter.",
+            lacking.len(),
+            prompts.len(),
+            self.path,
+            first_of(&lacking)
+        )))
+    }
+
     /// Comparisons of this policy's answers (A) with another one's (B) to the same prompts, in this one's order. A prompt that is
     /// there several times is matched in order.
     ///
     /// # Errors
     /// Prompts that only one of the two has answered.
     pub(crate) fn compared_with<'a>(&'a self, other: &'a Self) -> Result<Vec<Comparison<'a>>> {
-        let mut of_other: HashMap<(&str, usize), &Answer> = numbered(&other.answers).collect();
+        let mut of_other: HashMap<(&str, usize), &Answer> = numbered(&other.answers, |answer| &answer.prompt).collect();
         let mut comparisons = Vec::new();
         let mut alone = Vec::new();
-        for (key, answer) in numbered(&self.answers) {
+        for (key, answer) in numbered(&self.answers, |answer| &answer.prompt) {
             match of_other.remove(&key) {
                 Some(match_) => comparisons.push(Comparison {
                     prompt: key.0,
@@ -83,8 +117,10 @@ impl AnswerFile {
                 None => alone.push(key.0),
             }
         }
-        let left: Vec<&str> =
-            numbered(&other.answers).filter(|(key, _)| of_other.contains_key(key)).map(|(key, _)| key.0).collect();
+        let left: Vec<&str> = numbered(&other.answers, |answer| &answer.prompt)
+            .filter(|(key, _)| of_other.contains_key(key))
+            .map(|(key, _)| key.0)
+            .collect();
         for (prompts, has, lacks) in [(alone, self, other), (left, other, self)] {
             if !prompts.is_empty() {
                 return Err(unanswered(&prompts, has, lacks));
@@ -95,16 +131,21 @@ impl AnswerFile {
 }
 
 fn unanswered(prompts: &[&str], has: &AnswerFile, lacks: &AnswerFile) -> Error {
-    let shown: Vec<String> = prompts.iter().take(3).map(|prompt| format!("{:?}", shortened(prompt))).collect();
-    let more = if prompts.len() > shown.len() { ", …" } else { "" };
     Error::input(format!(
-        "{} of the prompts in {} have no answer in {}: {}{more}. Both must hold answers to the same prompts, as often and to the \
+        "{} of the prompts in {} have no answer in {}: {}. Both must hold answers to the same prompts, as often and to the \
          letter; answer those, or remove them.",
         prompts.len(),
         has.path,
         lacks.path,
-        shown.join(", ")
+        first_of(prompts)
     ))
+}
+
+/// The first of some prompts, shortened.
+fn first_of(prompts: &[&str]) -> String {
+    let shown: Vec<String> = prompts.iter().take(3).map(|prompt| format!("{:?}", shortened(prompt))).collect();
+    let more = if prompts.len() > shown.len() { ", …" } else { "" };
+    format!("{}{more}", shown.join(", "))
 }
 
 /// The start of a prompt.
@@ -116,13 +157,14 @@ pub(crate) fn shortened(prompt: &str) -> String {
     start
 }
 
-/// Answers by their prompt, and how often it was there before.
-fn numbered(answers: &[Answer]) -> impl Iterator<Item = ((&str, usize), &Answer)> {
+/// Items by their prompt, and how often it was there before.
+fn numbered<T>(items: &[T], prompt: impl Fn(&T) -> &str) -> impl Iterator<Item = ((&str, usize), &T)> {
     let mut seen: HashMap<&str, usize> = HashMap::new();
-    answers.iter().map(move |answer| {
-        let count = seen.entry(&answer.prompt).or_default();
+    items.iter().map(move |item| {
+        let prompt = prompt(item);
+        let count = seen.entry(prompt).or_default();
         *count += 1;
-        ((answer.prompt.as_str(), *count), answer)
+        ((prompt, *count), item)
     })
 }
 
@@ -148,8 +190,14 @@ fn answer(row: &Map<String, Value>, place: &str) -> Result<Answer> {
     if prompt.trim().is_empty() {
         return Err(Error::input(format!("{place} has an empty prompt. Correct or remove the row.")));
     }
-    let category = text(row, "category").or_else(|| text(row, "dataset")).map(str::to_owned);
-    Ok(Answer { prompt: prompt.to_owned(), text: answer.to_owned(), category })
+    let category = data::category_of(row).map(str::to_owned);
+    let tokens = match row.get("tokens") {
+        Some(Value::Array(tokens)) => Some(tokens.len()),
+        Some(number) => number.as_u64().and_then(|number| usize::try_from(number).ok()),
+        None => None,
+    };
+    let finish = row.get("finish").and_then(|finish| Finish::deserialize(finish).ok());
+    Ok(Answer { prompt: prompt.to_owned(), text: answer.to_owned(), category, tokens, finish })
 }
 
 fn text<'a>(row: &'a Map<String, Value>, column: &str) -> Option<&'a str> {

@@ -38,14 +38,27 @@ pub(crate) fn tokenize(tokenizer: &Tokenizer, policy: &Mixture<'_>, prompts: &[P
     Ok(tokens)
 }
 
-/// Prompts as a model takes them: as conversations if its tokenizer has a chat template.
-pub(crate) fn as_taken(prompts: impl IntoIterator<Item = Prompt>, tokenizer: &Tokenizer) -> Vec<Prompt> {
+/// Prompts as a model takes them: as conversations if its tokenizer has a chat template, after the system message if there is one.
+///
+/// # Errors
+/// A system message without a chat template.
+pub(crate) fn as_taken(
+    prompts: impl IntoIterator<Item = Prompt>,
+    tokenizer: &Tokenizer,
+    system: Option<&str>,
+) -> Result<Vec<Prompt>> {
     let chat = tokenizer.has_chat_template();
-    prompts.into_iter().map(|prompt| if chat { as_chat(prompt, None) } else { prompt }).collect()
+    if system.is_some() && !chat {
+        return Err(Error::input(
+            "A system message needs a chat template, and this model has none. Leave the message out, or write the text into \
+             the prompt.",
+        ));
+    }
+    Ok(prompts.into_iter().map(|prompt| if chat { as_chat(prompt, system) } else { prompt }).collect())
 }
 
 /// A plain prompt as the user's turn of a conversation; conversations stay, but for the system message.
-pub(crate) fn as_chat(prompt: Prompt, system: Option<&str>) -> Prompt {
+fn as_chat(prompt: Prompt, system: Option<&str>) -> Prompt {
     let message = |role: &str, content: String| Message { role: role.into(), content };
     let mut messages = match prompt {
         Prompt::Text(text) => vec![message("user", text)],

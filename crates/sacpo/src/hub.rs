@@ -21,7 +21,7 @@ use std::cell::LazyCell;
 use std::path::Path;
 
 use engine::{Error, Result};
-use sacpo::recipe::{Fetched, Recipe};
+use sacpo::recipe::{ExternalSource, Fetched, Recipe};
 
 use self::address::{Address, Kind, SCHEME};
 use self::cache::Cache;
@@ -96,6 +96,16 @@ impl Hub {
         }
         for location in recipe.data_locations() {
             location.fetched = self.fetch(&location.given, Content::Data)?;
+        }
+        for policy in &mut recipe.evaluate.policies {
+            let ExternalSource::Model { given, fetched } = &mut policy.source else { continue };
+            let mut here = given.clone();
+            for path in here.models_mut() {
+                if let Some(found) = self.fetch(path, Content::Model)? {
+                    *path = found.path;
+                }
+            }
+            *fetched = (here != *given).then_some(here);
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ mod cli;
 mod commands;
 mod hub;
 mod interrupt;
+mod judging;
 mod pipeline;
 mod policy;
 mod scorer;

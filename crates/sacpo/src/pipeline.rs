@@ -8,12 +8,15 @@
 //!                            adapter/ where an adapter was trained, which is folded into the checkpoint
 //! OUT/merges/NAME/           checkpoint/, policy.json
 //! OUT/cache/                 log-probabilities and answers that no later run needs to compute again
+//! OUT/answers/, verdicts/    what policies answer, and what judges say of it
 //! ```
 
 mod blend;
 mod constraint;
 mod data;
+mod drawing;
 pub(crate) mod dry_run;
+mod evaluation;
 mod folder;
 mod judge;
 pub(crate) mod manifest;
@@ -33,6 +36,7 @@ pub(crate) use data::load_scored_pairs;
 use data::{load_data, warn_of_objectives};
 use engine::checkpoint::{Checkpoint, StreamedModel, describe};
 use engine::{Error, LoraOptions, ModelConfig, Result};
+pub(crate) use evaluation::{AnsweredSet, Evaluation, Lengths};
 pub(crate) use folder::RunFolder;
 pub(crate) use record::Provenance;
 pub(crate) use record::write_json;
@@ -116,6 +120,7 @@ pub(crate) struct Inputs {
     data: Vec<StepData>,
     /// The hashes of the reward and cost models that judge, by metric.
     scorers: BTreeMap<String, String>,
+    evaluation: evaluation::Inputs,
 }
 
 /// What a run has made.
@@ -125,6 +130,8 @@ pub(crate) struct Outcome {
     pub(crate) data: Vec<StepData>,
     /// What came of the constraints, if there are any.
     pub(crate) constraint: Option<ConstraintOutcome>,
+    /// The answers of all policies, and their ratings.
+    pub(crate) evaluation: Evaluation,
 }
 
 /// The index among a run's policies of one that is planned, or of the base model.
@@ -139,6 +146,7 @@ struct Run<'r> {
     base: &'r Checkpoint,
     data: &'r [StepData],
     scorers: &'r BTreeMap<String, String>,
+    evaluation: &'r evaluation::Inputs,
     folder: &'r RunFolder,
     /// The base model, the plan's trained policies as far as they are made, then all others.
     policies: Vec<Policy>,
@@ -157,15 +165,16 @@ pub(crate) fn load_base(recipe: &Recipe) -> Result<Checkpoint> {
     Ok(base)
 }
 
-/// Loads the data of a recipe, whose tokens are files of the folder `cache` as long as they are used.
+/// Loads the data of a recipe and what its evaluation needs; the data's tokens are files of the folder `cache` as long as they are used.
 ///
 /// # Errors
 /// Bad input, or files that cannot be read or written.
 pub(crate) fn load_inputs(recipe: &Recipe, base: Checkpoint, cache: &Path) -> Result<Inputs> {
     let scorers = judge::scorers(recipe, &base)?;
+    let evaluation = evaluation::Inputs::load(recipe, &base)?;
     let load = |step| load_data(step, &base, recipe.run.seed, cache);
     let data = recipe.steps.iter().map(load).collect::<Result<Vec<_>>>()?;
-    Ok(Inputs { base, data, scorers })
+    Ok(Inputs { base, data, scorers, evaluation })
 }
 
 /// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
@@ -221,6 +230,7 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
     let prompts = constraint::prompts(&run)?;
     // from here on the folder is this recipe's, and no other one's that was finished in it
     folder.remove("manifest.json")?;
+    folder.remove_evaluation()?;
     folder.write("recipe.toml", &recipe.to_toml()?)?;
     for number in 0..run.plan.steps.len() {
         let training = run.training(&run.plan.steps[number]);
@@ -231,8 +241,9 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
     }
     let constraint = constraint::meet(&mut run, prompts)?;
     run.rank()?;
+    let evaluation = evaluation::carry_out(&run)?;
     let policies = run.policies;
-    Ok(Outcome { policies, data: inputs.data, constraint })
+    Ok(Outcome { policies, data: inputs.data, constraint, evaluation })
 }
 
 impl<'r> Run<'r> {
@@ -261,6 +272,7 @@ impl<'r> Run<'r> {
             base: &inputs.base,
             data: &inputs.data,
             scorers: &inputs.scorers,
+            evaluation: &inputs.evaluation,
             folder,
             policies: vec![base],
         }
@@ -277,27 +289,31 @@ impl<'r> Run<'r> {
         }
     }
 
-    /// Which of the plan's policies are complete: those that are trained, and those between them, of which mixtures are as
-    /// soon as both ends are.
+    /// The hashes of the base model and of the plan's policies, those that are trained and then those between them, as far as they
+    /// are complete. Mixtures are as soon as both ends are.
     ///
     /// # Errors
     /// A policy that is not the one that the recipe asks for. One that depends on another which is still to be made cannot be
     /// judged yet.
-    fn complete(&self) -> Result<[Vec<bool>; 2]> {
+    fn complete(&self) -> Result<Vec<Option<String>>> {
         let mut hashes = vec![self.hash(0)];
         for planned in &self.plan.steps {
             let record = self.training(planned).finished(self, &|index| hashes[index].clone())?;
             hashes.push(record.map(|record| record.provenance.model));
         }
-        let is_complete = |planned: &PlannedBlend| {
+        let of_between = |planned: &PlannedBlend| {
             let between = Between::from(planned);
             Ok(match planned.merging {
-                Some(merging) => between.finished(self, merging, &|index| hashes[index].clone())?.is_some(),
-                None => between.ends.iter().all(|&end| hashes[end].is_some()),
+                Some(merging) => {
+                    let record = between.finished(self, merging, &|index| hashes[index].clone())?;
+                    record.map(|record| record.provenance.model)
+                }
+                None => between.mixed_hash(&|index| hashes[index].clone()),
             })
         };
-        let between = self.plan.blends.iter().map(is_complete).collect::<Result<_>>()?;
-        Ok([hashes[1..].iter().map(Option::is_some).collect(), between])
+        let between = self.plan.blends.iter().map(of_between).collect::<Result<Vec<_>>>()?;
+        hashes.extend(between);
+        Ok(hashes)
     }
 
     /// The hash of a policy that is made, by its index.

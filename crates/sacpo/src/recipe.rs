@@ -6,6 +6,7 @@
 
 mod blend;
 mod constraint;
+mod evaluation;
 mod judge;
 mod location;
 mod options;
@@ -22,6 +23,8 @@ use blend::{MERGE_KEYS, MIX_KEYS};
 use constraint::CONSTRAINT_KEYS;
 pub use constraint::{ChoiceOptions, Constraint, Realise, StepRef};
 use engine::{Error, Result};
+pub use evaluation::{AnswerJudge, ChatJudge, Evaluate, External, ExternalSource, PromptSet, PromptSource};
+use evaluation::{EVALUATE_KEYS, Known};
 use judge::JUDGE_KEYS;
 pub use judge::{Judge, JudgeSource};
 pub use location::{Fetched, Location};
@@ -44,7 +47,6 @@ const ROOT_KEYS: &[&str] =
     &["model", "run", "data", "train", "step", "merge", "mix", "judge", "constraint", "evaluate"];
 const MODEL_KEYS: &[&str] = &["base"];
 const RUN_KEYS: &[&str] = &["out", "seed", "threads", "memory_gib"];
-const EVALUATE_KEYS: &[&str] = &["prompts", "max_new_tokens"];
 const SECTIONS: &[(&str, &[&str])] = &[
     ("[model]", MODEL_KEYS),
     ("[run]", RUN_KEYS),
@@ -56,6 +58,9 @@ const SECTIONS: &[(&str, &[&str])] = &[
     ("[[judge]]", JUDGE_KEYS),
     ("[constraint]", CONSTRAINT_KEYS),
     ("[evaluate]", EVALUATE_KEYS),
+    ("[[evaluate.prompts]]", evaluation::PROMPTS_KEYS),
+    ("[[evaluate.policy]]", evaluation::POLICY_KEYS),
+    ("[[evaluate.judge]]", evaluation::JUDGE_KEYS),
 ];
 
 /// A whole experiment, checked and with all defaults filled in.
@@ -104,15 +109,6 @@ pub struct Run {
     pub threads: Option<usize>,
     /// The memory that training may take, in GiB, > 0. Default: what the machine has.
     pub memory_gib: Option<f64>,
-}
-
-/// `[evaluate]`: what to ask every policy when training is done.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Evaluate {
-    /// Prompts that the base model and every policy answer, side by side. Default: none.
-    pub prompts: Vec<String>,
-    /// The length of an answer at most, in tokens, ≥ 1. Default 64.
-    pub max_new_tokens: usize,
 }
 
 impl Recipe {
@@ -182,7 +178,12 @@ impl Recipe {
             constraint.check_start(section, &steps, &plan)?;
         }
         let (blended, blend_sections): (Vec<Blend>, Vec<Section<'_>>) = merges.into_iter().chain(mixes).unzip();
-        let (mixes, merges) = blended.into_iter().partition(|blend| blend.merging.is_none());
+        let (mixes, merges): (Vec<Blend>, _) = blended.into_iter().partition(|blend| blend.merging.is_none());
+        let blends = plan::between(&merges).chain(plan::between(&mixes)).map(|blend| blend.name);
+        let policies: Vec<String> =
+            std::iter::once(BASE.into()).chain(plan.iter().map(|policy| policy.name.clone())).chain(blends).collect();
+        let known_before = Known { policies: &policies, judges: &judges };
+        let evaluate = Evaluate::read(&known(root.section("evaluate")?, EVALUATE_KEYS)?, &known_before)?;
         let recipe = Self {
             model,
             run: Run::read(&known(root.section("run")?, RUN_KEYS)?, path)?,
@@ -191,7 +192,7 @@ impl Recipe {
             mixes,
             judges,
             constraints,
-            evaluate: Evaluate::read(&known(root.section("evaluate")?, EVALUATE_KEYS)?)?,
+            evaluate,
         };
         recipe.check_values(&sections)?;
         recipe.check_judges(&sections, &constraint_sections)?;
@@ -230,7 +231,16 @@ impl Recipe {
                 .chain(&mut step.data_options.exclude_prompts)
         });
         let choices = self.constraints.iter_mut().filter_map(|constraint| constraint.choice.as_mut());
-        of_steps.chain(choices.flat_map(|choice| [&mut choice.prompts, &mut choice.held_out_prompts]).flatten())
+        let of_choices = choices.flat_map(|choice| [&mut choice.prompts, &mut choice.held_out_prompts]).flatten();
+        let of_sets = self.evaluate.prompts.iter_mut().filter_map(|set| match &mut set.source {
+            PromptSource::File(file) => Some(file),
+            PromptSource::Texts(_) => None,
+        });
+        let of_policies = self.evaluate.policies.iter_mut().filter_map(|policy| match &mut policy.source {
+            ExternalSource::Answers(file) => Some(file),
+            ExternalSource::Model { .. } => None,
+        });
+        of_steps.chain(of_choices).chain(of_sets).chain(of_policies)
     }
 
     /// The judge of a metric.
@@ -377,15 +387,6 @@ impl Run {
             seed: section.seed("seed")?.unwrap_or(0),
             threads: section.count("threads", 1)?,
             memory_gib: section.number("memory_gib", POSITIVE)?,
-        })
-    }
-}
-
-impl Evaluate {
-    fn read(section: &Section<'_>) -> Result<Self> {
-        Ok(Self {
-            prompts: section.texts("prompts")?.unwrap_or_default(),
-            max_new_tokens: section.count("max_new_tokens", 1)?.unwrap_or(64),
         })
     }
 }

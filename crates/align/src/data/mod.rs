@@ -30,7 +30,7 @@ pub use convert::{Conversion, Converted};
 pub use dataset::Dataset;
 pub use layout::Target;
 pub use prepare::{Keep, Preparation, Prepared, Progress, Report};
-pub use read::{Source, read_examples, read_pairs, read_prompts, read_records};
+pub use read::{Source, category_of, read_categorised_prompts, read_examples, read_pairs, read_prompts, read_records};
 pub use relabel::{margins, relabel, set_margins};
 pub use render::{
     LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedExample, TokenizedPair, tokenize_examples,
@@ -49,6 +49,30 @@ pub enum Prompt {
     Text(String),
     /// A conversation, at least one message, that the model's chat template renders.
     Chat(Vec<Message>),
+}
+
+impl Prompt {
+    /// The prompt as a text to read: of a conversation that is one message of the user's, with a system message or without, that
+    /// message, and of a longer one all turns, each below who speaks.
+    pub fn text(&self) -> String {
+        let messages = match self {
+            Self::Text(text) => return text.clone(),
+            Self::Chat(messages) => messages.iter().filter(|message| message.role != "system").collect::<Vec<_>>(),
+        };
+        match messages[..] {
+            [message] => message.content.clone(),
+            _ => messages.iter().map(|m| format!("{}:\n{}", m.role, m.content)).collect::<Vec<_>>().join("\n\n"),
+        }
+    }
+}
+
+/// A prompt and what kind of prompt it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CategorisedPrompt {
+    /// The prompt.
+    pub prompt: Prompt,
+    /// Its kind, where the row names one.
+    pub category: Option<String>,
 }
 
 /// Two responses to one prompt and which of them is preferred.

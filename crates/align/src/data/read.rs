@@ -9,7 +9,7 @@ use engine::{Error, Result};
 
 use super::schema::{BadRow, Columns, Format, RowResult, Schema, prompt_of};
 use super::source::{Kinds, Places, visit_rows};
-use super::{DataFile, LabelledExample, PreferencePair, Prompt, Record};
+use super::{CategorisedPrompt, DataFile, LabelledExample, PreferencePair, Prompt, Record};
 
 /// A kind of row that training takes.
 pub(super) trait Usable: Sized {
@@ -169,13 +169,27 @@ pub fn read_examples(
 /// A `.txt` file holds one prompt a line, blank lines left out. Every other file, and `.csv` too, has a column `prompt`, a
 /// string or a list of messages; other columns are ignored. A bad row is an error that names file, row, column and remedy.
 pub fn read_prompts(path: &Path) -> Result<Vec<Prompt>> {
+    Ok(read_categorised_prompts(path)?.into_iter().map(|row| row.prompt).collect())
+}
+
+/// Reads prompts as [`read_prompts`] does, each with its `category` (or `dataset`) where the row has that column, a text.
+pub fn read_categorised_prompts(path: &Path) -> Result<Vec<CategorisedPrompt>> {
     let mut prompts = Vec::new();
     visit_rows(path, Kinds::Prompts, &Arc::default(), |row, places| {
-        let prompt = row.columns.and_then(|columns| prompt_of(&columns));
+        let read = |columns: Columns| {
+            let category = category_of(&columns).map(str::to_owned);
+            prompt_of(&columns).map(|prompt| CategorisedPrompt { prompt, category })
+        };
+        let prompt = row.columns.and_then(read);
         prompts.push(prompt.map_err(|bad| bad_row(&bad, &places.of(row.number)))?);
         Ok(ControlFlow::Continue(()))
     })?;
     if prompts.is_empty() { Err(nothing_usable(path, "prompt", 0, None)) } else { Ok(prompts) }
+}
+
+/// The kind of prompt that a row is about: its column `category`, or `dataset` as alpaca_eval has it.
+pub fn category_of(columns: &Columns) -> Option<&str> {
+    ["category", "dataset"].iter().find_map(|column| columns.get(*column)?.as_str())
 }
 
 /// Reads the rows of the files that [`read_pairs`] takes, with all their columns.

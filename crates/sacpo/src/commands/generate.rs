@@ -1,12 +1,12 @@
 //! `sacpo generate`.
 
-use align::data::{self, Prompt};
+use align::data::{self, CategorisedPrompt, Prompt};
+use engine::Result;
 use engine::generate::{Answer, SamplingOptions};
-use engine::{Error, Result};
 use serde::Serialize;
 
 use super::print_json;
-use crate::answers::{answer, as_chat};
+use crate::answers::{answer, as_taken};
 use crate::cli::{Generate, Global};
 use crate::policy::Policy;
 use crate::ui;
@@ -21,6 +21,8 @@ struct Answered<'a> {
     prompt: String,
     #[serde(flatten)]
     answer: &'a Answer,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    category: Option<&'a str>,
 }
 
 pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
@@ -36,39 +38,31 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         batch_size: options.batch_size,
     };
     sampling.validate()?;
-    let prompts = match &options.prompts {
-        Some(path) => data::read_prompts(path)?,
-        None => options.prompt.iter().map(|text| Prompt::Text(text.clone())).collect(),
+    let alone = |text: &String| CategorisedPrompt { prompt: Prompt::Text(text.clone()), category: None };
+    let rows = match &options.prompts {
+        Some(path) => data::read_categorised_prompts(path)?,
+        None => options.prompt.iter().map(alone).collect(),
     };
     let policy = Policy::load(&options.model, options.extrapolate)?;
-    let has_template = policy.first.tokenizer.has_chat_template();
-    if options.system.is_some() && !has_template {
-        return Err(Error::input(
-            "--system needs a chat template, and this model has none. Leave --system out, or write the text into the \
-             prompt.",
-        ));
-    }
-    let chat = has_template && !options.raw;
-    let prompts: Vec<Prompt> =
-        prompts.into_iter().map(|p| if chat { as_chat(p, options.system.as_deref()) } else { p }).collect();
+    let prompts: Vec<Prompt> = rows.iter().map(|row| row.prompt.clone()).collect();
+    let prompts = match options.raw {
+        true => prompts,
+        false => as_taken(prompts, &policy.first.tokenizer, options.system.as_deref())?,
+    };
     let bar = ui::bar(prompts.len() as u64, "answers");
     let mut advance = ui::advance(&bar);
     let answers = answer(&policy, &prompts, &sampling, &mut advance)?;
     bar.finish_and_clear();
+    let answered = rows.iter().zip(&answers).map(|(row, answer)| Answered {
+        prompt: row.prompt.text(),
+        answer,
+        category: row.category.as_deref(),
+    });
     if global.json {
-        let answers = prompts.iter().zip(&answers).map(|(p, answer)| Answered { prompt: text_of(p), answer }).collect();
-        return print_json(&Output { answers });
+        return print_json(&Output { answers: answered.collect() });
     }
-    for (prompt, answer) in prompts.iter().zip(&answers) {
-        ui::print(format!("> {}\n\n{}\n", text_of(prompt), answer.text.trim_end()))?;
+    for Answered { prompt, answer, .. } in answered {
+        ui::print(format!("> {prompt}\n\n{}\n", answer.text.trim_end()))?;
     }
     Ok(())
-}
-
-/// The text to show for a prompt: the last turn of a conversation.
-fn text_of(prompt: &Prompt) -> String {
-    match prompt {
-        Prompt::Text(text) => text.clone(),
-        Prompt::Chat(messages) => messages.last().map(|m| m.content.clone()).unwrap_or_default(),
-    }
 }

@@ -38,10 +38,7 @@ fn tokenizer(path: &mut PathBuf) -> Input<'_> {
 }
 
 fn policy(name: &mut PolicyName) -> Vec<Input<'_>> {
-    match name {
-        PolicyName::Model(path) => vec![model(path)],
-        PolicyName::Mix { a, b, .. } => vec![model(a), model(b)],
-    }
+    name.models_mut().into_iter().map(model).collect()
 }
 
 /// What a command reads, in the order in which it is fetched.

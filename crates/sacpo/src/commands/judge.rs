@@ -5,19 +5,15 @@ mod local;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use engine::checkpoint::atomic;
 use engine::{Error, Result};
-use evaluate::judge::{
-    ApiKey, Budget, ChatJudge, ChatOptions, Comparison, Judge as _, Judgement, Missing, Plan, Prices, Progress, Store,
-    SystemClock, Usage,
-};
+use evaluate::judge::{Budget, ChatJudge, ChatOptions, Comparison, Plan, Prices, Store, SystemClock, Usage};
 use serde::Serialize;
-use serde_json::{Map, Value};
 
 use super::{on_threads, print_json};
 use crate::answer_files::AnswerFile;
 use crate::cli::{Global, Judge, JudgeBudget};
-use crate::{interrupt, ui};
+use crate::judging::{Counts, api_key, describe, judge_all, request_fields, taken, write};
+use crate::ui;
 
 #[derive(Serialize)]
 struct Output<'a> {
@@ -69,25 +65,8 @@ fn by_endpoint(command: &Judge, comparisons: &[Comparison<'_>], global: Global) 
     if command.dry_run {
         return tell_plan(&plan, comparisons.len(), prices, global);
     }
-    ui::say(format!("{}.", describe(&plan, comparisons.len())));
-
-    let bar = ui::bar(plan.verdicts as u64, "verdicts");
-    // only what is done from here counts for the rate
-    bar.set_position(plan.kept as u64);
-    bar.reset_eta();
-    let mut heartbeat = ui::Heartbeat::new();
-    let judged = judge.judge(comparisons, &mut |progress| {
-        let message = message(progress, &plan, prices, start.elapsed());
-        bar.set_position(progress.done as u64);
-        heartbeat.beat(&bar, || format!("  {} of {} verdicts, {message}", progress.done, progress.total));
-        bar.set_message(message);
-        interrupt::check()
-    })?;
-    bar.finish_and_clear();
-
-    let count = |missing| judged.judgements.iter().filter(|judgement| judgement.missing == Some(missing)).count();
-    let (verdicts, unreadable) = (judged.judgements.len(), count(Missing::Unreadable));
-    let there = verdicts - count(Missing::NotJudged);
+    let judged = judge_all(&judge, &plan, comparisons, prices)?;
+    let Counts { verdicts, unreadable, there } = Counts::of(&judged.judgements);
     if there > 0 {
         write(&command.out, &judged.judgements)?;
     }
@@ -158,43 +137,18 @@ fn options(command: &Judge, prices: Option<Prices>) -> Result<ChatOptions> {
     Ok(ChatOptions {
         endpoint: endpoint.clone(),
         model: model.clone(),
-        key: key(judge.api_key_env.as_deref())?,
+        key: api_key(judge.api_key_env.as_deref())?,
         rubric,
         repeats: judge.repeats,
         temperature: judge.temperature,
         max_tokens: judge.max_tokens,
-        fields: judge.set.iter().map(|field| parse_field(field)).collect::<Result<Map<_, _>>>()?,
+        fields: request_fields(&judge.set)?,
         attempts: judge.attempts,
         retries: judge.retries,
         timeout: Duration::from_secs(judge.timeout),
         concurrency: judge.concurrency.into(),
         budget: Budget { calls: budget.max_calls, cost: budget.max_cost.zip(prices) },
     })
-}
-
-fn key(variable: Option<&str>) -> Result<ApiKey> {
-    let key = ApiKey::from_env(variable.unwrap_or("OPENAI_API_KEY"))?;
-    match variable {
-        Some(variable) if !key.is_set() => {
-            Err(Error::input(format!("The environment variable {variable} is not set. Put the API key into it.")))
-        }
-        _ => Ok(key),
-    }
-}
-
-/// A field of requests: JSON, or what is no JSON as a text.
-fn parse_field(field: &str) -> Result<(String, Value)> {
-    let Some((key, value)) = field.split_once('=').filter(|(key, _)| !key.is_empty()) else {
-        return Err(Error::input(format!("--set {field} is no field and value. Write KEY=VALUE, such as seed=1.")));
-    };
-    Ok((key.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| Value::from(value))))
-}
-
-fn describe(plan: &Plan, comparisons: usize) -> String {
-    let Plan { verdicts, kept, calls, .. } = plan;
-    format!(
-        "{comparisons} comparisons make {verdicts} verdicts; the store has {kept}, and the others take {calls} calls"
-    )
 }
 
 fn tell_plan(plan: &Plan, comparisons: usize, prices: Option<Prices>, global: Global) -> Result<()> {
@@ -224,37 +178,4 @@ fn tell_plan(plan: &Plan, comparisons: usize, prices: Option<Prices>, global: Gl
     let used =
         if plan.used.calls > 0 { format!(" So far it took {}.", taken(plan.used, prices)) } else { String::new() };
     ui::print(format!("{}.{used}{most}", describe(plan, comparisons)))
-}
-
-/// A usage in words, with its cost where prices are known.
-fn taken(usage: Usage, prices: Option<Prices>) -> String {
-    let Usage { calls, input_tokens, output_tokens } = usage;
-    let cost = prices.map(|prices| format!(", which cost {:.4}", prices.cost(usage))).unwrap_or_default();
-    format!("{calls} calls, {input_tokens} tokens in and {output_tokens} out{cost}")
-}
-
-/// What stands beside the bar.
-fn message(progress: &Progress, plan: &Plan, prices: Option<Prices>, elapsed: Duration) -> String {
-    let rate = (progress.done - plan.kept.min(progress.done)) as f64 / elapsed.as_secs_f64().max(1.0) * 60.0;
-    let mut message = format!("{rate:.0} a minute, {} calls", progress.usage.calls);
-    if let Some(prices) = prices {
-        message += &format!(", cost {:.2}", prices.cost(progress.usage));
-    }
-    if progress.unreadable > 0 {
-        message += &format!(", {} unreadable", progress.unreadable);
-    }
-    if let Some(trouble) = &progress.trouble {
-        message += &format!("; again, since {trouble}");
-    }
-    message
-}
-
-fn write(path: &Path, judgements: &[Judgement]) -> Result<()> {
-    atomic::write_file(path, |out| {
-        for judgement in judgements {
-            serde_json::to_writer(&mut *out, judgement)?;
-            out.write_all(b"\n")?;
-        }
-        Ok(())
-    })
 }

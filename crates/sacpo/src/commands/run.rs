@@ -4,21 +4,21 @@ use std::fmt::Write as _;
 use std::path::Path;
 use std::time::Instant;
 
-use align::data::Prompt;
 use align::log::read_metric;
-use engine::checkpoint::Checkpoint;
-use engine::generate::{Answer, SamplingOptions};
 use engine::{Error, Result};
 use evaluate::curves::{Series, curves_svg};
+use evaluate::rating::markdown;
 use serde_json::{Value, json};
 
 use super::{on_threads, print_json};
-use crate::answers::{answer, as_taken, tokenize};
 use crate::cli::{Global, Run, Train};
 use crate::hub::Hub;
-use crate::pipeline::{self, Outcome, Policy, RunFolder, dry_run, manifest};
+use crate::pipeline::{self, AnsweredSet, Lengths, Outcome, Policy, RunFolder, dry_run, manifest};
 use crate::ui;
 use sacpo::recipe::Recipe;
+
+/// Prompts of a set whose answers a summary shows.
+const SHOWN_PROMPTS: usize = 8;
 
 pub(super) fn run(options: &Run, global: Global) -> Result<()> {
     let mut overrides = options.set.clone();
@@ -65,9 +65,6 @@ fn on_its_threads(mut recipe: Recipe, global: Global, dry: bool) -> Result<()> {
 fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     let start = Instant::now();
     let base = pipeline::load_base(recipe)?;
-    // now rather than after hours of training
-    tokenize(&base.tokenizer, &(&base.model).into(), &prompts_for(&base, recipe))
-        .map_err(|error| Error::input(format!("In `evaluate.prompts` of the recipe: {error}")))?;
     if dry {
         let cache = tempfile::tempdir().map_err(Error::io("create a folder in", &std::env::temp_dir()))?;
         let forecast = dry_run::forecast(recipe, &pipeline::load_inputs(recipe, base, cache.path())?)?;
@@ -99,7 +96,6 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
         return ui::print(format!("Its results: {}", folder.path.join("summary.md").display()));
     }
     let outcome = pipeline::run(recipe, inputs, &folder)?;
-    let answers = answers(recipe, &outcome, &folder)?;
     let metrics = ranked(recipe);
     for (file, title, metric) in
         [("loss.svg", "Training loss", "loss"), ("margins.svg", "Reward margin in training", "rewards/margins")]
@@ -117,10 +113,11 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     }
     let table = validation_table(&metrics, &outcome.policies);
     let seconds = start.elapsed().as_secs_f64();
-    folder.write("summary.md", &summary(recipe, &outcome, &table, &answers, seconds))?;
+    folder.write("summary.md", &summary(recipe, &outcome, &table, seconds))?;
     let result = json!({
         "policies": outcome.policies.iter().map(|p| policy_json(p, &metrics)).collect::<Vec<_>>(),
         "constraint": outcome.constraint,
+        "answers": lengths_json(&outcome.evaluation.sets),
         "seconds": seconds,
         "peak_memory_bytes": engine::memory::peak(),
         "out": folder.path,
@@ -193,35 +190,14 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-/// The greedy answers of every policy to the recipe's prompts, `[policy][prompt]`.
-fn answers(recipe: &Recipe, outcome: &Outcome, folder: &RunFolder) -> Result<Vec<Vec<Answer>>> {
-    let prompts = &recipe.evaluate.prompts;
-    if prompts.is_empty() {
-        return Ok(Vec::new());
-    }
-    let sampling = SamplingOptions { max_new_tokens: recipe.evaluate.max_new_tokens, ..SamplingOptions::default() };
-    let mut all = Vec::new();
-    let mut lines = String::new();
-    for policy in &outcome.policies {
-        let loaded = policy.load()?;
-        let prompts = prompts_for(&loaded.first, recipe);
-        let bar = ui::bar(prompts.len() as u64, &format!("answers of {}", policy.name()));
-        all.push(answer(&loaded, &prompts, &sampling, &mut ui::advance(&bar))?);
-        bar.finish_and_clear();
-    }
-    for (policy, answers) in outcome.policies.iter().zip(&all) {
-        for (prompt, answer) in prompts.iter().zip(answers) {
-            let line = json!({"policy": policy.name(), "prompt": prompt, "text": answer.text, "finish": answer.finish});
-            let _ = writeln!(lines, "{line}");
-        }
-    }
-    folder.write("answers.jsonl", &lines)?;
-    Ok(all)
-}
-
-/// The recipe's prompts as the model takes them.
-fn prompts_for(checkpoint: &Checkpoint, recipe: &Recipe) -> Vec<Prompt> {
-    as_taken(recipe.evaluate.prompts.iter().map(|text| Prompt::Text(text.clone())), &checkpoint.tokenizer)
+/// How long every policy's answers to every set of prompts are.
+fn lengths_json(sets: &[AnsweredSet]) -> Value {
+    let of_set = |set: &AnsweredSet| {
+        let of_policy = |(name, answers): &(String, Vec<_>)| (name.clone(), json!(Lengths::of(answers)));
+        let lengths: serde_json::Map<String, Value> = set.policies.iter().map(of_policy).collect();
+        (set.name.clone(), Value::Object(lengths))
+    };
+    Value::Object(sets.iter().map(of_set).collect())
 }
 
 /// A metric over the optimizer steps of every policy that has it.
@@ -236,7 +212,7 @@ fn curves(outcome: &Outcome, folder: &RunFolder, metric: &str) -> Result<Vec<Ser
 }
 
 /// The run as a page to read: policies, answers, and what it took.
-fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answer>], seconds: f64) -> String {
+fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, seconds: f64) -> String {
     let mut page = String::from("# Results\n\n");
     let _ = writeln!(page, "Base model: `{}`. Seed {}.\n", recipe.model.base, recipe.run.seed);
     for (step, data) in recipe.steps.iter().zip(&outcome.data) {
@@ -260,19 +236,39 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, answers: &[Vec<Answe
     if let Some(constraint) = &outcome.constraint {
         let _ = writeln!(page, "\n## Constraint\n\n{}", constraint.text());
     }
-    if !answers.is_empty() {
-        page.push_str("\n## Answers\n");
+    for (name, ratings) in &outcome.evaluation.ratings {
+        // its own headings go below this one
+        let ratings = markdown(ratings).replace("\n## ", "\n### ");
+        let _ = write!(page, "\n## Ratings: {name}\n\n{ratings}");
     }
-    for (number, prompt) in recipe.evaluate.prompts.iter().enumerate() {
-        let _ = writeln!(page, "\n### {prompt}\n");
-        for (policy, answers) in outcome.policies.iter().zip(answers) {
-            let text = answers[number].text.trim().replace('\n', "\n> ");
-            let _ = writeln!(page, "**{}**\n\n> {text}\n", policy.name());
-        }
+    for set in &outcome.evaluation.sets {
+        write_answers(&mut page, set);
     }
     let memory = engine::memory::peak().map(|b| format!(", {:.2} GiB at most", b as f64 / (1u64 << 30) as f64));
     let threads = rayon::current_num_threads();
     let took = duration(seconds);
     let _ = writeln!(page, "\n## Cost\n\nThis call took {took} on {threads} threads{}.", memory.unwrap_or_default());
     page
+}
+
+/// The answers to a set of prompts: how long they are, and the first of them side by side.
+fn write_answers(page: &mut String, set: &AnsweredSet) {
+    let _ =
+        write!(page, "\n## Answers: {}\n\n| policy | answers | mean tokens | cut |\n|---|---:|---:|---:|\n", set.name);
+    for (name, answers) in &set.policies {
+        let Lengths { mean_tokens, cut, .. } = Lengths::of(answers);
+        let cut = cut.map_or("–".to_owned(), |cut| format!("{:.1} %", 100.0 * cut));
+        let _ = writeln!(page, "| {name} | {} | {mean_tokens:.1} | {cut} |", answers.len());
+    }
+    let _ = writeln!(page, "\nCut: share of answers that reached `evaluate.max_new_tokens` or the end of the context.");
+    if set.prompts.len() > SHOWN_PROMPTS {
+        let _ = writeln!(page, "The first {SHOWN_PROMPTS} prompts; all are in `answers/{}/`.", set.name);
+    }
+    for (number, prompt) in set.prompts.iter().enumerate().take(SHOWN_PROMPTS) {
+        let _ = writeln!(page, "\n### {}\n", prompt.trim().replace('\n', " "));
+        for (name, answers) in &set.policies {
+            let text = answers[number].text.trim().replace('\n', "\n> ");
+            let _ = writeln!(page, "**{name}**\n\n> {text}\n");
+        }
+    }
 }

@@ -53,8 +53,14 @@ impl Between {
         let [a, b] = self.ends.map(|end| &run.policies[end]);
         let path = |policy: &Policy| policy.path().cloned().unwrap_or_default();
         let source = PolicyName::Mix { a: path(a), b: path(b), q: self.q };
-        let model = hash(&["mix", a.hash(), b.hash(), &self.q.to_string()]);
+        let model = self.mixed_hash(&|index| run.hash(index)).unwrap_or_default();
         self.policy(run, source, model, self.made(run, None), 0.0)
+    }
+
+    /// The hash of the policy whose logits are mixed, if both ends are known; `hash` gives those of policies by their index.
+    pub(super) fn mixed_hash(&self, hash: &dyn Fn(usize) -> Option<String>) -> Option<String> {
+        let [a, b] = self.ends.map(hash);
+        Some(hash_of(&["mix", &a?, &b?, &self.q.to_string()]))
     }
 
     /// The policy whose weights are merged, and kept, unless it is there already.
@@ -117,8 +123,8 @@ impl Between {
     fn keys(&self, run: &Run<'_>, merging: Merging, [a, b]: [&str; 2]) -> [String; 2] {
         let Merging { method, density } = merging;
         let base = if method.needs_base() { run.policies[0].hash() } else { "" };
-        let reference = hash(&[a, b, base]);
-        let key = hash(&[&reference, &format!("{method:?} {density:?} {} {}", self.q, run.recipe.run.seed)]);
+        let reference = hash_of(&[a, b, base]);
+        let key = hash_of(&[&reference, &format!("{method:?} {density:?} {} {}", self.q, run.recipe.run.seed)]);
         [key, reference]
     }
 
@@ -154,6 +160,6 @@ impl Between {
     }
 }
 
-fn hash(parts: &[&str]) -> String {
+fn hash_of(parts: &[&str]) -> String {
     blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string()
 }

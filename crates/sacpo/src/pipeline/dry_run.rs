@@ -11,7 +11,7 @@ use engine::{Error, Result, memory};
 use serde::Serialize;
 
 use super::train::options;
-use super::{Inputs, Run, RunFolder, constraint, manifest};
+use super::{Inputs, Run, RunFolder, constraint, evaluation, manifest};
 use crate::ui;
 use sacpo::recipe::{Recipe, Step};
 
@@ -61,13 +61,16 @@ struct Rates {
 pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
     let folder = RunFolder::unlocked(&recipe.run.out);
     let run = Run::new(recipe, inputs, &folder);
-    let [trained, between] = run.complete()?;
+    let hashes = run.complete()?;
+    let mut complete = hashes[1..].iter().map(Option::is_some);
     constraint::prompts(&run)?;
     let mut measured: Vec<(String, Rates)> = Vec::new();
     let mut scored: Vec<(usize, usize)> = Vec::new();
     let mut stages = Vec::new();
-    let name = |planned: Option<usize>| planned.map_or("base", |i| &run.plan.steps[i].name).to_owned();
-    for (planned, complete) in run.plan.steps.iter().zip(trained) {
+    let blends = run.plan.blends.iter().map(|blend| &blend.name);
+    let names: Vec<&String> = run.plan.steps.iter().map(|step| &step.name).chain(blends).collect();
+    let name = |planned: Option<usize>| planned.map_or("base", |i| names[i]).to_owned();
+    for (planned, complete) in run.plan.steps.iter().zip(complete.by_ref()) {
         let training = run.training(planned);
         let state = match complete {
             true => State::Complete,
@@ -99,12 +102,18 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
         let from = vec![name(planned.parent)];
         stages.push(Stage { name: planned.name.clone(), kind: "training", from, state, seconds });
     }
-    for (planned, complete) in run.plan.blends.iter().zip(between) {
+    for (planned, complete) in run.plan.blends.iter().zip(complete) {
         let kind = if planned.merging.is_some() { "merge" } else { "mix" };
         let state = if complete { State::Complete } else { State::Open };
         let from = planned.ends.map(name).to_vec();
         stages.push(Stage { name: planned.name.clone(), kind, from, state, seconds: None });
     }
+    // what is not known before is there in a finished run
+    let when_finished = if manifest::finished(&folder, &manifest::key(recipe, inputs)?).is_some() {
+        State::Complete
+    } else {
+        State::Open
+    };
     if let Some(choice) = recipe.constraints.first().and_then(|constraint| constraint.choice.as_ref()) {
         let names: Vec<&str> = recipe.constraints.iter().map(|constraint| constraint.metric.as_str()).collect();
         let name = format!(
@@ -116,14 +125,27 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             name: format!("{}: {name}", names.join(", ")),
             kind: "constraint",
             from,
-            // its policies are not known before, but a finished run has them
-            state: if manifest::finished(&folder, &manifest::key(recipe, inputs)?).is_some() {
-                State::Complete
-            } else {
-                State::Open
-            },
+            state: when_finished,
             seconds: None,
         });
+    }
+    let own: Vec<String> = (0..hashes.len()).map(|index| name(index.checked_sub(1))).collect();
+    for set in evaluation::stages(&run, &hashes) {
+        let from = own.iter().chain(&set.externals).cloned().collect();
+        let state = match set.blocks {
+            // a constraint asks for policies that are not known before
+            _ if !recipe.constraints.is_empty() => when_finished,
+            [kept, all] if kept == all => State::Complete,
+            [0, _] => State::Open,
+            _ => State::Begun,
+        };
+        stages.push(Stage { name: set.name, kind: "answers", from, state, seconds: None });
+    }
+    for judge in &recipe.evaluate.judges {
+        for set in &judge.sets {
+            let (name, from) = (judge.name_on(set), vec![format!("answers to {set}")]);
+            stages.push(Stage { name, kind: "judging", from, state: when_finished, seconds: None });
+        }
     }
     Ok(Forecast {
         // the sum of nothing would be −0

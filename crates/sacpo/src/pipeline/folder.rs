@@ -71,6 +71,20 @@ impl RunFolder {
         }
     }
 
+    /// Removes answers, verdicts and ratings, which are written anew of what is kept, so that none of another evaluation stay.
+    pub(super) fn remove_evaluation(&self) -> Result<()> {
+        for name in ["answers", "verdicts"] {
+            let path = self.path.join(name);
+            match std::fs::remove_dir_all(&path) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &path)(error));
+                }
+                _ => {}
+            }
+        }
+        self.remove("ratings.json")
+    }
+
     /// Where log-probabilities and answers are kept.
     pub(crate) fn cache(&self) -> PathBuf {
         self.path.join("cache")

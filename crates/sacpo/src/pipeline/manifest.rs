@@ -69,6 +69,7 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
             hasher.update(blake3::hash(&std::fs::read(&file).map_err(Error::io("read", &file))?).as_bytes());
         }
     }
+    inputs.evaluation.hash_into(&mut hasher);
     Ok(hasher.finalize().to_hex().to_string())
 }
 

@@ -1,16 +1,16 @@
 //! Prompts of a constraint, and answers that policies draw for them.
 
 use std::collections::{BTreeSet, HashSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use align::data;
 use align::judge::relative_to;
 use align::sequences::Sequences;
 use align::tabular::Table;
-use engine::checkpoint::atomic;
-use engine::generate::{SamplingOptions, generate};
+use engine::generate::SamplingOptions;
 use engine::{Error, Result};
 
+use super::drawing::Drawing;
 use super::{Policy, Run, judge};
 use crate::answers::{as_taken, tokenize};
 use crate::ui;
@@ -23,10 +23,10 @@ const BLOCK: usize = 1024;
 const BATCH: usize = 64;
 
 /// Answers that are scored in one pass with their prompt.
-const SCORED_TOGETHER: usize = 16;
+pub(super) const SCORED_TOGETHER: usize = 16;
 
 /// Tokens of a scoring pass, unless one prompt with its answers has more.
-const MICRO_BATCH_TOKENS: usize = 2048;
+pub(super) const MICRO_BATCH_TOKENS: usize = 2048;
 
 /// Tokens of answers with the token that ended them, `[prompt][answer]`.
 type Answers = Vec<Vec<Vec<u32>>>;
@@ -160,59 +160,26 @@ impl Prompts {
 
     /// The policy's answers, drawn at temperature 1 and kept.
     fn answers(&self, run: &Run<'_>, policy: &Policy) -> Result<Answers> {
-        let per_block = (BLOCK / self.answers).max(1);
-        let blocks: Vec<&[Vec<u32>]> = self.tokens.chunks(per_block).collect();
-        let places: Vec<PathBuf> = (0..blocks.len())
-            .map(|block| run.folder.cache().join(self.file_name(policy.hash(), blocks[block], block)))
-            .collect();
-        let mut kept: Vec<Option<Answers>> = places.iter().map(|path| read_kept(path)).collect();
-        if kept.iter().any(Option::is_none) {
-            ui::say(format!(
-                "  {} answers of {} to each of {} prompts.",
-                self.answers,
-                policy.name(),
-                self.tokens.len()
-            ));
-            let loaded = policy.load()?;
-            let total = blocks.iter().map(|block| block.len() * self.answers).sum::<usize>();
-            let bar = ui::bar(total as u64, &format!("answers of {}", policy.name()));
-            let mut before = 0;
-            for (number, block) in blocks.iter().enumerate() {
-                if kept[number].is_none() {
-                    let repeated: Vec<Vec<u32>> =
-                        block.iter().flat_map(|prompt| std::iter::repeat_n(prompt.clone(), self.answers)).collect();
-                    let mut advance = ui::advance(&bar);
-                    // every block has its own stream of random numbers
-                    let options = SamplingOptions {
-                        seed: self.options.seed.wrapping_add((number as u64) << 32),
-                        ..self.options.clone()
-                    };
-                    let drawn =
-                        generate(loaded.mixture()?, &repeated, &options, &|_| Ok(String::new()), &mut |done| {
-                            advance(before + done)
-                        })?;
-                    let tokens: Vec<Vec<u32>> =
-                        drawn.into_iter().map(|answer| ended(answer.tokens, answer.end)).collect();
-                    let answers: Answers = tokens.chunks(self.answers).map(<[_]>::to_vec).collect();
-                    keep(&places[number], &answers)?;
-                    kept[number] = Some(answers);
-                }
-                before += block.len() * self.answers;
+        let each = |prompt: &Vec<u32>| std::iter::repeat_n(prompt.clone(), self.answers);
+        let repeated: Vec<Vec<u32>> = self.tokens.iter().flat_map(each).collect();
+        let per_block = (BLOCK / self.answers).max(1) * self.answers;
+        let drawing = Drawing::open(&run.folder.cache(), policy.hash(), &repeated, per_block, &self.options);
+        let drawn = match drawing.kept() {
+            Ok(answers) => answers,
+            Err(drawing) => {
+                let (each, prompts) = (self.answers, self.tokens.len());
+                ui::say(format!("  {each} answers of {} to each of {prompts} prompts.", policy.name()));
+                let loaded = policy.load()?;
+                let bar = ui::bar(repeated.len() as u64, &format!("answers of {}", policy.name()));
+                // tokens are judged, and no text is needed
+                let no_text = |_: &[u32]| Ok(String::new());
+                let answers = drawing.complete(&loaded.mixture()?, &no_text, &mut ui::advance(&bar))?;
+                bar.finish_and_clear();
+                answers
             }
-            bar.finish_and_clear();
-        }
-        Ok(kept.into_iter().flatten().flatten().collect())
-    }
-
-    fn file_name(&self, policy: &str, prompts: &[Vec<u32>], block: usize) -> String {
-        let text = format!(
-            "{} {} {policy} {prompts:?} {block} {} {:?}",
-            env!("CARGO_PKG_VERSION"),
-            engine::instruction_set(),
-            self.answers,
-            self.options
-        );
-        format!("answers-{}.json", blake3::hash(text.as_bytes()).to_hex())
+        };
+        let tokens: Vec<Vec<u32>> = drawn.into_iter().map(|answer| ended(answer.tokens, answer.end)).collect();
+        Ok(tokens.chunks(self.answers).map(<[_]>::to_vec).collect())
     }
 }
 
@@ -226,7 +193,7 @@ fn ended(mut tokens: Vec<u32>, end: Option<u32>) -> Vec<u32> {
 fn read(run: &Run<'_>, path: &Path, plain_text: bool) -> Result<Vec<Vec<u32>>> {
     let tokenizer = &run.base.tokenizer;
     let prompts = data::read_prompts(path)?;
-    let prompts = if plain_text { prompts } else { as_taken(prompts, tokenizer) };
+    let prompts = if plain_text { prompts } else { as_taken(prompts, tokenizer, None)? };
     tokenize(tokenizer, &(&run.base.model).into(), &prompts)
         .map_err(|error| Error::input(format!("In {}: {error}", path.display())))
 }
@@ -252,16 +219,4 @@ fn sorted(answers: &[Vec<u32>]) -> Vec<&[u32]> {
     sorted.sort_unstable();
     sorted.dedup();
     sorted
-}
-
-/// Kept answers, or nothing when the file is missing or damaged (they are then drawn again).
-fn read_kept(path: &Path) -> Option<Answers> {
-    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
-}
-
-fn keep(path: &Path, answers: &Answers) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-    }
-    atomic::write_file(path, |out| Ok(serde_json::to_writer(out, answers)?))
 }

@@ -12,6 +12,7 @@ use crate::suggest::nearest;
 const MAX_COUNT: usize = 1_000_000_000;
 
 /// One table of a recipe.
+#[derive(Clone)]
 pub(super) struct Section<'a> {
     /// The path of the table: `train`, or `step.2`; empty for the whole document.
     path: String,
@@ -39,7 +40,8 @@ impl<'a> Section<'a> {
 
     /// The tables of the list `[[key]]`, numbered from 1; none if the key is missing.
     pub(super) fn sections(&self, key: &str) -> Result<Vec<Self>> {
-        let expected = format!("a list of sections, each written `[[{key}]]` with two pairs of brackets");
+        let name = self.path_of(key);
+        let expected = format!("a list of sections, each written `[[{name}]]` with two pairs of brackets");
         let Some(node) = self.table.get(key) else { return Ok(Vec::new()) };
         let Value::Array(items) = &node.value else { return Err(self.wrong(key, node, &expected)) };
         items
@@ -61,6 +63,12 @@ impl<'a> Section<'a> {
             Some(_) => Ok(vec![self.section(key)?]),
             None => Ok(Vec::new()),
         }
+    }
+
+    /// Whether the key is written `[[key]]`.
+    pub(super) fn has_sections(&self, key: &str) -> bool {
+        let is_table = |item: &Node| matches!(item.value, Value::Table(_));
+        matches!(self.table.get(key), Some(Node { value: Value::Array(items), .. }) if items.iter().any(is_table))
     }
 
     /// Fails on the first key that is not one of `keys`, with the nearest of them.
@@ -110,6 +118,19 @@ impl<'a> Section<'a> {
     pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<String>>> {
         let read = |node: &Node| match &node.value {
             Value::Array(items) => items.iter().map(as_text).collect(),
+            _ => None,
+        };
+        self.get(key, read, "a list of texts in quotes, none of them empty")
+    }
+
+    /// A list of texts that are not empty, but may be white space alone.
+    pub(super) fn stop_texts(&self, key: &str) -> Result<Option<Vec<String>>> {
+        let text = |node: &Node| match &node.value {
+            Value::String(text) if !text.is_empty() => Some(text.clone()),
+            _ => None,
+        };
+        let read = |node: &Node| match &node.value {
+            Value::Array(items) => items.iter().map(text).collect(),
             _ => None,
         };
         self.get(key, read, "a list of texts in quotes, none of them empty")
