@@ -2,11 +2,11 @@
 
 mod words;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde_json::{Map, Value};
 use tokenizers::{Model as _, OffsetReferential, OffsetType, PreTokenizer as _};
@@ -30,6 +30,10 @@ pub struct Tokenizer {
     adds_bos: bool,
     /// The texts of the special tokens that part what is before them from what is after them.
     dividers: Arc<HashMap<u32, String>>,
+    /// The texts of all special tokens, longest first, and their ids.
+    specials: Arc<Vec<(String, u32)>>,
+    /// The tokenizer that takes special tokens in a text for text, made when it is needed.
+    plain: Arc<OnceLock<tokenizers::Tokenizer>>,
     template: Option<ChatTemplate>,
 }
 
@@ -145,8 +149,24 @@ impl Tokenizer {
         };
         let dividers = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| divides(token));
         let dividers = Arc::new(dividers.map(|(id, token)| (id, token.content)).collect());
-        let words = Arc::default();
-        Ok(Self { inner: Arc::new(inner), words, json: json.into(), config, bos, eos, adds_bos, dividers, template })
+        let added = inner.get_added_tokens_decoder().into_iter().filter(|(_, token)| token.special);
+        let named = [&bos, &eos].into_iter().flatten().map(|token| (token.text.clone(), token.id));
+        let mut specials: Vec<(String, u32)> = added.map(|(id, token)| (token.content, id)).chain(named).collect();
+        specials.sort_by(|(a, _), (b, _)| b.len().cmp(&a.len()).then(a.cmp(b)));
+        specials.dedup();
+        Ok(Self {
+            inner: Arc::new(inner),
+            words: Arc::default(),
+            json: json.into(),
+            config,
+            bos,
+            eos,
+            adds_bos,
+            dividers,
+            specials: Arc::new(specials),
+            plain: Arc::default(),
+            template,
+        })
     }
 
     /// Writes `tokenizer.json`, `tokenizer_config.json` and, if there is one, `chat_template.jinja`.
@@ -287,6 +307,63 @@ impl Tokenizer {
             token.as_ref().map(|token| token.text.as_str())
         }
         template.render(messages, add_generation_prompt, text(&self.bos), text(&self.eos))
+    }
+
+    /// The tokens of a conversation under the chat template, in which special tokens that are written out in a message are text
+    /// like any other: nobody who writes a message can end it. Other conversations have the tokens of [`Self::chat`]'s text.
+    ///
+    /// # Errors
+    /// Those of [`Self::chat`] and [`Self::encode`]; [`Error::Input`] when a message holds a special token that the vocabulary
+    /// cannot spell in other tokens.
+    pub fn encode_chat_as_text(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Vec<u32>> {
+        let is_written = |text: &str| messages.iter().any(|message| message.content.contains(text));
+        let written: Vec<&str> =
+            self.specials.iter().map(|(text, _)| &**text).filter(|text| is_written(text)).collect();
+        if written.is_empty() {
+            return self.encode(&self.chat(messages, add_generation_prompt)?);
+        }
+        // while the template is filled in, characters that nobody uses stand for what is written
+        let unused = ('\u{F0000}'..='\u{FFFFD}').filter(|c| !is_written(c.encode_utf8(&mut [0; 4])));
+        let stand_ins: Vec<(String, &str)> = unused.map(String::from).zip(written).collect();
+        let stood_in = messages.iter().map(|message| {
+            let replaced = |text: String, (stand_in, written): &(String, &str)| text.replace(written, stand_in);
+            Message { content: stand_ins.iter().fold(message.content.clone(), replaced), ..message.clone() }
+        });
+        let text = self.chat(&stood_in.collect::<Vec<_>>(), add_generation_prompt)?;
+        let as_written = |part: &str| {
+            let replaced = |text: String, (stand_in, written): &(String, &str)| text.replace(stand_in, written);
+            stand_ins.iter().fold(part.to_owned(), replaced)
+        };
+
+        // the special tokens that are left are the template's; what stands between them is text
+        let special: HashSet<u32> = self.specials.iter().map(|(_, id)| *id).collect();
+        let encoding = self.inner.encode(text.as_str(), false).map_err(encoding_failed)?;
+        let marks = encoding.get_ids().iter().zip(encoding.get_offsets()).filter(|(id, _)| special.contains(id));
+        let (mut ids, mut end) = (Vec::new(), 0);
+        for (&id, &(start, next)) in marks {
+            ids.extend(self.encode_as_text(&as_written(&text[end..start]), &special)?);
+            ids.push(id);
+            end = next;
+        }
+        ids.extend(self.encode_as_text(&as_written(&text[end..]), &special)?);
+        Ok(ids)
+    }
+
+    /// The tokens of a text of which none may be `special`.
+    fn encode_as_text(&self, text: &str, special: &HashSet<u32>) -> Result<Vec<u32>> {
+        let plain = self.plain.get_or_init(|| {
+            let mut plain = (*self.inner).clone();
+            plain.set_encode_special_tokens(true);
+            plain
+        });
+        let ids = plain.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec();
+        match ids.iter().find(|id| special.contains(id)) {
+            Some(&id) => Err(Error::input(format!(
+                "The text has the special token `{}` in it, which this tokenizer cannot take for text. Remove it.",
+                self.token(id).unwrap_or_default()
+            ))),
+            None => Ok(ids),
+        }
     }
 
     /// A hash of everything that changes tokens or the chat template: 64 hexadecimal digits.

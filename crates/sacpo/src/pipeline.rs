@@ -230,7 +230,6 @@ pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result
     let prompts = constraint::prompts(&run)?;
     // from here on the folder is this recipe's, and no other one's that was finished in it
     folder.remove("manifest.json")?;
-    folder.remove_evaluation()?;
     folder.write("recipe.toml", &recipe.to_toml()?)?;
     for number in 0..run.plan.steps.len() {
         let training = run.training(&run.plan.steps[number]);

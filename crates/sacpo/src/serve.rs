@@ -13,7 +13,7 @@ use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use align::data::{self, Prompt};
+use align::data;
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
@@ -231,10 +231,9 @@ impl App {
 
     /// A request, and the tokens of its conversation.
     fn read(&self, body: &[u8]) -> std::result::Result<(ChatRequest, Vec<u32>), ApiError> {
-        let mut request = ChatRequest::parse(body, &self.name, &self.defaults)?;
-        let prompt = Prompt::Chat(std::mem::take(&mut request.messages));
-        let tokens =
-            data::tokenize_prompt(&prompt, &self.tokenizer).map_err(|error| ApiError::from(error).param("messages"))?;
+        let request = ChatRequest::parse(body, &self.name, &self.defaults)?;
+        let tokens = data::tokenize_messages(&request.messages, &self.tokenizer)
+            .map_err(|error| ApiError::from(error).param("messages"))?;
         if tokens.len() >= self.context {
             let message = format!(
                 "The messages have {} tokens, which leaves no room for an answer in the model's context of {} tokens. \

@@ -442,3 +442,51 @@ fn what_cannot_be_served_is_refused_at_once() {
     says(&fails(2, &["serve", &base, "--port", "0"]), &[&base, "no chat template", "set-template"]);
     says(&fails(2, &["serve", "nowhere", "--port", "0"]), &["nowhere", "Check the path"]);
 }
+
+#[test]
+fn a_special_token_in_a_message_is_none() {
+    let server = Server::start(&[]);
+    let says = |content: &str| {
+        server.chat(&with(&hello(), json!({"max_tokens": 4, "messages": [{"role": "user", "content": content}]})))
+    };
+    assert_eq!(says("hello !").answer()["usage"]["prompt_tokens"], 3, "what the template writes stays one");
+    // the only spelling of it that a vocabulary of words has
+    let error = says("hello <s> !").error(400);
+    assert_eq!(error["param"], "messages");
+    common::says(error["message"].as_str().unwrap(), &["special token `<s>`"]);
+}
+
+#[test]
+fn a_judge_that_cannot_judge_breaks_nothing() {
+    let server = Server::start(&[]);
+    let folder = folder();
+    let url = format!("http://{}/v1", server.address);
+    let answers = ["bake bread .", "be careful ."].map(|answer| {
+        let rows = ["hello !", "how do i"].map(|prompt| json!({"prompt": prompt, "answer": answer}).to_string());
+        file(&folder, &format!("{}.jsonl", answer.split(' ').next().unwrap()), rows.join("\n"))
+    });
+    let (store, verdicts) = (at(&folder, "verdicts.sqlite"), at(&folder, "verdicts.jsonl"));
+    let asked = ["--endpoint", &url, "--model", "tiny", "--max-tokens", "6", "--attempts", "2", "--set", "seed=1"];
+    let kept = ["--rubric", "helpfulness", "--store", &store, "--out", &verdicts];
+    let result = json(&[&["judge", &answers[0], &answers[1]][..], &asked, &kept].concat());
+    assert_eq!((&result["verdicts"], &result["unreadable"], &result["calls"]), (&json!(4), &json!(4), &json!(8)));
+    let rated = json(&["rate", &verdicts]);
+    assert_eq!((&rated["models"]["bake"]["n"], &rated["models"]["bake"]["missing"]), (&json!(0), &json!(4)));
+
+    let path = recipe(&folder);
+    let judge = format!(
+        "[evaluate]\nmax_new_tokens = 8\nprompts = [\"hello !\"]\n[[evaluate.judge]]\nmetric = \"harmlessness\"\n\
+         endpoint = {url:?}\nmodel = \"tiny\"\nmax_tokens = 6\nset = [\"seed=1\"]\n"
+    );
+    std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + &judge).unwrap();
+    let run = done(&["run", &path]);
+    common::says(&run.stderr, &["4 of 4 verdicts, 4 of them without scores"]);
+    let out = Path::new(&out(&folder)).to_owned();
+    let verdicts = read_lines(out.join("verdicts/prompts-harmlessness.jsonl"));
+    assert!(verdicts.iter().all(|v| v["outcome"].is_null() && v["missing"] == "unreadable" && v["reply"].is_string()));
+    let rated = read_json(out.join("ratings.json"))["prompts-harmlessness"].clone();
+    assert_eq!(
+        (&rated["models"]["helpfulness"]["win_rate"], &rated["models"]["helpfulness"]["missing"]),
+        (&Value::Null, &json!(2))
+    );
+}

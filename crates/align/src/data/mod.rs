@@ -34,7 +34,7 @@ pub use read::{Source, category_of, read_categorised_prompts, read_examples, rea
 pub use relabel::{margins, relabel, set_margins};
 pub use render::{
     LongPrompts, RenderOptions, TemplateTail, Tokenized, TokenizedExample, TokenizedPair, tokenize_examples,
-    tokenize_pairs, tokenize_prompt,
+    tokenize_messages, tokenize_pairs, tokenize_prompt,
 };
 pub use schema::Format;
 pub use source::{Places, Shard, choose, files, is_about_data, patterns_of_splits, shard};

@@ -203,6 +203,12 @@ pub fn tokenize_prompt(prompt: &Prompt, tokenizer: &Tokenizer) -> Result<Vec<u32
     Ok(with_bos(tokenizer.encode(&prompt_text(prompt, tokenizer)?)?, tokenizer))
 }
 
+/// The tokens of a conversation that is to be answered, as [`tokenize_prompt`] makes them, but that special tokens which are
+/// written out in messages are text: for messages of people who must not end their turn.
+pub fn tokenize_messages(messages: &[Message], tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    Ok(with_bos(tokenizer.encode_chat_as_text(messages, true)?, tokenizer))
+}
+
 /// What was cut of a row to make it fit.
 #[derive(Clone, Copy)]
 pub(super) struct Cuts {

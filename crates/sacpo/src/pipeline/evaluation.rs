@@ -233,6 +233,7 @@ fn options(recipe: &Recipe, end_tokens: Vec<u32>) -> SamplingOptions {
 /// # Errors
 /// Those of generating, judging and writing. What there is by then is kept.
 pub(super) fn carry_out(run: &Run<'_>) -> Result<Evaluation> {
+    run.folder.remove_evaluation()?;
     let sets = answering::answer_all(run)?;
     let ratings = verdicts::judge_all(run, &sets)?;
     Ok(Evaluation { sets, ratings })

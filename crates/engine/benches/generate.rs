@@ -1,0 +1,191 @@
+//! Greedy generation in f32, one sequence and sixteen at a time, against `generate` of transformers in turns.
+//!
+//! ```text
+//! cargo bench -p sacpo-engine --bench generate -- --model MODEL
+//! cargo bench -p sacpo-engine --bench generate -- --model MODEL --peer "python benches/peer_generate.py --model MODEL"
+//! ```
+//!
+//! Every sequence is a prompt of `--prompt-tokens` (128) drawn tokens and `--new-tokens` (64) more; no token ends it. A turn is
+//! timed as a whole, prompts included. `--rounds`, `--threads` and `--batch` default to 5, 2 and `1,16`. The share of the
+//! roofline is that of reading every weight once for every token of a batch of one, at the bandwidth at which this program reads the
+//! weights and does nothing else.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use engine::checkpoint::Checkpoint;
+use engine::generate::{SamplingOptions, generate};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+/// Answers to prompts, and the seconds that they took.
+struct Turn {
+    seconds: f64,
+    tokens: Vec<Vec<u32>>,
+}
+
+/// Another program that answers requests of one line with one line.
+struct Peer {
+    command: String,
+    child: Child,
+    answers: BufReader<std::process::ChildStdout>,
+}
+
+impl Peer {
+    fn start(command: &str) -> Self {
+        let mut child = Command::new("sh")
+            .args(["-c", &format!("exec {command}")])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|e| panic!("could not start `{command}`: {e}"));
+        let answers = BufReader::new(child.stdout.take().unwrap_or_else(|| unreachable!("stdout is piped")));
+        Self { command: command.to_owned(), child, answers }
+    }
+
+    fn turn(&mut self, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
+        let input = self.child.stdin.as_mut().unwrap_or_else(|| unreachable!("stdin is piped"));
+        writeln!(input, "{}", json!({"prompts": prompts, "new_tokens": new_tokens}))
+            .unwrap_or_else(|e| panic!("`{}` has stopped: {e}", self.command));
+        loop {
+            let mut line = String::new();
+            assert!(self.answers.read_line(&mut line).unwrap_or(0) > 0, "`{}` has stopped", self.command);
+            let answer: Value = serde_json::from_str(&line).unwrap_or_default();
+            if let Some(seconds) = answer["seconds"].as_f64() {
+                let tokens = serde_json::from_value(answer["tokens"].clone()).unwrap_or_else(|e| panic!("{e}: {line}"));
+                return Turn { seconds, tokens };
+            }
+        }
+    }
+}
+
+fn ours(checkpoint: &Checkpoint, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
+    let options =
+        SamplingOptions { max_new_tokens: new_tokens, batch_size: prompts.len(), ..SamplingOptions::default() };
+    let start = Instant::now();
+    let answers = generate(&checkpoint.model, prompts, &options, &|_| Ok(String::new()), &mut |_| Ok(()))
+        .unwrap_or_else(|e| panic!("{e}"));
+    let tokens = answers.into_iter().map(|answer| answer.tokens).collect();
+    Turn { seconds: start.elapsed().as_secs_f64(), tokens }
+}
+
+/// Bytes per second at which all threads together read the weights.
+fn bandwidth(weights: &[f32]) -> f64 {
+    let part = weights.len().div_ceil(64 * rayon::current_num_threads());
+    let read = || {
+        let start = Instant::now();
+        let sum: f32 = weights.par_chunks(part).map(sum).sum();
+        assert!(std::hint::black_box(sum).is_finite());
+        start.elapsed().as_secs_f64()
+    };
+    let best = (0..7).map(|_| read()).fold(f64::INFINITY, f64::min);
+    size_of_val(weights) as f64 / best
+}
+
+/// A sum in as many parts as keep reading, not adding, the limit.
+fn sum(values: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 128];
+    for part in values.chunks_exact(sums.len()) {
+        sums.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
+    }
+    sums.iter().sum()
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// Tokens that no text explains, the same in every run.
+fn prompts(count: usize, length: usize, vocab: usize) -> Vec<Vec<u32>> {
+    let mut state = 12_345u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        // the first ids are often those of special tokens
+        256 + (state >> 8) % (vocab as u32 - 256)
+    };
+    (0..count).map(|_| (0..length).map(|_| next()).collect()).collect()
+}
+
+fn main() {
+    let (mut model, mut peers, mut batches) = (PathBuf::new(), Vec::new(), vec![1usize, 16]);
+    let (mut rounds, mut threads, mut prompt_tokens, mut new_tokens) = (5usize, 2usize, 128usize, 64usize);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(name) = arguments.next() {
+        let mut value = || arguments.next().unwrap_or_else(|| panic!("{name} needs a value"));
+        let number = |text: String| text.parse().unwrap_or_else(|e| panic!("{name}: {e}"));
+        match name.as_str() {
+            "--model" => model = value().into(),
+            "--peer" => peers.push(Peer::start(&value())),
+            "--batch" => batches = value().split(',').map(|text| number(text.to_owned())).collect(),
+            "--rounds" => rounds = number(value()),
+            "--threads" => threads = number(value()),
+            "--prompt-tokens" => prompt_tokens = number(value()),
+            "--new-tokens" => new_tokens = number(value()),
+            "--bench" => {}
+            other => panic!("unknown option {other}"),
+        }
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .unwrap_or_else(|e| panic!("could not start threads: {e}"));
+    let checkpoint = Checkpoint::load(&model).unwrap_or_else(|e| panic!("{e}"));
+    let most = batches.iter().copied().max().unwrap_or(1);
+    let prompts = prompts(most, prompt_tokens, checkpoint.model.config.vocab_size);
+    let bytes = size_of_val(&*checkpoint.model.weights) as f64;
+    // work belongs on a thread of the pool
+    rayon::scope(|_| {
+        let mut first: Option<Vec<Vec<u32>>> = None;
+        for &batch in &batches {
+            let prompts = &prompts[..batch];
+            // the first turn of each warms up and is not counted
+            let warm = ours(&checkpoint, prompts, new_tokens);
+            let theirs: Vec<Turn> = peers.iter_mut().map(|peer| peer.turn(prompts, new_tokens)).collect();
+            let (mut seconds, mut of_peers) = (Vec::new(), vec![Vec::new(); peers.len()]);
+            for round in 0..rounds {
+                let turn = ours(&checkpoint, prompts, new_tokens);
+                assert_eq!(turn.tokens, warm.tokens, "greedy tokens differ between two turns");
+                seconds.push(turn.seconds);
+                for (peer, seconds) in peers.iter_mut().zip(&mut of_peers) {
+                    seconds.push(peer.turn(prompts, new_tokens).seconds);
+                }
+                eprint!("\rbatch {batch}: round {}/{rounds} ", round + 1);
+            }
+            eprintln!();
+            let first = first.get_or_insert_with(|| warm.tokens.clone());
+            let shared = first.len().min(batch);
+            assert_eq!(warm.tokens[..shared], first[..shared], "greedy tokens depend on the batch size");
+            let tokens = (batch * new_tokens) as f64;
+            println!("batch {batch}, {prompt_tokens} tokens of prompt and {new_tokens} new ones each");
+            let report = |name: &str, seconds: &[f64]| {
+                let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+                println!("{:7.1} tokens/s median, {:7.1} best   {name}", tokens / median(seconds), tokens / best);
+            };
+            report("sacpo", &seconds);
+            for ((peer, of_peer), theirs) in peers.iter().zip(&of_peers).zip(&theirs) {
+                report(&peer.command, of_peer);
+                let equal = warm.tokens.iter().zip(&theirs.tokens).filter(|(ours, theirs)| ours == theirs).count();
+                let ratio = median(of_peer) / median(&seconds);
+                println!("        ratio of medians {ratio:.2}; {equal} of {batch} answers have the same tokens");
+            }
+            if batch == 1 {
+                let bandwidth = bandwidth(&checkpoint.model.weights);
+                let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
+                // a pass over the prompt, which is not in it, is another reading of the weights
+                let share = (new_tokens as f64 * bytes / bandwidth) / best;
+                println!(
+                    "        {:.1} GB/s are read at best; {:.0} % of this roofline at best",
+                    bandwidth / 1e9,
+                    100.0 * share
+                );
+            }
+        }
+    });
+    for peer in &mut peers {
+        let _ = peer.child.kill();
+    }
+}
