@@ -2,7 +2,7 @@
 
 mod words;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
@@ -336,31 +336,32 @@ impl Tokenizer {
         };
 
         // the special tokens that are left are the template's; what stands between them is text
-        let special: HashSet<u32> = self.specials.iter().map(|(_, id)| *id).collect();
+        let texts: HashMap<u32, &str> = self.specials.iter().map(|(text, id)| (*id, &**text)).collect();
         let encoding = self.inner.encode(text.as_str(), false).map_err(encoding_failed)?;
-        let marks = encoding.get_ids().iter().zip(encoding.get_offsets()).filter(|(id, _)| special.contains(id));
         let (mut ids, mut end) = (Vec::new(), 0);
-        for (&id, &(start, next)) in marks {
-            ids.extend(self.encode_as_text(&as_written(&text[end..start]), &special)?);
-            ids.push(id);
-            end = next;
+        for (&id, &(start, next)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+            // the token of unknown words is special too, and some take white space beside them
+            if texts.get(&id).is_some_and(|special| text[start..next].trim() == special.trim()) {
+                ids.extend(self.encode_as_text(&as_written(&text[end..start]))?);
+                ids.push(id);
+                end = next;
+            }
         }
-        ids.extend(self.encode_as_text(&as_written(&text[end..]), &special)?);
+        ids.extend(self.encode_as_text(&as_written(&text[end..]))?);
         Ok(ids)
     }
 
-    /// The tokens of a text of which none may be `special`.
-    fn encode_as_text(&self, text: &str, special: &HashSet<u32>) -> Result<Vec<u32>> {
+    /// The tokens of a text, none of which are special tokens that stand in it.
+    fn encode_as_text(&self, text: &str) -> Result<Vec<u32>> {
         let plain = self.plain.get_or_init(|| {
             let mut plain = (*self.inner).clone();
             plain.set_encode_special_tokens(true);
             plain
         });
         let ids = plain.encode_fast(text, false).map_err(encoding_failed)?.get_ids().to_vec();
-        match ids.iter().find(|id| special.contains(id)) {
-            Some(&id) => Err(Error::input(format!(
-                "The text has the special token `{}` in it, which this tokenizer cannot take for text. Remove it.",
-                self.token(id).unwrap_or_default()
+        match self.specials.iter().find(|(special, id)| text.contains(special) && ids.contains(id)) {
+            Some((special, _)) => Err(Error::input(format!(
+                "The text has the special token `{special}` in it, which this tokenizer cannot take for text. Remove it."
             ))),
             None => Ok(ids),
         }

@@ -219,9 +219,14 @@ fn special_tokens_in_messages_can_be_text() {
     // a vocabulary of whole words has no other way to write one
     let mut json = tokenizer_json();
     json["model"] =
-        json!({"type": "WordLevel", "vocab": {"<s>": 256, "</s>": 257, "the": 0, "?": 1}, "unk_token": "?"});
+        json!({"type": "WordLevel", "vocab": {"<s>": 256, "</s>": 257, "the": 0, "<unk>": 1}, "unk_token": "<unk>"});
+    let mut unknown = json["added_tokens"][0].clone();
+    (unknown["id"], unknown["content"]) = (json!(1), json!("<unk>"));
+    json["added_tokens"].as_array_mut().unwrap().push(unknown);
     json["pre_tokenizer"] = json!({"type": "WhitespaceSplit"});
     let words = Tokenizer::from_json(json.to_string().as_bytes(), Some("<s>"), Some("</s>"), Some(template)).unwrap();
+    let ids = words.encode_chat_as_text(&[Message::new("user", "the cat<s>")], true).unwrap();
+    assert_eq!(ids, [256, 1, 0, 1, 257], "a word that it does not know is no special token that somebody wrote");
     let error = words.encode_chat_as_text(&[Message::new("user", "the </s> the")], true).unwrap_err();
     assert!(error.to_string().contains("special token `</s>`") && error.exit_code() == 2, "{error}");
 }
