@@ -58,7 +58,7 @@ pub(crate) fn as_taken(
 }
 
 /// A plain prompt as the user's turn of a conversation; conversations stay, but for the system message.
-fn as_chat(prompt: Prompt, system: Option<&str>) -> Prompt {
+pub(crate) fn as_chat(prompt: Prompt, system: Option<&str>) -> Prompt {
     let message = |role: &str, content: String| Message { role: role.into(), content };
     let mut messages = match prompt {
         Prompt::Text(text) => vec![message("user", text)],

@@ -38,13 +38,10 @@ impl<'a> Drawing<'a> {
         [self.kept.iter().flatten().count(), self.blocks.len()]
     }
 
-    pub(super) fn is_complete(&self) -> bool {
-        self.kept.iter().all(Option::is_some)
-    }
-
-    /// The answers, in the order of the prompts, if all are kept; otherwise the drawing again.
-    pub(super) fn kept(self) -> std::result::Result<Vec<Answer>, Self> {
-        if self.is_complete() { Ok(self.kept.into_iter().flatten().flatten().collect()) } else { Err(self) }
+    /// The answers, in the order of the prompts, if all are kept.
+    pub(super) fn kept(&self) -> Option<Vec<Answer>> {
+        let kept: Option<Vec<&[Answer]>> = self.kept.iter().map(Option::as_deref).collect();
+        Some(kept?.concat())
     }
 
     /// Draws and keeps the answers that are not kept yet, and returns all. `decode` turns tokens into the text of an answer;

@@ -50,18 +50,15 @@ pub(super) fn identity(run: &Run<'_>, metric: &str, hash: &dyn Fn(usize) -> Opti
     }
 }
 
-/// The scores of responses by a metric, `[item][response]`. Those of an implicit reward are known up to a constant per prompt.
+/// What `ask` makes of the judge of a metric. Scores of an implicit reward are known up to a constant per prompt.
 ///
 /// # Errors
-/// A metric without a judge; prompts that the judge does not know; those of [`Judge::scores`].
-pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro_batch_tokens: usize) -> Result<Table> {
+/// A metric without a judge; one that cannot be read; those of `ask`.
+pub(super) fn ask<T>(run: &Run<'_>, metric: &str, ask: impl FnOnce(Judge<'_>) -> Result<T>) -> Result<T> {
     let Some(judge) = run.recipe.judge(metric) else {
         return Err(Error::input(format!("The metric `{metric}` has no judge. Add a `[[judge]]` for it.")));
     };
-    let bar = ui::bar(items.len() as u64, &format!("{metric} judged"));
-    let ask =
-        |judge: Judge<'_>| judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar));
-    let scores = match &judge.source {
+    match &judge.source {
         JudgeSource::Policy(policy) => {
             let Some(planned) = policy.planned else {
                 return Err(Error::input("The base model is no judge. Name a trained policy."));
@@ -85,7 +82,18 @@ pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro
         JudgeSource::Quickstart(metric) => {
             ask(Judge::Quickstart { world: &World::new(run.recipe.run.seed), metric: *metric })
         }
-    };
+    }
+}
+
+/// The scores of responses by a metric, `[item][response]`.
+///
+/// # Errors
+/// Prompts that the judge does not know; those of [`ask`] and [`Judge::scores`].
+pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro_batch_tokens: usize) -> Result<Table> {
+    let bar = ui::bar(items.len() as u64, &format!("{metric} judged"));
+    let scores = ask(run, metric, |judge| {
+        judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar))
+    });
     bar.finish_and_clear();
     scores
 }

@@ -23,10 +23,10 @@ const BLOCK: usize = 1024;
 const BATCH: usize = 64;
 
 /// Answers that are scored in one pass with their prompt.
-pub(super) const SCORED_TOGETHER: usize = 16;
+const SCORED_TOGETHER: usize = 16;
 
 /// Tokens of a scoring pass, unless one prompt with its answers has more.
-pub(super) const MICRO_BATCH_TOKENS: usize = 2048;
+const MICRO_BATCH_TOKENS: usize = 2048;
 
 /// Tokens of answers with the token that ended them, `[prompt][answer]`.
 type Answers = Vec<Vec<Vec<u32>>>;
@@ -165,8 +165,8 @@ impl Prompts {
         let per_block = (BLOCK / self.answers).max(1) * self.answers;
         let drawing = Drawing::open(&run.folder.cache(), policy.hash(), &repeated, per_block, &self.options);
         let drawn = match drawing.kept() {
-            Ok(answers) => answers,
-            Err(drawing) => {
+            Some(answers) => answers,
+            None => {
                 let (each, prompts) = (self.answers, self.tokens.len());
                 ui::say(format!("  {each} answers of {} to each of {prompts} prompts.", policy.name()));
                 let loaded = policy.load()?;

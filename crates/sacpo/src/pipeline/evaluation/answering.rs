@@ -140,9 +140,10 @@ fn check_names(run: &Run<'_>) -> Result<()> {
 fn drawn(run: &Run<'_>, name: &str, kind: &Kind<'_>, load: &dyn Fn() -> Result<Policy>) -> Result<Vec<Vec<Answered>>> {
     let mut loaded: Option<Policy> = None;
     let mut of_set = |(number, set): (usize, &Set)| {
-        let answers = match kind.open(run, number).kept() {
-            Ok(answers) => answers,
-            Err(drawing) => {
+        let drawing = kind.open(run, number);
+        let answers = match drawing.kept() {
+            Some(answers) => answers,
+            None => {
                 let policy = match loaded.take() {
                     Some(policy) => policy,
                     None => load()?,

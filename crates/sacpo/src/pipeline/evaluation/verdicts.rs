@@ -3,20 +3,21 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use align::sequences::Sequences;
-use engine::generate::Finish;
+use align::data::TemplateTail;
 use engine::{Error, Result};
-use evaluate::judge::{Budget, ChatJudge, ChatOptions, Comparison, Judgement, Missing, Prices, Store, SystemClock};
+use evaluate::judge::{
+    Budget, ChatJudge, ChatOptions, Comparison, Judge as _, Judgement, Prices, Progress, ScoreJudge, Store, SystemClock,
+};
 use evaluate::rating::{Elo, Options, Ratings, rate};
-use evaluate::verdict::{Verdict, outcome_of};
+use evaluate::verdict::Verdict;
 use serde_json::Map;
 
 use super::{Answered, AnsweredSet};
 use crate::judging::{self, Counts, api_key, request_fields, taken};
 use crate::pipeline::record::write_json;
-use crate::pipeline::sample::{MICRO_BATCH_TOKENS, SCORED_TOGETHER};
 use crate::pipeline::{Run, judge};
-use crate::ui;
+use crate::scorer::TextScorer;
+use crate::{interrupt, ui};
 use sacpo::recipe::{self, AnswerJudge, Recipe};
 
 /// The share of the worst scores whose mean is rated, as `sacpo rate` has it by default.
@@ -127,68 +128,37 @@ fn by_language_model(
 /// What the recipe's own judge of the metric says, `[set]`.
 fn by_own_judge(run: &Run<'_>, judge: &AnswerJudge, sets: &[&AnsweredSet]) -> Result<Vec<Vec<Judgement>>> {
     let of_set = |set: &&AnsweredSet| {
-        let scores = scores(run, &judge.metric, set)?;
-        let against = set.policies.iter().position(|(name, _)| *name == judge.against).unwrap_or(0);
-        let is_relative = judge::is_relative(run, &judge.metric);
-        let prompts = set.prompts.len();
-        let mut judgements = Vec::new();
-        for (at, comparison) in comparisons(set, &judge.against).into_iter().enumerate() {
-            // policies in their order, without the one that all are compared with
-            let (policy, prompt) = (at / prompts, at % prompts);
-            let policy = policy + usize::from(policy >= against);
-            let [a, b] = [policy, against].map(|policy| scores[prompt][policy]);
-            // of scores that are known up to a constant of each prompt, differences alone mean something
-            let scores = if is_relative { [a - b, 0.0] } else { [a, b] };
-            let scores = scores.iter().all(|score| score.is_finite()).then_some(scores);
-            let verdict = Verdict {
-                prompt: comparison.prompt.to_owned(),
-                category: comparison.category.map(str::to_owned),
-                metric: Some(judge.metric.clone()),
-                a: comparison.names[0].to_owned(),
-                b: comparison.names[1].to_owned(),
-                outcome: scores.map(outcome_of),
-                scores,
-                lengths: Some(comparison.answers.map(|answer| answer.chars().count())),
-                ..Verdict::default()
+        let comparisons = comparisons(set, &judge.against);
+        let bar = ui::bar(comparisons.len() as u64, "verdicts");
+        let mut heartbeat = ui::Heartbeat::new();
+        let mut told = |progress: &Progress| {
+            bar.set_position(progress.done as u64);
+            heartbeat.beat(&bar, || format!("  {} of {} verdicts", progress.done, progress.total));
+            interrupt::check()
+        };
+        let judged = judge::ask(run, &judge.metric, |by| {
+            let scorer = TextScorer {
+                judge: by,
+                tokenizer: &run.base.tokenizer,
+                context: run.base.model.config.max_position_embeddings,
+                template_tail: TemplateTail::Drop,
+                cache: run.folder.cache(),
             };
-            judgements.push(Judgement {
-                missing: verdict.outcome.is_none().then_some(Missing::Unreadable),
-                verdict,
-                judge: format!("[[judge]] {}", judge.metric),
-                reply: None,
-            });
+            let name = format!("[[judge]] {}", judge.metric);
+            ScoreJudge { scorer: &scorer, metric: judge.metric.clone(), name }.judge(&comparisons, &mut told)
+        });
+        bar.finish_and_clear();
+        let mut judgements = judged?.judgements;
+        if judge::is_relative(run, &judge.metric) {
+            // of scores that are known up to a constant of each prompt, differences alone mean something
+            for scores in judgements.iter_mut().filter_map(|judgement| judgement.verdict.scores.as_mut()) {
+                *scores = [scores[0] - scores[1], 0.0];
+            }
         }
         write(run, &judge.name_on(&set.name), &judgements)?;
         Ok(judgements)
     };
     sets.iter().map(of_set).collect()
-}
-
-/// The scores of all answers to a set by the recipe's judge of a metric, `[prompt][policy]`. Judges read tokens, which here are
-/// those that the texts have for the base model, with its end token where an answer was not cut.
-fn scores(run: &Run<'_>, metric: &str, set: &AnsweredSet) -> Result<Vec<Vec<f64>>> {
-    let inputs = run.evaluation;
-    let prompts = inputs.sets.iter().zip(&inputs.tokens).find(|(other, _)| other.name == set.name);
-    let prompts: &[Vec<u32>] = prompts.map(|(_, tokens)| &tokens[..]).unwrap_or_default();
-    let tokenizer = &run.base.tokenizer;
-    let response = |answer: &Answered| {
-        let mut tokens = tokenizer.encode(&answer.text)?;
-        // an empty response has no score
-        if answer.finish != Some(Finish::Length) || tokens.is_empty() {
-            tokens.extend(tokenizer.eos());
-        }
-        Ok(tokens)
-    };
-    let of_policy = |(_, answers): &(String, Vec<Answered>)| answers.iter().map(response).collect();
-    let responses: Vec<Vec<Vec<u32>>> = set.policies.iter().map(of_policy).collect::<Result<_>>()?;
-    let mut items = Vec::new();
-    for (number, prompt) in prompts.iter().enumerate() {
-        let all: Vec<&[u32]> = responses.iter().map(|of_policy| &of_policy[number][..]).collect();
-        let parts = all.chunks(SCORED_TOGETHER);
-        items.extend(parts.map(|part| Sequences { prompt, responses: part.to_vec(), row: number + 1 }));
-    }
-    let scores = judge::scores(run, metric, &items, MICRO_BATCH_TOKENS)?.concat();
-    Ok(scores.chunks(set.policies.len()).map(<[f64]>::to_vec).collect())
 }
 
 fn write(run: &Run<'_>, name: &str, judgements: &[Judgement]) -> Result<()> {
