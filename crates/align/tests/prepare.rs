@@ -217,6 +217,22 @@ fn rows_behind_the_last_that_is_needed_are_not_read() {
     let endless = Preparation { most: [Some(70), None], ..own };
     let error = endless.pairs(cache.path(), "", &|_, _| Ok(true), &mut |_| Ok(())).unwrap_err();
     assert!(error.to_string().contains("Line 2991"), "{error}");
+    // in the block of the last row that is needed
+    let mut bad = rows(0..60);
+    bad[50]["chosen"] = json!(7);
+    let data = file("few.jsonl", lines(&bad));
+    let few = Preparation { most: [Some(20), Some(1)], ..preparation(&data.path, &tokenizer) };
+    assert_eq!(pairs(&few, tempfile::tempdir().unwrap().path()).train.len(), 20);
+}
+
+/// All openings of held-out rows are left out, though blocks of them are read ahead of those that are written.
+#[test]
+fn the_same_rows_are_left_out_however_many_are_held_out() {
+    let (tokenizer, held_out) = (tokenizer(), file("held-out.jsonl", lines(&rows(0..3000))));
+    let data = file("pairs.jsonl", lines(&rows(2990..3010)));
+    let own = Preparation { held_out: HeldOut::Path(&held_out.path), ..preparation(&data.path, &tokenizer) };
+    let few = pairs(&Preparation { most: [None, Some(5)], ..own }, tempfile::tempdir().unwrap().path());
+    assert_eq!((few.held_out.len(), few.report.excluded), (5, 10));
 }
 
 #[test]
@@ -293,16 +309,21 @@ fn a_file_that_moves_from_training_to_what_is_held_out_is_noticed() {
 
 #[test]
 fn work_on_rows_that_are_left_out_can_be_stopped() {
-    let (tokenizer, cache) = (tokenizer(), tempfile::tempdir().unwrap());
-    let data = file("pairs.jsonl", lines(&rows(0..1)).repeat(3000));
-    let own = Preparation { deduplicate: true, ..preparation(&data.path, &tokenizer) };
-    let mut calls = 0;
-    let stop = &mut |_| {
-        calls += 1;
-        if calls < 3 { Ok(()) } else { Err(Error::Interrupted("stopped".into())) }
-    };
-    let error = own.pairs(cache.path(), "", &|_, _| Ok(true), stop).unwrap_err();
-    assert_eq!(error.to_string(), "stopped");
+    let tokenizer = tokenizer();
+    let repeated = file("pairs.jsonl", lines(&rows(0..1)).repeat(3000));
+    let bad = file("bad.jsonl", lines(&rows(0..1)) + &"{\"chosen\": 7}\n".repeat(30_000));
+    for data in [repeated, bad] {
+        let cache = tempfile::tempdir().unwrap();
+        let mut own = Preparation { deduplicate: true, ..preparation(&data.path, &tokenizer) };
+        own.source.skip_bad_rows = true;
+        let mut calls = 0;
+        let stop = &mut |_| {
+            calls += 1;
+            if calls < 3 { Ok(()) } else { Err(Error::Interrupted("stopped".into())) }
+        };
+        let error = own.pairs(cache.path(), "", &|_, _| Ok(true), stop).unwrap_err();
+        assert_eq!(error.to_string(), "stopped");
+    }
 }
 
 /// Responses are encoded behind the last special token of their prompt. That gives the tokens which they have behind all of it.

@@ -2,7 +2,7 @@
 
 mod rows;
 
-pub use rows::{HIGHEST_SCORE, outcome_of, two_scores, verdicts};
+pub use rows::{outcome_of, verdicts};
 
 use engine::{Error, Result};
 use serde::{Deserialize, Serialize};

@@ -71,6 +71,20 @@ fn tracked_to(address: &str) -> [(&'static str, String); 1] {
     [("MLFLOW_TRACKING_URI", address.to_owned())]
 }
 
+/// A server of something else, which answers everything with a page.
+fn web_server() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let lines = BufReader::new(stream.try_clone().unwrap()).lines();
+            let _ = lines.map_while(Result::ok).take_while(|line| !line.is_empty()).count();
+            let _ = stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\n<html>");
+        }
+    });
+    address
+}
+
 #[test]
 fn every_number_reaches_the_server() {
     let (server, folder) = (Server::start(), folder());
@@ -121,9 +135,14 @@ fn a_server_that_cannot_be_used_is_named_before_training() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     for (uri, parts) in [
         (format!("http://{free}"), &["MLFLOW_TRACKING_URI", "cannot be used", "unset"][..]),
-        ("file:./mlruns".into(), &["MLFLOW_TRACKING_URI", "file:./mlruns", "mlflow server"]),
+        ("file:./mlruns".into(), &["MLFLOW_TRACKING_URI", "`file`", "mlflow server"]),
+        ("postgresql://user:secret@host/db".into(), &["MLFLOW_TRACKING_URI", "`postgresql`", "mlflow server"]),
+        (format!("http://user:secret@{free}"), &["MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_PASSWORD"]),
+        (web_server(), &["MLFLOW_TRACKING_URI", "does not answer as MLflow does"]),
     ] {
-        says(&run_with(&["run", &recipe], &tracked_to(&uri)).failed(2), parts);
+        let message = run_with(&["run", &recipe], &tracked_to(&uri)).failed(2);
+        says(&message, parts);
+        assert!(!message.contains("secret"), "{message}");
         assert!(!std::path::Path::new(&out(&folder)).join("steps/helpfulness/metrics.jsonl").exists());
     }
 }

@@ -348,7 +348,9 @@ impl Preparation<'_> {
     fn has_enough(&self, rows: [usize; 2], side: Option<bool>) -> bool {
         let full = |side: usize| self.written()[side].is_some_and(|most| rows[side] >= most);
         match side {
-            Some(held_out) => full(usize::from(held_out)),
+            // all of its openings are left out of training, whichever rows are taken
+            Some(true) => false,
+            Some(false) => full(0),
             None => full(0) && (full(1) || matches!(self.held_out, HeldOut::Share { fraction: 0.0, .. })),
         }
     }
@@ -365,10 +367,15 @@ impl Preparation<'_> {
     ) {
         let mut block = Block::default();
         let mut bytes = 0;
+        let mut known = Places::default();
         let outcome = source.visit::<T>(read, &mut |found, places| {
             let report = &mut block.report;
+            if known != *places {
+                known = places.clone();
+            }
             match found {
                 Err(described) => {
+                    bytes += described.len();
                     report.bad += 1;
                     report.first_bad.get_or_insert(described);
                 }
@@ -390,12 +397,15 @@ impl Preparation<'_> {
                 return Ok(ControlFlow::Continue(()));
             }
             bytes = 0;
-            let full = Block { places: places.clone(), ..std::mem::take(&mut block) };
+            let full = Block { places: known.clone(), ..std::mem::take(&mut block) };
             let taken = send.send(Ok(full)).is_ok();
             Ok(if taken { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
         });
-        // nobody may be there to take it
-        let _ = send.send(outcome.map(|(_, places)| Block { places, ..block }));
+        // The rows before an error may be all that are needed. Nobody may be there to take either.
+        let _ = send.send(Ok(Block { places: known, ..block }));
+        if let Err(error) = outcome {
+            let _ = send.send(Err(error));
+        }
     }
 }
 

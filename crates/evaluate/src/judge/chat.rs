@@ -1,6 +1,5 @@
 //! A language model behind an endpoint as the judge.
 
-use std::cmp::Ordering;
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
@@ -15,7 +14,7 @@ use super::rubric::Rubric;
 use super::store::Store;
 use super::work::Work;
 use super::{Comparison, Judge, Judged, Judgement, Missing, Progress};
-use crate::verdict::Verdict;
+use crate::verdict::{Verdict, outcome_of};
 
 /// Tokens that an endpoint's chat template may add to a request.
 const TEMPLATE_TOKENS: u64 = 64;
@@ -228,18 +227,13 @@ impl<'a> ChatJudge<'a> {
             Standing::Unreadable(reply) => (None, Some(reply), Some(Missing::Unreadable)),
             Standing::Open => (None, None, Some(Missing::NotJudged)),
         };
-        let outcome = scores.map(|[a, b]| match a.total_cmp(&b) {
-            Ordering::Greater => 1.0,
-            Ordering::Less => 0.0,
-            Ordering::Equal => 0.5,
-        });
         let verdict = Verdict {
             prompt: prompt.to_owned(),
             category: category.map(str::to_owned),
             metric: Some(self.options.rubric.name().to_owned()),
             a: names[0].to_owned(),
             b: names[1].to_owned(),
-            outcome,
+            outcome: scores.map(outcome_of),
             scores,
             lengths: Some(answers.map(|answer| answer.chars().count())),
             refusals: None,

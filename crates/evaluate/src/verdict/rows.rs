@@ -8,7 +8,7 @@ use super::Verdict;
 type Row = Map<String, Value>;
 
 /// The largest score that a judge of two answers may give; the least is 0.
-pub const HIGHEST_SCORE: f64 = 10.0;
+const HIGHEST_SCORE: f64 = 10.0;
 
 /// The verdicts that a row holds, in one of four forms, told by its columns:
 ///
@@ -17,11 +17,12 @@ pub const HIGHEST_SCORE: f64 = 10.0;
 ///   `dataset` the category.
 /// - `model1`, `model2`, `gpt_content`: what the evaluation of SACPO's authors writes, one verdict per reply in the list
 ///   `gpt_content`. Their `score1` and `score2` are not read, for they are 0 and 0 where a reply could not be read.
-/// - `a`, `b`, `reply`: a verdict of ours with the judge's reply in place of `outcome` and `scores`. Where `swapped` is true,
-///   the first score is B's.
-/// - A verdict of ours, as [`Verdict`] describes it.
+/// - A verdict of ours, as [`Verdict`] describes it, whose outcome counts, whatever reply of its judge stands beside it.
+/// - `a`, `b`, `reply`: the same with the judge's reply in place of `outcome` and `scores`. Where `swapped` is true, the first
+///   score is B's.
 ///
-/// A reply is read by [`two_scores`]; one that cannot be read, or is null, is a missing outcome.
+/// A reply has scores if it starts with two numbers from 0 to 10, with space or a comma between them, alone on the first line that
+/// is not blank. Anything else, or null, is a missing outcome.
 ///
 /// # Errors
 /// [`Error::Input`], a sentence that names the column, if the row is in none of the forms.
@@ -31,10 +32,10 @@ pub fn verdicts(row: &Row) -> Result<Vec<Verdict>> {
         vec![annotation(row)?]
     } else if has("gpt_content") {
         replies(row)?
-    } else if has("reply") {
-        vec![replied(row)?]
     } else if has("outcome") {
         vec![parse(row)?]
+    } else if has("reply") {
+        vec![replied(row)?]
     } else {
         return Err(Error::input(
             "The row is no verdict. Give `prompt`, `a`, `b` and `outcome` or `reply`; or a row of alpaca_eval's annotations, \
@@ -45,9 +46,8 @@ pub fn verdicts(row: &Row) -> Result<Vec<Verdict>> {
     Ok(verdicts)
 }
 
-/// The two scores at the start of a judge's reply: two numbers from 0 to [`HIGHEST_SCORE`] with space or a comma between
-/// them, alone on the first line that is not blank. [`None`] for anything else.
-pub fn two_scores(reply: &str) -> Option<[f64; 2]> {
+/// The two scores at the start of a judge's reply.
+fn two_scores(reply: &str) -> Option<[f64; 2]> {
     let line = reply.trim_start().lines().next()?;
     let mut numbers = line.split(|c: char| c == ',' || c.is_whitespace()).filter(|part| !part.is_empty());
     let mut score = || {

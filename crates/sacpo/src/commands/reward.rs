@@ -104,9 +104,18 @@ fn carry_out(loss: ScoreLoss, recipe: &Recipe, global: Global) -> Result<()> {
         }
     };
     let options = pipeline::train_options(step, seed, recipe.run.memory_gib);
+    let base_hash = base.model.hash();
     let start = base.into_scorer();
     let [train, held_out] = pairs.each_ref().map(|pairs| Dataset::Pairs(pairs.clone()).fingerprint());
-    let parts = [&*start.model.hash(), &start.tokenizer.hash(), loss.name(), &options.course(), &train, &held_out];
+    let parts = [
+        &*start.model.hash(),
+        &start.tokenizer.hash(),
+        loss.name(),
+        &step.metric,
+        &options.course(),
+        &train,
+        &held_out,
+    ];
     let key = blake3::hash(parts.join("\n").as_bytes()).to_hex().to_string();
     let record = match finished(&folder, &key)? {
         Some(record) => {
@@ -114,7 +123,7 @@ fn carry_out(loss: ScoreLoss, recipe: &Recipe, global: Global) -> Result<()> {
             record
         }
         None => {
-            let trained_on = [&*start.model.hash(), &train].map(str::to_owned);
+            let trained_on = [&*base_hash, &train].map(str::to_owned);
             train_and_judge(loss, recipe, &folder, start, &pairs, trained_on, key)?
         }
     };
@@ -142,14 +151,14 @@ fn finished(folder: &RunFolder, key: &str) -> Result<Option<Record>> {
     }
 }
 
-/// Trains the model, keeps it, and says how it ranks the held-out pairs. `from` are the hashes of start and data.
+/// Trains the model, keeps it, and says how it ranks the held-out pairs. The hashes are those of base model and data.
 fn train_and_judge(
     loss: ScoreLoss,
     recipe: &Recipe,
     folder: &RunFolder,
     start: Checkpoint,
     [pairs, held_out]: &[Vec<TokenizedPair>; 2],
-    [start_hash, data_hash]: [String; 2],
+    [base_hash, data_hash]: [String; 2],
     key: String,
 ) -> Result<Record> {
     let step = &recipe.steps[0];
@@ -169,7 +178,7 @@ fn train_and_judge(
         "kind": loss.name(),
         "metric": step.metric,
         "model": scorer.model.hash(),
-        "base": {"path": recipe.model.base, "commit": recipe.model.base.commit(), "hash": start_hash},
+        "base": {"path": recipe.model.base, "commit": recipe.model.base.commit(), "hash": base_hash},
         "data": {"path": step.data, "commit": step.data.commit(), "hash": data_hash, "pairs": pairs.len()},
         "seed": recipe.run.seed,
         "version": env!("CARGO_PKG_VERSION"),

@@ -60,10 +60,17 @@ impl Server {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.trim().is_empty());
         let Some(uri) = variable(URI) else { return Ok(None) };
         let address = uri.trim().trim_end_matches('/').to_owned();
-        if !(address.starts_with("http://") || address.starts_with("https://")) {
+        // of what is refused only the scheme is shown, for there may be a password in it
+        let (scheme, rest) = address.split_once(':').unwrap_or((&address, ""));
+        if !["http", "https"].contains(&scheme) || !rest.starts_with("//") {
             return Err(Error::input(format!(
-                "{URI} is `{address}`, but only servers at http:// or https:// can be tracked to. Start one with `mlflow server` \
-                 and set the variable to its address, or unset it."
+                "{URI} names no server at http:// or https://, but something of the kind `{scheme}`, and only servers can be tracked \
+                 to. Start one with `mlflow server` and set the variable to its address, or unset it."
+            )));
+        }
+        if rest.contains('@') {
+            return Err(Error::input(format!(
+                "{URI} has a user in it. Put user and password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead."
             )));
         }
         let basic = |name: String| {
@@ -95,7 +102,8 @@ impl Server {
         let text = response.body_mut().read_to_string().map_err(failed)?;
         let answer: Value = serde_json::from_str(&text).unwrap_or_default();
         if response.status().is_success() {
-            return Ok(answer);
+            let other = || Refusal { code: String::new(), message: "it does not answer as MLflow does".into() };
+            return answer.is_object().then_some(answer).ok_or_else(other);
         }
         let field = |name: &str| answer.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
         let message = format!("status {} {}", response.status(), field("message"));
@@ -126,7 +134,9 @@ impl Server {
             "tags": [{"key": "mlflow.source.name", "value": "sacpo"}, {"key": "mlflow.source.type", "value": "LOCAL"}],
         });
         let answer = self.post("runs/create", &body)?;
-        let id = answer["run"]["info"]["run_id"].as_str().unwrap_or_default().to_owned();
+        let Some(id) = answer["run"]["info"]["run_id"].as_str().map(str::to_owned) else {
+            return Err(Refusal { code: String::new(), message: "it has created a run without an id".into() });
+        };
         let parameters: Vec<Value> = about
             .parameters
             .iter()
@@ -155,6 +165,8 @@ impl Server {
 struct Kept {
     server: String,
     run_id: String,
+    /// A hash of the training's parameters: by others it is another training.
+    parameters: String,
 }
 
 /// A training as a run of a server, to which a thread sends what there is to send.
@@ -184,7 +196,8 @@ impl Run {
         };
         let file = folder.join(FILE);
         let kept = std::fs::read(&file).ok().and_then(|bytes| serde_json::from_slice::<Kept>(&bytes).ok());
-        let kept = kept.filter(|kept| kept.server == server.address);
+        let parameters = blake3::hash(format!("{:?}", about.parameters).as_bytes()).to_hex().to_string();
+        let kept = kept.filter(|kept| kept.server == server.address && kept.parameters == parameters);
         let known = match &kept {
             Some(kept) => server.go_on(&kept.run_id).map_err(unusable)?.map(|last| (kept.run_id.clone(), last)),
             None => None,
@@ -194,7 +207,7 @@ impl Run {
             None => (server.create(about).map_err(unusable)?, 0),
         };
         std::fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
-        let kept = Kept { server: server.address.clone(), run_id: run_id.clone() };
+        let kept = Kept { server: server.address.clone(), run_id: run_id.clone(), parameters };
         atomic::write_file(&file, |out| Ok(serde_json::to_writer_pretty(out, &kept)?))?;
         let (metrics, received) = channel();
         let delivery = Delivery { server, run_id, waiting: VecDeque::new(), warned: false };
