@@ -3,7 +3,8 @@
 use engine::{Error, Result};
 use plotters::prelude::*;
 
-use crate::plot::{self, Axis, Look};
+use crate::plot::{self, Axis, Look, Tip};
+use crate::table::decimal;
 
 /// One curve.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +36,7 @@ pub fn curves_svg(title: &str, value_label: &str, series: &[Series]) -> Result<S
     let y = Axis::around(value_label, points().map(|(_, value)| *value))?;
     let names: Vec<String> = series.iter().map(|one| one.name.clone()).collect();
     plot::figure(title, &x, &y, &names, |canvas, chart| {
+        let mut tips = Vec::new();
         for (i, one) in series.iter().enumerate() {
             let look = Look(i);
             let line = one.points.iter().map(|(step, value)| (*step as f64, *value));
@@ -42,9 +44,12 @@ pub fn curves_svg(title: &str, value_label: &str, series: &[Series]) -> Result<S
             // a few marks, so that curves can be told apart without colours; shifted, so that they rarely coincide
             let every = one.points.len().div_ceil(6);
             for point in line.skip(i % every.max(1)).step_by(every.max(1)) {
-                look.mark(canvas, chart.backend_coord(&point))?;
+                let at = chart.backend_coord(&point);
+                look.mark(canvas, at)?;
+                let (step, value) = (point.0, decimal(point.1));
+                tips.push(Tip { at, text: format!("{}, step {step}: {value_label} {value}", one.name) });
             }
         }
-        Ok(())
+        Ok(tips)
     })
 }

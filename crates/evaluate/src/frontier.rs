@@ -5,11 +5,11 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::HPos;
 use serde::Serialize;
 
-use crate::plot::{self, Axis, Canvas, Chart, Look};
+use crate::plot::{self, Axis, Canvas, Chart, Look, Tip};
 use crate::table::{self, cell, decimal};
 
 /// One policy and what it achieves.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
 pub struct Point {
     /// The policy's name.
     pub name: String,
@@ -18,10 +18,16 @@ pub struct Point {
     pub step: String,
     /// β/λ, for policies of a later step. Those of one step are joined by a line in the order of this value.
     pub beta_over_lambda: Option<f64>,
+    /// Of a merged or mixed policy the share of its second end.
+    pub q: Option<f64>,
     /// The metric that is maximised: expected reward, in the reward's own units.
     pub reward: f64,
+    /// The interval of the reward, if it was measured and not calculated.
+    pub reward_interval: Option<[f64; 2]>,
     /// The metric that is constrained: expected safety, in its own units.
     pub safety: f64,
+    /// The interval of the safety, if it was measured and not calculated.
+    pub safety_interval: Option<[f64; 2]>,
     /// KL divergence from the base model in nats, where it is known.
     pub kl: Option<f64>,
 }
@@ -33,6 +39,15 @@ pub struct Metrics<'a> {
     pub reward: &'a str,
     /// What [`Point::safety`] is.
     pub safety: &'a str,
+}
+
+/// What a plot of policies points out.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Target<'a> {
+    /// The least safety that was asked for.
+    pub at_least: Option<f64>,
+    /// The policy that was made for it.
+    pub policy: Option<&'a str>,
 }
 
 /// The policies as a Markdown table, aligned so that it reads in a terminal too; ends with a newline.
@@ -56,14 +71,18 @@ pub fn table(metrics: Metrics<'_>, points: &[Point]) -> Result<String> {
     Ok(table::markdown(&rows, 2))
 }
 
-/// The policies as an SVG plot, reward to the right and safety upwards; every policy is labelled.
+/// The policies as an SVG plot, reward to the right and safety upwards; every policy is labelled, and intervals are thin lines.
+/// The target is a dashed line, and its policy has a ring.
 ///
 /// # Errors
-/// If there is no policy, or a number of one is NaN or infinite.
-pub fn frontier_svg(title: &str, metrics: Metrics<'_>, points: &[Point]) -> Result<String> {
+/// If there is no policy, or a number of one, or of the target, is NaN or infinite.
+pub fn frontier_svg(title: &str, metrics: Metrics<'_>, points: &[Point], target: Target<'_>) -> Result<String> {
     check(points)?;
     if points.is_empty() {
         return Err(Error::Failed("There is no policy to plot.".into()));
+    }
+    if let Some(at_least) = target.at_least.filter(|at_least| !at_least.is_finite()) {
+        return Err(Error::Failed(format!("The threshold {at_least} cannot be shown. It must be finite.")));
     }
     let mut steps: Vec<String> = Vec::new();
     for point in points {
@@ -72,9 +91,21 @@ pub fn frontier_svg(title: &str, metrics: Metrics<'_>, points: &[Point]) -> Resu
         }
     }
     let look = |point: &Point| Look(steps.iter().position(|step| *step == point.step).unwrap_or(0));
-    let x = Axis::around(metrics.reward, points.iter().map(|point| point.reward))?;
-    let y = Axis::around(metrics.safety, points.iter().map(|point| point.safety))?;
+    let ends = |value: f64, interval: Option<[f64; 2]>| [value].into_iter().chain(interval.into_iter().flatten());
+    let rewards = points.iter().flat_map(|point| ends(point.reward, point.reward_interval));
+    let safeties = points.iter().flat_map(|point| ends(point.safety, point.safety_interval));
+    let x = Axis::around(metrics.reward, rewards)?;
+    let y = Axis::around(metrics.safety, safeties.chain(target.at_least))?;
     plot::figure(title, &x, &y, &steps, |canvas, chart| {
+        let taken = target.at_least.map(|at_least| threshold(canvas, chart, at_least)).transpose()?;
+        for point in points {
+            let horizontal = point.reward_interval.map(|ends| ends.map(|end| (end, point.safety)));
+            let vertical = point.safety_interval.map(|ends| ends.map(|end| (point.reward, end)));
+            for line in horizontal.into_iter().chain(vertical) {
+                let style = look(point).colour().mix(0.5).stroke_width(1);
+                chart.draw_series([PathElement::new(line.to_vec(), style)]).map_err(plot::failed)?;
+            }
+        }
         let mut lines = Vec::new();
         for (i, step) in steps.iter().enumerate() {
             let line = sweep(points, step);
@@ -86,9 +117,41 @@ pub fn frontier_svg(title: &str, metrics: Metrics<'_>, points: &[Point]) -> Resu
         let spots: Vec<(i32, i32)> = points.iter().map(|p| chart.backend_coord(&(p.reward, p.safety))).collect();
         for (point, &spot) in points.iter().zip(&spots) {
             look(point).mark(canvas, spot)?;
+            if target.policy == Some(point.name.as_str()) {
+                let ring = Circle::new(spot, 11, plot::BLACK_TEXT.stroke_width(2));
+                canvas.draw(&ring).map_err(plot::failed)?;
+            }
         }
-        label(canvas, chart, points, &spots, &lines)
+        label(canvas, chart, points, &spots, &lines, taken.into_iter().collect())?;
+        Ok(points.iter().zip(spots).map(|(point, at)| Tip { at, text: told(point, metrics) }).collect())
     })
+}
+
+/// Draws a dashed line at a value of safety and writes the value on it; returns where.
+fn threshold(canvas: &Canvas<'_>, chart: &mut Chart<'_, '_>, at_least: f64) -> Result<Rect> {
+    let x = chart.x_range();
+    let ends = [(x.start, at_least), (x.end, at_least)];
+    let line = DashedLineSeries::new(ends, 6, 4, plot::BLACK_TEXT.stroke_width(1));
+    chart.draw_series(line).map_err(plot::failed)?;
+    let text = format!("at least {at_least}");
+    let (left, y) = chart.backend_coord(&(x.start, at_least));
+    let at = (left + 6, y - 9);
+    plot::write_text(canvas, &text, at, HPos::Left)?;
+    let (left, middle) = (f64::from(at.0), f64::from(at.1));
+    Ok([left, middle - plot::TEXT * 0.6, left + plot::text_width(&text), middle + plot::TEXT * 0.6])
+}
+
+/// What is known of a policy, in a line.
+fn told(point: &Point, metrics: Metrics<'_>) -> String {
+    let value = |name: &str, value: f64, interval: Option<[f64; 2]>| {
+        let interval = interval.map(|[low, high]| format!(" ({} to {})", decimal(low), decimal(high)));
+        format!("; {name} {}{}", decimal(value), interval.unwrap_or_default())
+    };
+    let mut text = point.name.clone();
+    text.extend(point.beta_over_lambda.map(|ratio| format!(", β/λ = {ratio}")));
+    text.extend(point.q.map(|q| format!(", q = {q}")));
+    text += &value(metrics.reward, point.reward, point.reward_interval);
+    text + &value(metrics.safety, point.safety, point.safety_interval)
 }
 
 /// The policies of one step's sweep in the order of β/λ, as (reward, safety).
@@ -102,20 +165,20 @@ fn sweep(points: &[Point], step: &str) -> Vec<(f64, f64)> {
 /// A rectangle in pixels: left, top, right, bottom.
 type Rect = [f64; 4];
 
-/// Writes every policy's name near its mark, off the marks, the lines and the other names where possible.
+/// Writes every policy's name near its mark, off the marks, the lines, the other names and what is `taken` where possible.
 fn label(
     canvas: &Canvas<'_>,
     chart: &Chart<'_, '_>,
     points: &[Point],
     spots: &[(i32, i32)],
     lines: &[Vec<(i32, i32)>],
+    mut taken: Vec<Rect>,
 ) -> Result<()> {
     let (width, height) = chart.plotting_area().get_pixel_range();
     let inside = [width.start, height.start, width.end, height.end].map(f64::from);
     let marks: Vec<Rect> = spots.iter().map(|&(x, y)| around(f64::from(x), f64::from(y), 8.0, 8.0)).collect();
     let line_dots: Vec<Rect> =
         lines.iter().flat_map(|line| line.windows(2)).flat_map(|ends| dots(ends[0], ends[1])).collect();
-    let mut taken: Vec<Rect> = Vec::new();
     for (point, &(x, y)) in points.iter().zip(spots) {
         let name = plot::shortened(&point.name, 40);
         let (half_width, half_height) = (plot::text_width(&name) / 2.0, plot::TEXT * 0.6);
@@ -190,7 +253,10 @@ fn check(points: &[Point]) -> Result<()> {
             ("β/λ", point.beta_over_lambda),
             ("KL", point.kl),
         ];
-        for (what, number) in numbers {
+        let ends = |what, interval: Option<[f64; 2]>| interval.into_iter().flatten().map(move |end| (what, Some(end)));
+        let intervals = ends("interval of the reward", point.reward_interval)
+            .chain(ends("interval of the safety", point.safety_interval));
+        for (what, number) in numbers.into_iter().chain(intervals) {
             if let Some(number) = number.filter(|number| !number.is_finite()) {
                 return Err(Error::Failed(format!(
                     "The policy `{}` cannot be shown: its {what} is {number}. Look at its training for the step where \

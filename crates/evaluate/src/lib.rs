@@ -7,7 +7,9 @@
 pub mod curves;
 pub mod frontier;
 pub mod judge;
+pub mod panels;
 mod plot;
 pub mod rating;
+pub mod report;
 mod table;
 pub mod verdict;

@@ -19,9 +19,13 @@ pub(crate) const TEXT: f64 = 13.0;
 const TITLE: f64 = 17.0;
 const CHART_WIDTH: u32 = 760;
 const HEIGHT: u32 = 520;
-const TITLE_HEIGHT: u32 = 44;
+pub(crate) const TITLE_HEIGHT: u32 = 44;
 const LEGEND_LINE: i32 = 22;
 pub(crate) const BLACK_TEXT: RGBColor = RGBColor(0x22, 0x22, 0x22);
+/// Lines that help to read a value.
+pub(crate) const GRID: RGBColor = RGBColor(0xE2, 0xE2, 0xE2);
+/// Axes, and lines that stand for a fixed value.
+pub(crate) const AXIS: RGBColor = RGBColor(0x88, 0x88, 0x88);
 
 /// Colours that remain distinct under the common colour-vision deficiencies (Okabe and Ito), dark enough
 /// for a white ground.
@@ -123,28 +127,28 @@ fn bounds(values: impl Iterator<Item = f64>) -> (f64, f64) {
     values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)))
 }
 
+/// What a viewer is told who points at a place of the picture.
+pub(crate) struct Tip {
+    pub(crate) at: (i32, i32),
+    pub(crate) text: String,
+}
+
 /// Draws a figure with title, axes and a legend on its right, and returns it as SVG.
 ///
-/// `draw` fills the area within the axes. Groups in `legend` are shown in order, the `i`-th as `Look(i)`.
+/// `draw` fills the area within the axes and says what is told there. Groups in `legend` are shown in order, the `i`-th as `Look(i)`.
 pub(crate) fn figure(
     title: &str,
     x: &Axis,
     y: &Axis,
     legend: &[String],
-    draw: impl FnOnce(&Canvas<'_>, &mut Chart<'_, '_>) -> Result<()>,
+    draw: impl FnOnce(&Canvas<'_>, &mut Chart<'_, '_>) -> Result<Vec<Tip>>,
 ) -> Result<String> {
     let legend: Vec<String> = legend.iter().map(|name| shortened(name, 30)).collect();
     let legend_width = legend.iter().map(|name| text_width(name)).fold(0.0, f64::max).ceil() as u32 + 52;
     let height = HEIGHT.max(TITLE_HEIGHT + LEGEND_LINE as u32 * (legend.len() as u32 + 1));
-    let mut svg = String::new();
-    {
-        let canvas = SVGBackend::with_string(&mut svg, (CHART_WIDTH + legend_width, height)).into_drawing_area();
-        canvas.fill(&WHITE).map_err(failed)?;
-        let title_style = style(TITLE, BLACK_TEXT, HPos::Center);
-        let title = shortened(title, 80);
-        canvas.draw(&Text::new(title, (CHART_WIDTH as i32 / 2 + 20, 22), title_style)).map_err(failed)?;
-
-        let mut chart = ChartBuilder::on(&canvas)
+    picture((CHART_WIDTH + legend_width, height), |canvas| {
+        write_title(canvas, title, CHART_WIDTH as i32 / 2 + 20)?;
+        let mut chart = ChartBuilder::on(canvas)
             .margin_top(TITLE_HEIGHT)
             .margin_left(10)
             .margin_right(legend_width)
@@ -165,21 +169,54 @@ pub(crate) fn figure(
             .y_desc(y.name.as_str())
             .label_style(label)
             .axis_desc_style(style(TEXT, BLACK_TEXT, HPos::Left))
-            .axis_style(RGBColor(0x88, 0x88, 0x88))
-            .bold_line_style(RGBColor(0xE2, 0xE2, 0xE2))
+            .axis_style(AXIS)
+            .bold_line_style(GRID)
             .light_line_style(TRANSPARENT)
             .draw()
             .map_err(failed)?;
-        draw(&canvas, &mut chart)?;
+        let tips = draw(canvas, &mut chart)?;
 
         for (i, name) in legend.into_iter().enumerate() {
             let (left, middle) = (CHART_WIDTH as i32 + 24, TITLE_HEIGHT as i32 + 12 + LEGEND_LINE * i as i32);
-            Look(i).mark(&canvas, (left, middle))?;
-            write_text(&canvas, &name, (left + 14, middle), HPos::Left)?;
+            Look(i).mark(canvas, (left, middle))?;
+            write_text(canvas, &name, (left + 14, middle), HPos::Left)?;
         }
+        Ok(tips)
+    })
+}
+
+/// An SVG of this size in pixels on a white ground.
+pub(crate) fn picture(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> Result<Vec<Tip>>) -> Result<String> {
+    let mut svg = String::new();
+    let tips = {
+        let canvas = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        canvas.fill(&WHITE).map_err(failed)?;
+        let tips = draw(&canvas)?;
         canvas.present().map_err(failed)?;
-    }
+        tips
+    };
+    // the backend knows no tooltips
+    let Some(end) = svg.rfind("</svg>") else { return Ok(svg) };
+    let tips: String = tips.iter().map(Tip::svg).collect();
+    svg.insert_str(end, &tips);
     Ok(svg)
+}
+
+impl Tip {
+    /// A circle that is not seen, with its text as the title.
+    fn svg(&self) -> String {
+        let text = clean(&self.text).replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+        let (x, y) = self.at;
+        format!(
+            "<circle class=\"tip\" cx=\"{x}\" cy=\"{y}\" r=\"9\" fill=\"none\" pointer-events=\"all\"><title>{text}</title></circle>\n"
+        )
+    }
+}
+
+/// Writes the picture's title with its middle at `x`.
+pub(crate) fn write_title(canvas: &Canvas<'_>, title: &str, x: i32) -> Result<()> {
+    let title = Text::new(shortened(title, 80), (x, 22), style(TITLE, BLACK_TEXT, HPos::Center));
+    canvas.draw(&title).map_err(failed)
 }
 
 /// Writes one line of label text; `(x, y)` is the middle of its height.

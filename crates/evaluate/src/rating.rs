@@ -24,6 +24,7 @@ pub use elo::{Elo, EloRating};
 pub use length::LengthControlled;
 pub use markdown::markdown;
 pub use pareto::{Frontier, FrontierModel, hypervolume, on_frontier};
+pub use share::share_interval;
 
 use self::bootstrap::Bootstrap;
 use self::bradley_terry::strengths;

@@ -3,12 +3,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use evaluate::curves::{Series, curves_svg};
-use evaluate::frontier::{Metrics, Point, frontier_svg, table};
+use evaluate::frontier::{Metrics, Point, Target, frontier_svg, table};
+use evaluate::panels::{Bar, Panel, panels_svg};
 
 const METRICS: Metrics<'_> = Metrics { reward: "reward E[r*]", safety: "safety E[g*]" };
 
 fn point(name: &str, step: &str, beta_over_lambda: Option<f64>, reward: f64, safety: f64) -> Point {
-    Point { name: name.into(), step: step.into(), beta_over_lambda, reward, safety, kl: None }
+    Point { name: name.into(), step: step.into(), beta_over_lambda, reward, safety, ..Point::default() }
 }
 
 /// A chain with a sweep, some policies of which lie close together.
@@ -76,7 +77,7 @@ fn count(svg: &str, text: &str) -> usize {
 
 #[test]
 fn every_policy_is_labelled_and_legible() {
-    let svg = frontier_svg("Reward and safety", METRICS, &chain()).unwrap();
+    let svg = frontier_svg("Reward and safety", METRICS, &chain(), Target::default()).unwrap();
     assert_legible(&svg);
     for p in chain() {
         let in_legend = usize::from(p.name == p.step);
@@ -93,16 +94,16 @@ fn every_policy_is_labelled_and_legible() {
 fn a_row_of_near_policies_is_legible() {
     let row: Vec<Point> =
         (0..8).map(|i| point(&format!("policy-number-{i}"), "s", None, 3.0 + 1e-3 * f64::from(i), 3.0)).collect();
-    assert_legible(&frontier_svg("Near", METRICS, &row).unwrap());
+    assert_legible(&frontier_svg("Near", METRICS, &row, Target::default()).unwrap());
     let wide: Vec<Point> = row.iter().map(|p| Point { reward: (p.reward - 3.0) * 1e17, ..p.clone() }).collect();
-    assert_legible(&frontier_svg("Large numbers", METRICS, &wide).unwrap());
+    assert_legible(&frontier_svg("Large numbers", METRICS, &wide, Target::default()).unwrap());
     let small: Vec<Point> = row.iter().map(|p| Point { reward: (p.reward - 3.0) * 1e-5, ..p.clone() }).collect();
-    assert_legible(&frontier_svg("Small numbers", METRICS, &small).unwrap());
+    assert_legible(&frontier_svg("Small numbers", METRICS, &small, Target::default()).unwrap());
 }
 
 #[test]
 fn the_sweep_is_a_line_in_the_order_of_its_values() {
-    let svg = frontier_svg("t", METRICS, &chain()).unwrap();
+    let svg = frontier_svg("t", METRICS, &chain(), Target::default()).unwrap();
     let document = roxmltree::Document::parse(&svg).unwrap();
     let lines: Vec<Vec<(f64, f64)>> = document
         .descendants()
@@ -121,7 +122,7 @@ fn the_sweep_is_a_line_in_the_order_of_its_values() {
 fn names_are_escaped_and_cut() {
     let names = ["<b>&\"'</b>", "bell\u{7}\nnull\0", "𝛑 → safe", &"long ".repeat(20)];
     let points: Vec<Point> = names.iter().map(|name| point(name, name, None, 0.5, name.len() as f64)).collect();
-    let svg = frontier_svg("<title> & more", METRICS, &points).unwrap();
+    let svg = frontier_svg("<title> & more", METRICS, &points, Target::default()).unwrap();
     assert_legible(&svg);
     assert_eq!(count(&svg, "<title> & more"), 1);
     assert_eq!(count(&svg, names[0]), 2, "beside its mark and in the legend");
@@ -134,26 +135,93 @@ fn names_are_escaped_and_cut() {
 fn degenerate_inputs() {
     for value in [0.0, -0.0, 5.0, -1e-9, 1e-300, 1e15] {
         let one = [point("only", "base", None, value, value)];
-        assert_legible(&frontier_svg("one", METRICS, &one).unwrap());
+        assert_legible(&frontier_svg("one", METRICS, &one, Target::default()).unwrap());
         let same: Vec<Point> =
             (0..4).map(|i| point(&format!("same-{i}"), "s", Some(f64::from(i)), value, value)).collect();
-        assert_legible(&frontier_svg("equal", METRICS, &same).unwrap());
+        assert_legible(&frontier_svg("equal", METRICS, &same, Target::default()).unwrap());
     }
     let hair = [point("a", "s", None, 1.0, 0.0), point("b", "s", None, 1.0 + f64::EPSILON, 1e15)];
-    assert_legible(&frontier_svg("a hair apart", METRICS, &hair).unwrap());
+    assert_legible(&frontier_svg("a hair apart", METRICS, &hair, Target::default()).unwrap());
     let many: Vec<Point> =
         (0..60).map(|i| point(&format!("p{i}"), &format!("s{i}"), None, f64::from(i % 8), f64::from(i / 8))).collect();
-    assert_legible(&frontier_svg("many", METRICS, &many).unwrap());
-    assert!(frontier_svg("none", METRICS, &[]).is_err());
+    assert_legible(&frontier_svg("many", METRICS, &many, Target::default()).unwrap());
+    assert!(frontier_svg("none", METRICS, &[], Target::default()).is_err());
 }
 
 /// Sets one number of a point.
 type Set = fn(&mut Point, f64);
 
+/// What viewers are told who point at a mark.
+fn tips(svg: &str) -> Vec<String> {
+    let document = roxmltree::Document::parse(svg).unwrap();
+    let circles = document.descendants().filter(|node| node.attribute("class") == Some("tip"));
+    circles.map(|circle| circle.first_element_child().unwrap().text().unwrap().to_owned()).collect()
+}
+
+/// How many elements of the picture have this attribute.
+fn with(svg: &str, name: &str, value: &str) -> usize {
+    let document = roxmltree::Document::parse(svg).unwrap();
+    document.descendants().filter(|node| node.attribute(name) == Some(value)).count()
+}
+
+#[test]
+fn intervals_target_and_tips_are_drawn() {
+    let mut points = chain();
+    let plain = frontier_svg("t", METRICS, &points, Target::default()).unwrap();
+    points[2].reward_interval = Some([-2.0, 3.0]);
+    points[2].safety_interval = Some([0.0, 0.1]);
+    points[7].q = Some(0.5);
+    points[7].name = "<merge> & half".into();
+    let target = Target { at_least: Some(1.5), policy: Some("harmlessness-1") };
+    let svg = frontier_svg("t", METRICS, &points, target).unwrap();
+    assert_legible(&svg);
+    let thin = |svg: &str| with(svg, "opacity", "0.5");
+    assert_eq!((thin(&plain), thin(&svg)), (0, 2), "two intervals");
+    assert_eq!((with(&plain, "r", "11"), with(&svg, "r", "11")), (0, 1), "one ring");
+    assert_eq!((count(&plain, "at least 1.5"), count(&svg, "at least 1.5")), (0, 1));
+    // the axes reach as far as intervals and threshold
+    assert!(["-2", "3"].iter().all(|value| count(&svg, value) == 1), "{svg}");
+    let tips = tips(&svg);
+    assert_eq!(tips.len(), points.len());
+    assert_eq!(
+        tips[2],
+        "harmlessness-1, β/λ = 1; reward E[r*] 0.780 (-2.000 to 3.000); safety E[g*] 0.050 (0.000 to 0.100)"
+    );
+    assert_eq!(tips[7], "<merge> & half, q = 0.5; reward E[r*] 0.710; safety E[g*] 0.400");
+    points[2].safety_interval = Some([0.0, f64::NAN]);
+    let message = frontier_svg("t", METRICS, &points, target).unwrap_err().to_string();
+    assert!(message.contains("`harmlessness-1`") && message.contains("interval of the safety"), "{message}");
+    let far = Target { at_least: Some(f64::INFINITY), policy: None };
+    assert!(frontier_svg("t", METRICS, &chain(), far).is_err());
+}
+
+#[test]
+fn panels_have_a_bar_for_every_policy_and_category() {
+    let policies: Vec<String> = (0..20).map(|number| format!("policy-{number}")).collect();
+    let bar = |value: f64| Some(Bar { value, interval: Some([value * 0.5, value * 0.5 + 50.0]), n: 12 });
+    let panel = |name: &str| Panel { name: name.into(), bars: (0..20).map(|i| bar(f64::from(i) * 5.0)).collect() };
+    let names = ["cooking", "crime & <b>", "a category with a long name indeed", "history", "law"];
+    let mut panels: Vec<Panel> = names.map(panel).to_vec();
+    panels[1].bars[3] = None;
+    let svg = panels_svg("Win rates", &policies, &panels).unwrap();
+    assert_legible(&svg);
+    assert_eq!(tips(&svg).len(), 99, "one has no verdicts");
+    assert_eq!(tips(&svg)[2], "policy-2 in cooking: 10.0 % (5.0 to 55.0), 12 verdicts");
+    assert_eq!(count(&svg, "policy-19"), 2, "in each row of panels");
+    assert_eq!(count(&svg, "crime & <b>"), 1);
+    assert_legible(
+        &panels_svg(&"long ".repeat(9), &policies[..1], &[Panel { name: "a".into(), bars: vec![bar(0.0)] }]).unwrap(),
+    );
+    assert!(panels_svg("t", &policies, &[]).is_err() && panels_svg("t", &[], &panels).is_err());
+    assert!(panels_svg("t", &policies[..2], &panels).unwrap_err().to_string().contains("`cooking`"));
+    panels[4].bars[0] = bar(101.0);
+    assert!(panels_svg("t", &policies, &panels).unwrap_err().to_string().contains("`law`"));
+}
+
 #[test]
 fn numbers_that_are_none_are_named() {
     let huge = [point("far", "base", None, 1e300, 0.0)];
-    let message = frontier_svg("t", METRICS, &huge).unwrap_err().to_string();
+    let message = frontier_svg("t", METRICS, &huge, Target::default()).unwrap_err().to_string();
     assert!(message.contains("1e300") && message.contains(METRICS.reward), "{message}");
     for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let broken: [(&str, Set); 4] = [
@@ -165,7 +233,7 @@ fn numbers_that_are_none_are_named() {
         for (what, set) in broken {
             let mut points = chain();
             set(&mut points[5], bad);
-            for result in [frontier_svg("t", METRICS, &points), table(METRICS, &points)] {
+            for result in [frontier_svg("t", METRICS, &points, Target::default()), table(METRICS, &points)] {
                 let message = result.unwrap_err().to_string();
                 assert!(message.contains("`harmlessness-0.25`") && message.contains(what), "{message}");
                 assert!(message.contains(&bad.to_string()), "{message}");

@@ -25,7 +25,7 @@ pub(crate) struct AnswerFile {
 pub(crate) struct Answer {
     prompt: String,
     pub(crate) text: String,
-    category: Option<String>,
+    pub(crate) category: Option<String>,
     /// The number of its tokens, where the row says.
     pub(crate) tokens: Option<usize>,
     /// Why it ended, where the row says.
@@ -61,12 +61,7 @@ impl AnswerFile {
         let generators: Vec<Option<&str>> = rows.iter().map(|(row, _)| text(row, "generator")).collect();
         let same = generators.iter().all(|generator| *generator == generators[0]);
         let generator = generators[0].filter(|name| same && !name.is_empty());
-        let stem = || {
-            let file = Path::new(path).file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let known = [".gz", ".zst", ".jsonl", ".json", ".parquet"];
-            known.iter().fold(file, |name, ending| name.strip_suffix(ending).map(str::to_owned).unwrap_or(name))
-        };
-        let name = name.or_else(|| generator.map(str::to_owned)).unwrap_or_else(stem);
+        let name = name.or_else(|| generator.map(str::to_owned)).unwrap_or_else(|| stem(Path::new(path)));
         Ok(Self { name, path: path.to_owned(), answers })
     }
 
@@ -95,6 +90,16 @@ impl AnswerFile {
             self.path,
             first_of(&lacking)
         )))
+    }
+
+    /// The answers in their order.
+    pub(crate) fn answers(&self) -> &[Answer] {
+        &self.answers
+    }
+
+    /// The answers, each by its prompt and which of those to this prompt it is, from 1.
+    pub(crate) fn numbered(&self) -> impl Iterator<Item = ((&str, usize), &Answer)> {
+        numbered(&self.answers, |answer| &answer.prompt)
     }
 
     /// Comparisons of this policy's answers (A) with another one's (B) to the same prompts, in this one's order. A prompt that is
@@ -128,6 +133,13 @@ impl AnswerFile {
         }
         Ok(comparisons)
     }
+}
+
+/// A file's name without the endings of files of rows.
+pub(crate) fn stem(path: &Path) -> String {
+    let file = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let known = [".gz", ".zst", ".jsonl", ".json", ".parquet"];
+    known.iter().fold(file, |name, ending| name.strip_suffix(ending).map(str::to_owned).unwrap_or(name))
 }
 
 fn unanswered(prompts: &[&str], has: &AnswerFile, lacks: &AnswerFile) -> Error {

@@ -59,6 +59,7 @@ pub(crate) enum Command {
     Serve(Serve),
     Merge(Merge),
     Rate(Rate),
+    Report(Report),
     Tabular(Tabular),
     /// Look at preference data, and convert them.
     #[command(subcommand)]
@@ -75,7 +76,7 @@ pub(crate) enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  sacpo quickstart --out runs/quickstart\n  \
     sacpo quickstart --recipe recipes/baselines.toml --out runs/baselines\n\n\
-    The folder then holds a table (summary.md), a plot (frontier.svg), every policy, and the recipe that made them.")]
+    The folder then holds a report (report.html), a table (summary.md), a plot (frontier.svg), every policy, and the recipe that made them.")]
 pub(crate) struct Quickstart {
     /// Folder for everything that is made.
     #[arg(long, default_value = "runs/quickstart", value_name = "FOLDER")]
@@ -452,6 +453,33 @@ pub(crate) struct Rate {
     /// Seed of the bootstrap and of the orders of Elo.
     #[arg(long, default_value_t = 0, value_parser = seed())]
     pub(crate) seed: u64,
+}
+
+/// Write the report of a run: one HTML page that opens anywhere and needs nothing else.
+///
+/// It shows the frontier, the constraint and its certificate, ratings, answers side by side with verdicts, training curves,
+/// provenance and cost, as far as the run has them, and says what is missing. `sacpo run` and `sacpo quickstart` write it as
+/// OUT/report.html.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    sacpo report runs/quickstart\n  \
+    sacpo report runs/hh --answers gpt-4=gpt4.json --verdicts harmlessness.jsonl --out hh.html\n\n  \
+    Answers and verdicts without a run:\n  \
+    sacpo report --answers base.json --answers safe=sacpo.json --verdicts harmlessness.jsonl --out report.html\n\n\
+    docs/report.md describes the page.")]
+pub(crate) struct Report {
+    /// Folder of a run.
+    #[arg(value_name = "RUN", required_unless_present_any = ["answers", "verdicts"])]
+    pub(crate) run: Option<PathBuf>,
+    /// File to write [default: RUN/report.html].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Other answers, in the forms that `sacpo judge` reads; may be given several times.
+    #[arg(long, value_name = "[NAME=]FILE")]
+    pub(crate) answers: Vec<String>,
+    /// Other verdicts, in the forms that `sacpo rate` reads; may be given several times.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) verdicts: Vec<PathBuf>,
 }
 
 /// Solve a finite problem exactly: the best reward for its KL divergence, subject to safety.

@@ -9,6 +9,7 @@ mod interrupt;
 mod judging;
 mod pipeline;
 mod policy;
+mod report;
 mod scorer;
 mod serve;
 mod tracking;

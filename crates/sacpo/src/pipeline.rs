@@ -38,9 +38,8 @@ use engine::checkpoint::{Checkpoint, StreamedModel, describe};
 use engine::{Error, LoraOptions, ModelConfig, Result};
 pub(crate) use evaluation::{AnsweredSet, Evaluation, Lengths};
 pub(crate) use folder::RunFolder;
-pub(crate) use record::Provenance;
-pub(crate) use record::write_json;
-use record::{KeptAdapter, Made};
+use record::KeptAdapter;
+pub(crate) use record::{Made, Provenance, write_json};
 use train::Training;
 pub(crate) use train::{options as train_options, parameters};
 

@@ -33,6 +33,16 @@ pub(crate) fn print(text: impl AsRef<str>) -> Result<()> {
     }
 }
 
+/// A time for people.
+pub(crate) fn duration(seconds: f64) -> String {
+    match seconds as u64 {
+        0 if seconds > 0.0 => "< 1 s".into(),
+        0 => "–".into(),
+        s if s < 60 => format!("{s} s"),
+        s => format!("{} min {:02} s", s / 60, s % 60),
+    }
+}
+
 /// A bar of `length` items; hidden when standard error is not a terminal.
 pub(crate) fn bar(length: u64, what: &str) -> ProgressBar {
     bar_of("{pos}/{len}", length, what)

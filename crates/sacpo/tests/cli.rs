@@ -136,7 +136,9 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
         stderr,
         &["Base model", "Step helpfulness", "Policy safety-0.5", "Policy merge-0.5", "Constraint: λ is chosen"],
     );
-    for name in ["summary.md", "frontier.svg", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"] {
+    for name in
+        ["summary.md", "frontier.svg", "report.html", "recipe.toml", "data/safety.jsonl", "steps/safety-1/policy.json"]
+    {
         assert!(made.join(name).metadata().unwrap().len() > 0, "{name}");
     }
     for name in POLICIES[1..5].iter().chain(&tried) {
@@ -288,7 +290,7 @@ fn a_run_is_a_chain_whose_every_step_starts_at_its_reference() {
     assert_eq!(policies(&object(&third.stdout)), policies(&result));
     let before = {
         let mut after = files(out(&folder));
-        let times = ["summary.md", "results.json", "manifest.json"].map(Path::new);
+        let times = ["summary.md", "results.json", "manifest.json", "report.html"].map(Path::new);
         after.retain(|path, bytes| !times.contains(&path.as_path()) && before.get(path) != Some(bytes));
         assert!(after.is_empty(), "changed by a run with nothing to do: {:?}", after.keys());
         files(out(&folder))

@@ -73,10 +73,20 @@ impl Share {
         let t = student(prompts)?;
         let (binomial, variance) = (p * (1.0 - p), self.standard_error()?.powi(2));
         let per_value = if binomial > 0.0 && variance > 0.0 { variance / binomial } else { 1.0 / prompts as f64 };
-        let q = t * t * per_value;
-        let (centre, margin) = ((p + q / 2.0) / (1.0 + q), (q * binomial + q * q / 4.0).sqrt() / (1.0 + q));
-        Some([(centre - margin).max(0.0), (centre + margin).min(1.0)])
+        Some(wilson(p, t * t * per_value))
     }
+}
+
+/// The 95 % interval of a share of `n` independent values from 0 to 1, such as an accuracy: Wilson's with Student's t; [`None`]
+/// for a single one.
+pub fn share_interval(share: f64, n: usize) -> Option<[f64; 2]> {
+    Some(wilson(share, student(n)?.powi(2) / n as f64))
+}
+
+/// Wilson's interval around p, where q is t² over the number of values.
+fn wilson(p: f64, q: f64) -> [f64; 2] {
+    let (centre, margin) = ((p + q / 2.0) / (1.0 + q), (q * p * (1.0 - p) + q * q / 4.0).sqrt() / (1.0 + q));
+    [(centre - margin).max(0.0), (centre + margin).min(1.0)]
 }
 
 /// G/(G − 1), which makes a variance over G prompts unbiased where they are alike; [`None`] for a single prompt.

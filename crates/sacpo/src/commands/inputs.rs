@@ -75,8 +75,11 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
             // it writes into the model's folder
             ModelCommand::SetTemplate { .. } => Vec::new(),
         },
-        Command::Quickstart(_) | Command::Run(_) | Command::Train(_) | Command::Loss(_) | Command::Tabular(_) => {
-            Vec::new()
-        }
+        Command::Quickstart(_)
+        | Command::Run(_)
+        | Command::Train(_)
+        | Command::Loss(_)
+        | Command::Report(_)
+        | Command::Tabular(_) => Vec::new(),
     }
 }

@@ -10,6 +10,7 @@ mod merge;
 mod model;
 mod quickstart;
 mod rate;
+mod report;
 mod reward;
 mod run;
 mod serve;
@@ -22,6 +23,8 @@ use serde::Serialize;
 
 use crate::cli::{Arguments, Command, TrainCommand};
 use crate::{interrupt, ui};
+
+pub(crate) use rate::read as read_verdicts;
 
 /// Carries out the command line.
 pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
@@ -40,6 +43,7 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
         Command::Serve(options) => on_threads(global.threads, || serve::run(&options, global)),
         Command::Merge(options) => on_threads(global.threads, || merge::run(&options, global)),
         Command::Rate(options) => rate::run(&options, global),
+        Command::Report(options) => report::run(&options, global),
         Command::Tabular(options) => tabular::run(&options, global),
         Command::Data(command) => on_threads(global.threads, || data::run(&command, global)),
         Command::Model(command) => model::run(&command, global),

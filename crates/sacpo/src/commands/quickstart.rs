@@ -13,13 +13,14 @@ use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::optim::{OptimizerKind, Schedule};
 use engine::tokenizer::Tokenizer;
 use engine::{Error, Model, Result};
-use evaluate::frontier::{Metrics, Point, frontier_svg, table};
+use evaluate::frontier::{Metrics, Point, Target, frontier_svg, table};
 use serde_json::{Value, json};
 
 use super::print_json;
 use crate::cli::{Global, Quickstart, Size};
 use crate::interrupt;
-use crate::pipeline::{self, RunFolder};
+use crate::pipeline::{self, RunFolder, manifest};
+use crate::report;
 use crate::ui;
 use sacpo::recipe::{Recipe, Step};
 
@@ -62,6 +63,7 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let recipe = recipe(&world, &amounts, options, &folder, &base)?;
     train_base(&world, &amounts, options.seed, &base, &folder)?;
     let inputs = pipeline::load_inputs(&recipe, pipeline::load_base(&recipe)?, &folder.cache())?;
+    let key = manifest::key(&recipe, &inputs)?;
     let outcome = pipeline::run(&recipe, inputs, &folder)?;
 
     let mut policies = Vec::new();
@@ -87,14 +89,19 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
             name: policy.name().to_owned(),
             step: group_of(policy).to_owned(),
             beta_over_lambda: policy.beta_over_lambda,
+            q: policy.q,
             reward: worth.reward,
             safety: worth.risky_safety,
             kl: Some(worth.kl),
+            ..Point::default()
         })
         .collect();
     let metrics = Metrics { reward: "E[r*], helpfulness", safety: "E[g*] on risky prompts, safety" };
     let table = table(metrics, &points)?;
-    folder.write("frontier.svg", &frontier_svg("Quickstart: helpfulness against safety", metrics, &points)?)?;
+    folder.write(
+        "frontier.svg",
+        &frontier_svg("Quickstart: helpfulness against safety", metrics, &points, Target::default())?,
+    )?;
     let details = details(&policies);
     folder.write(
         "summary.md",
@@ -108,6 +115,8 @@ pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
         "out": folder.path,
     });
     folder.write("results.json", &format!("{result:#}\n"))?;
+    manifest::write(&folder, &key, &recipe, &outcome, start.elapsed().as_secs_f64())?;
+    report::finish(&folder.path);
     if global.json {
         return print_json(&result);
     }

@@ -1,5 +1,7 @@
 //! `sacpo rate`.
 
+use std::path::PathBuf;
+
 use align::data;
 use engine::{Error, Result};
 use evaluate::rating::{Elo, Options, markdown, rate};
@@ -10,7 +12,7 @@ use crate::cli::{Global, Rate};
 use crate::ui;
 
 pub(super) fn run(options: &Rate, global: Global) -> Result<()> {
-    let verdicts = read(options)?;
+    let verdicts = read(&options.files)?;
     let ratings = rate(
         &verdicts,
         &Options {
@@ -24,9 +26,10 @@ pub(super) fn run(options: &Rate, global: Global) -> Result<()> {
     if global.json { print_json(&ratings) } else { ui::print(markdown(&ratings).trim_end()) }
 }
 
-fn read(options: &Rate) -> Result<Vec<Verdict>> {
+/// The verdicts in files, with the place of a row that is none in the message.
+pub(crate) fn read(files: &[PathBuf]) -> Result<Vec<Verdict>> {
     let mut all = Vec::new();
-    for file in &options.files {
+    for file in files {
         for record in data::read_records(file)? {
             let of_row = verdicts(&record.columns);
             all.extend(of_row.map_err(|error| Error::input(format!("{}: {error}", record.place)))?);

@@ -14,6 +14,7 @@ use super::{on_threads, print_json};
 use crate::cli::{Global, Run, Train};
 use crate::hub::Hub;
 use crate::pipeline::{self, AnsweredSet, Lengths, Outcome, Policy, RunFolder, dry_run, manifest};
+use crate::report;
 use crate::ui;
 use sacpo::recipe::Recipe;
 
@@ -90,6 +91,9 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     let key = manifest::key(recipe, &inputs)?;
     if let Some(results) = manifest::finished(&folder, &key) {
         ui::say(format!("The run in {} is finished. Nothing is done.", folder.path.display()));
+        if !folder.path.join("report.html").exists() {
+            report::finish(&folder.path);
+        }
         if global.json {
             return print_json(&results);
         }
@@ -124,6 +128,7 @@ fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     });
     folder.write("results.json", &format!("{result:#}\n"))?;
     manifest::write(&folder, &key, recipe, &outcome, seconds)?;
+    report::finish(&folder.path);
     if global.json {
         return print_json(&result);
     }
@@ -175,19 +180,10 @@ fn validation_table(metrics: &[&str], policies: &[Policy]) -> String {
                 _ => write!(table, " {accuracy:.3} | {margin:+.3} | {likelihood:.3} |"),
             };
         }
-        let _ = write!(table, " {} |", duration(policy.seconds));
+        let _ = write!(table, " {} |", ui::duration(policy.seconds));
     }
     table.push('\n');
     table
-}
-
-fn duration(seconds: f64) -> String {
-    match seconds as u64 {
-        0 if seconds > 0.0 => "< 1 s".into(),
-        0 => "–".into(),
-        s if s < 60 => format!("{s} s"),
-        s => format!("{} min {:02} s", s / 60, s % 60),
-    }
 }
 
 /// How long every policy's answers to every set of prompts are.
@@ -246,7 +242,7 @@ fn summary(recipe: &Recipe, outcome: &Outcome, table: &str, seconds: f64) -> Str
     }
     let memory = engine::memory::peak().map(|b| format!(", {:.2} GiB at most", b as f64 / (1u64 << 30) as f64));
     let threads = rayon::current_num_threads();
-    let took = duration(seconds);
+    let took = ui::duration(seconds);
     let _ = writeln!(page, "\n## Cost\n\nThis call took {took} on {threads} threads{}.", memory.unwrap_or_default());
     page
 }
