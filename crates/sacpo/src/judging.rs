@@ -77,7 +77,7 @@ pub(crate) fn request_fields(fields: &[String]) -> Result<Map<String, Value>> {
 /// A field of requests: JSON, or what is no JSON as a text.
 fn parse_field(field: &str) -> Result<(String, Value)> {
     let Some((key, value)) = field.split_once('=').filter(|(key, _)| !key.is_empty()) else {
-        return Err(Error::input(format!("{field:?} is no field and value. Write KEY=VALUE, such as seed=1.")));
+        return Err(Error::input(format!("--set {field} is no field and value. Write KEY=VALUE, such as seed=1.")));
     };
     Ok((key.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| Value::from(value))))
 }

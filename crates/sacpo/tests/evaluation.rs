@@ -213,7 +213,7 @@ fn mistakes_are_found_before_anything_is_trained() {
             &["`evaluate.judge` of `harmlessness`", "SACPO_NO_SUCH_KEY", "not set"],
         ),
         (judge("set = [\"messages=[]\"]"), &["`evaluate.judge` of `harmlessness`", "`messages`"]),
-        (judge("set = [\"seed\"]"), &["\"seed\"", "KEY=VALUE"]),
+        (judge("set = [\"seed\"]"), &["--set seed", "KEY=VALUE"]),
     ];
     for (more, parts) in cases {
         let path = recipe_with(&folder, &more);
