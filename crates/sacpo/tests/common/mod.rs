@@ -28,7 +28,7 @@ pub(crate) struct Outcome {
     pub(crate) stderr: String,
 }
 
-/// Runs the command; a panic, a signal or two minutes of work fail the test.
+/// Runs the command; a panic, a signal or ten minutes of work fail the test.
 pub(crate) fn run<A: AsRef<str>>(arguments: &[A]) -> Outcome {
     run_with(arguments, &[])
 }
@@ -37,7 +37,7 @@ pub(crate) fn run<A: AsRef<str>>(arguments: &[A]) -> Outcome {
 pub(crate) fn run_with<A: AsRef<str>>(arguments: &[A], variables: &[(&str, String)]) -> Outcome {
     let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
     let mut command = assert_cmd::Command::new(SACPO);
-    command.args(&arguments).envs(variables.iter().cloned()).timeout(Duration::from_secs(120));
+    command.args(&arguments).envs(variables.iter().cloned()).timeout(Duration::from_secs(600));
     let output = command.output().expect("it starts");
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("output is UTF-8");
     let (stdout, stderr) = (text(output.stdout), text(output.stderr));
