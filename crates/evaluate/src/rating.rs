@@ -314,7 +314,8 @@ impl WinRate {
             win_rate: Some(rate),
             standard_error,
             interval,
-            bootstrap_interval: Some(bootstrap_interval),
+            // a single prompt says nothing of others
+            bootstrap_interval: standard_error.map(|_| bootstrap_interval),
             n,
             missing,
         }

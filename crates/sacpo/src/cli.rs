@@ -92,7 +92,8 @@ pub(crate) struct Quickstart {
     /// `helpfulness` or `safety`.
     #[arg(long, value_name = "FILE", conflicts_with = "objective")]
     pub(crate) recipe: Option<PathBuf>,
-    /// How much data and training: `small` is a smoke test of seconds, whose policies are not well trained.
+    /// How much data and training: `small` is a smoke test of a minute or two, whose policies are not well trained and
+    /// need not meet the threshold.
     #[arg(long, value_enum, default_value_t = Size::Full)]
     pub(crate) size: Size,
     /// Seed of all randomness.

@@ -37,6 +37,15 @@ pub(crate) fn judge_all(
         interrupt::check()
     })?;
     bar.finish_and_clear();
+    let counts = Counts::of(&judged.judgements);
+    if counts.there > 0 && counts.unreadable == counts.there {
+        let reply = judged.judgements.iter().find_map(|judgement| judgement.reply.as_deref()).unwrap_or_default();
+        ui::say(format!(
+            "Warning: no reply has scores, so nothing is judged. One reply is {:?}. Give the judge more room (--max-tokens), or take \
+             another model.",
+            reply.chars().take(200).collect::<String>()
+        ));
+    }
     Ok(judged)
 }
 

@@ -177,6 +177,10 @@ fn quickstart_shows_the_trade_and_makes_everything_once() {
     }
     let recipe = text(&made.join("recipe.toml"));
     says(&fails(2, &["run", &recipe]), &["the folder of a quickstart", "run.out"]);
+    says(
+        &fails(2, &["quickstart", "--out", &text(&made.join("base"))]),
+        &["something else than a quickstart", "--out"],
+    );
     assert!(files(made) == before);
 }
 

@@ -281,6 +281,14 @@ fn bad_input_is_named() {
         fails(2, &with(&arguments(&folder, url, &files), more))
     };
     says(&judge(&[&a], &[]), &["nothing to be compared with", "--against"]);
+    // what is no verdict is not replaced by verdicts
+    let out = file(&folder, "verdicts.jsonl", "{\"prompt\": \"p\", \"answer\": \"r\"}\n");
+    says(&judge(&[&a, &b], &[]), &["verdicts.jsonl", "something else than verdicts", "--out"]);
+    assert_eq!(read_lines(&out).len(), 1);
+    fs::remove_file(&out).unwrap();
+    fs::create_dir(&out).unwrap();
+    says(&judge(&[&a, &b], &[]), &["verdicts.jsonl", "it is a folder", "--out"]);
+    fs::remove_dir(&out).unwrap();
     says(&judge(&[&a, &a], &[]), &["Two policies have the name \"a\"", "helpful=answers.jsonl"]);
     says(&judge(&[&a], &["--against", &format!("a={b}")]), &["Two policies have the name \"a\""]);
     says(&judge(&[&a, &at(&folder, "nowhere.jsonl")], &[]), &["nowhere.jsonl", "Check the path"]);

@@ -1,8 +1,8 @@
 //! `sacpo generate`.
 
 use align::data::{self, CategorisedPrompt, Prompt};
-use engine::Result;
 use engine::generate::{Answer, SamplingOptions};
+use engine::{Error, Result};
 use serde::Serialize;
 
 use super::print_json;
@@ -50,8 +50,19 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         false => as_taken(prompts, &policy.first.tokenizer, options.system.as_deref())?,
     };
     let bar = ui::bar(prompts.len() as u64, "answers");
-    let mut advance = ui::advance(&bar);
-    let answers = answer(&policy, &prompts, &sampling, &mut advance)?;
+    let mut heartbeat = ui::Heartbeat::new();
+    let answers = answer(&policy, &prompts, &sampling, &mut |done| {
+        bar.set_position(done as u64);
+        heartbeat.beat(&bar, || format!("  {done} of {} answers", prompts.len()));
+        Ok(())
+    });
+    let answers = answers.map_err(|error| match error {
+        Error::Interrupted(_) => Error::Interrupted(
+            "Stopped, as you asked. Nothing of the answers is kept; a recipe's [evaluate] keeps them as they come."
+                .into(),
+        ),
+        other => other,
+    })?;
     bar.finish_and_clear();
     let answered = rows.iter().zip(&answers).map(|(row, answer)| Answered {
         prompt: row.prompt.text(),

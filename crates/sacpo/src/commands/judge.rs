@@ -5,6 +5,7 @@ mod local;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use align::data;
 use engine::{Error, Result};
 use evaluate::judge::{Budget, ChatJudge, ChatOptions, Comparison, Plan, Prices, Store, SystemClock, Usage};
 use serde::Serialize;
@@ -48,10 +49,33 @@ pub(super) fn run(command: &Judge, global: Global) -> Result<()> {
     let files = command.answers.iter().map(|source| AnswerFile::read(source)).collect::<Result<Vec<_>>>()?;
     let against = command.against.as_ref().map(|source| AnswerFile::read(source)).transpose()?;
     let comparisons = comparisons(&files, against.as_ref())?;
+    check_out(&command.out)?;
     match command.scoring.metric {
         Some(_) => on_threads(global.threads, || local::judge(command, &comparisons, global)),
         None => by_endpoint(command, &comparisons, global),
     }
+}
+
+/// Checks before anything is judged that verdicts can be written and replace nothing but verdicts.
+fn check_out(out: &Path) -> Result<()> {
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if !folder.is_dir() || out.is_dir() {
+        let what = if out.is_dir() { "it is a folder" } else { "its folder does not exist" };
+        return Err(Error::input(format!(
+            "{} cannot be written: {what}. Give the path of a file with --out.",
+            out.display()
+        )));
+    }
+    let holds_something = out.metadata().is_ok_and(|file| file.len() > 0);
+    let is_verdict =
+        |record: &data::Record| ["a", "b", "outcome"].iter().all(|column| record.columns.contains_key(*column));
+    if holds_something && !data::read_records(out).is_ok_and(|records| records.iter().all(is_verdict)) {
+        return Err(Error::input(format!(
+            "{} exists and holds something else than verdicts, which would be lost. Choose another path for --out.",
+            out.display()
+        )));
+    }
+    Ok(())
 }
 
 /// Lets a language model judge.

@@ -49,6 +49,7 @@ impl Amounts {
 pub(super) fn run(options: &Quickstart, global: Global) -> Result<()> {
     let start = Instant::now();
     let amounts = Amounts::of(options.size);
+    check_folder(&options.out)?;
     let folder = RunFolder::open(&options.out)?;
     claim(&folder, options)?;
     let world = World::new(options.seed);
@@ -160,6 +161,21 @@ fn policy_json((policy, worth, distance): &Judged<'_>) -> Value {
         "policy": policy.source.to_string(),
         "checkpoint": policy.path(),
     })
+}
+
+/// Checks that a folder, before anything is written there, holds nothing but a run, if it is there at all.
+fn check_folder(path: &Path) -> Result<()> {
+    let names: Vec<_> =
+        std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect();
+    let is_run = ["quickstart.json", "recipe.toml"].iter().any(|file| names.iter().any(|name| name == file));
+    match names.iter().find(|name| !name.to_string_lossy().starts_with('.')).filter(|_| !is_run) {
+        Some(other) => Err(Error::input(format!(
+            "{} holds {}, and so something else than a quickstart. Choose an empty folder, or one that does not exist, with --out.",
+            path.display(),
+            other.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Marks the folder as one of this size and seed, whose base model and data are used again.
