@@ -98,10 +98,8 @@ impl Store {
     /// # Errors
     /// If the file cannot be opened or is something else.
     pub fn open(path: &Path) -> Result<Self> {
-        if !path.exists() {
-            // the system says better than SQLite why a file cannot be made; SQLite takes an empty one for a new database
-            File::create_new(path).map_err(Error::io("create", path))?;
-        }
+        // the system says better than SQLite why a file cannot be made; SQLite takes an empty one for a new database
+        OpenOptions::new().create(true).append(true).open(path).map_err(Error::io("open", path))?;
         let failed = |error| failed(path, error);
         let mut connection = Connection::open(path).map_err(failed)?;
         connection.busy_timeout(BUSY).map_err(failed)?;
