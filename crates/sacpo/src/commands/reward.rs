@@ -1,7 +1,7 @@
 //! `sacpo train reward` and `sacpo train cost`.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use align::data::{Dataset, TokenizedPair};
 use align::judge::Judge;
@@ -15,7 +15,7 @@ use evaluate::rating::Mean;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::run::text;
+use super::run::{recipe_of_step, text};
 use super::{on_threads, print_json};
 use crate::cli::{Global, TrainScorer};
 use crate::hub::Hub;
@@ -70,14 +70,7 @@ fn recipe_of(options: &TrainScorer) -> Result<Recipe> {
     if let Some(format) = options.format {
         step["format"] = format.name().into();
     }
-    let document = json!({
-        "model": {"base": text(&options.model)?},
-        "run": {"out": text(&options.out)?, "seed": options.seed},
-        "step": [step],
-    });
-    let toml = toml::to_string(&document)
-        .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}.")))?;
-    Recipe::parse(&toml, Path::new("command line"), &options.set)
+    recipe_of_step(step, [&options.model, &options.out], options.seed, &options.set)
 }
 
 fn carry_out(loss: ScoreLoss, recipe: &Recipe, global: Global) -> Result<()> {

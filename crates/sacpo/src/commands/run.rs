@@ -42,14 +42,15 @@ fn recipe_of(options: &Train) -> Result<Recipe> {
     if let (Value::Object(step), Value::Object(parameters)) = (&mut step, json!(options.parameters.options())) {
         step.extend(parameters.into_iter().filter(|(_, value)| !value.is_null()));
     }
-    let document = json!({
-        "model": {"base": text(&options.model)?},
-        "run": {"out": text(&options.out)?, "seed": options.seed},
-        "step": [step],
-    });
+    recipe_of_step(step, [&options.model, &options.out], options.seed, &options.set)
+}
+
+/// A recipe of one step on a model into a folder, changed as `set` says.
+pub(super) fn recipe_of_step(step: Value, [model, out]: [&Path; 2], seed: u64, set: &[String]) -> Result<Recipe> {
+    let document = json!({"model": {"base": text(model)?}, "run": {"out": text(out)?, "seed": seed}, "step": [step]});
     let toml = toml::to_string(&document)
         .map_err(|e| Error::input(format!("The options cannot be written as a recipe: {e}.")))?;
-    Recipe::parse(&toml, Path::new("command line"), &options.set)
+    Recipe::parse(&toml, Path::new("command line"), set)
 }
 
 /// A path as a text of a recipe.
