@@ -26,7 +26,7 @@ use super::tokens::{Stored, Writer, check, read};
 use super::{LabelledExample, PreferencePair, Prompt, TokenizedExample, TokenizedPair};
 
 /// Changes whenever the same data may give other tokens.
-const VERSION: &str = "tokens v2";
+const VERSION: &str = "tokens v3";
 
 /// Bytes of text in a block: some ten milliseconds of work.
 const BLOCK: usize = 1 << 20;
