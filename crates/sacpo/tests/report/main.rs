@@ -359,7 +359,8 @@ fn both_themes_have_contrast_and_fit_narrow_screens() {
     let features = json!([{"name": "prefers-color-scheme", "value": "dark"}]);
     browser.call("Emulation.setEmulatedMedia", json!({"features": features}));
     assert_eq!(browser.value(ground), dark, "the page follows the system");
-    assert_eq!(browser.value("document.getElementById('theme').getAttribute('aria-pressed')"), "true");
+    // the page is told of the change a moment after its style has changed
+    browser.wait("document.getElementById('theme').getAttribute('aria-pressed') === 'true'");
 
     for width in [320, 700] {
         browser.resize(width, 800);
