@@ -27,7 +27,7 @@ use align::world::{self, DEFAULT_BETA, Metric, World};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::optim::{OptimizerKind, Schedule};
 use engine::tokenizer::Tokenizer;
-use engine::{Error, Model, Result};
+use engine::{Error, Model, Precision, Result};
 
 /// Demonstrations and pairs. Noise of the labels is in no interval, so there must be many; those of the reward are the same on both
 /// sides of every comparison, and may be fewer.
@@ -115,6 +115,7 @@ impl Seed {
             warmup_ratio,
             epochs,
             batch_size: 64,
+            dtype: Precision::F32,
             micro_batch_tokens: 2048,
             memory_bytes: None,
             max_grad_norm: 1.0,

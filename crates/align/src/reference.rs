@@ -14,8 +14,8 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::sequences::{Sequences, micro_batches, pack};
 
-/// Changes whenever the engine's f32 results may change.
-const ARITHMETIC: &str = "f32 v3";
+/// Changes whenever the engine's results may change.
+const ARITHMETIC: &str = "v4";
 
 /// Prompts per block: some seconds of work on a small model.
 const BLOCK: usize = 256;
@@ -37,12 +37,12 @@ pub fn logps<'p>(
 ) -> Result<Vec<f64>> {
     let policy = policy.into();
     let for_scores = policy.is_scorer();
-    let hash = cache.map(|_| policy.hash());
+    let name = cache.map(|_| format!("{} {}", policy.precision().name(), policy.hash()));
     let mut scorer = Scorer::new(policy, items.iter().map(Sequences::longest).max().unwrap_or(0));
     let mut all = Vec::with_capacity(items.iter().map(|item| item.responses.len()).sum());
     let mut done = 0;
     for block in items.chunks(BLOCK) {
-        let place = cache.zip(hash.as_deref()).map(|(folder, hash)| cache_file(folder, hash, block));
+        let place = cache.zip(name.as_deref()).map(|(folder, name)| cache_file(folder, name, block));
         let responses = block.iter().map(|item| item.responses.len()).sum();
         if let Some(kept) = place.as_deref().and_then(|path| read(path, responses)) {
             all.extend(kept);
@@ -73,9 +73,10 @@ fn check_finite(items: &[Sequences<'_>], logps: &[f64]) -> Result<()> {
     })
 }
 
-fn cache_file(folder: &Path, model: &str, items: &[Sequences<'_>]) -> PathBuf {
+/// `policy` names the policy and its precision.
+fn cache_file(folder: &Path, policy: &str, items: &[Sequences<'_>]) -> PathBuf {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{ARITHMETIC} {} {model}", engine::instruction_set()).as_bytes());
+    hasher.update(format!("{ARITHMETIC} {} {policy}", engine::instruction_set()).as_bytes());
     items.iter().for_each(|item| item.hash_into(&mut hasher));
     folder.join(format!("{}.safetensors", hasher.finalize().to_hex()))
 }

@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use engine::{Adapter, Error, Model, Result};
+use engine::{Adapter, Error, Mixture, Model, Result};
 use serde::Serialize;
 
 use crate::data::{Dataset, TokenizedExample, TokenizedPair};
@@ -148,7 +148,8 @@ impl Alignment<'_> {
                  command again to continue."
             )))
         };
-        reference::logps(self.start, sequences, self.options.micro_batch_tokens, Some(self.cache), &mut scored)
+        let start = Mixture::from(self.start).with_precision(self.options.dtype);
+        reference::logps(start, sequences, self.options.micro_batch_tokens, Some(self.cache), &mut scored)
     }
 
     fn train(&self, task: &dyn Task, held_out: &dyn Task, monitor: &mut dyn Monitor) -> Result<Aligned> {

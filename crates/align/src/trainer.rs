@@ -15,7 +15,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions, Schedule, global_norm};
-use engine::{Error, LoraOptions, Result};
+use engine::{Error, LoraOptions, Precision, Result};
 use identity::identity;
 use passes::{Batch, Means, Passes};
 use progress::Progress;
@@ -33,6 +33,8 @@ use crate::task::Task;
 pub struct TrainOptions {
     /// What to train instead of all weights, if anything.
     pub lora: Option<LoraOptions>,
+    /// In what precision matrix products are computed; weights, their gradients and optimizer states are f32 in any.
+    pub dtype: Precision,
     /// The optimizer, with its customary constants.
     pub optimizer: OptimizerKind,
     /// Peak learning rate.

@@ -7,6 +7,7 @@
 
 mod divergence;
 mod parameters;
+mod tape;
 
 use crate::batch::PackedBatch;
 use crate::mixture::Shared;
@@ -14,9 +15,11 @@ use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
+use crate::precision::Precision;
 
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
+use tape::{BlockTape, CompactTape};
 
 pub use crate::ops::divergence::Head;
 
@@ -39,6 +42,7 @@ pub struct Decoder {
     layout: Layout,
     /// Whether the head gives scores instead of logits.
     scores: bool,
+    precision: Precision,
     heads: Heads,
     hidden: usize,
     intermediate: usize,
@@ -50,27 +54,10 @@ pub struct Decoder {
     inputs: Vec<Vec<f32>>,
     /// What each block keeps, or one place that all blocks use in turn.
     tapes: Vec<BlockTape>,
+    /// What each block keeps in bf16; `tapes` is then the one place.
+    compact: Vec<CompactTape>,
     kept: Option<Keep>,
     scratch: Scratch,
-}
-
-/// What the backward pass of one block reads, besides the block's input.
-#[derive(Debug, Default)]
-struct BlockTape {
-    /// 1/rms of the block's input, `[n]`.
-    r_attention: Vec<f32>,
-    /// Rotated queries and keys, and values, `[n, qkv_width]`.
-    qkv: Vec<f32>,
-    /// Log-sum-exp of the scores, `[n, heads]`.
-    lse: Vec<f32>,
-    /// Output of attention before its projection, `[n, query_width]`.
-    attention: Vec<f32>,
-    /// The residual stream between the two halves, `[n, hidden]`.
-    middle: Vec<f32>,
-    /// 1/rms of `middle`, `[n]`.
-    r_feed_forward: Vec<f32>,
-    /// `[n, 2·intermediate]`.
-    gate_up: Vec<f32>,
 }
 
 /// Memory that holds nothing between operations.
@@ -105,6 +92,7 @@ impl Decoder {
         Self {
             layout: model.layout.clone(),
             scores: config.head.is_score(),
+            precision: Precision::F32,
             heads: Heads {
                 query: config.num_attention_heads,
                 key_value: config.num_key_value_heads,
@@ -117,24 +105,35 @@ impl Decoder {
             x: Vec::new(),
             inputs: Vec::new(),
             tapes: Vec::new(),
+            compact: Vec::new(),
             kept: None,
             scratch: Scratch::default(),
         }
     }
 
+    /// The same decoder with products in another precision than f32.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
     /// Bytes of activations that a training pass over `rows` tokens keeps, scratch memory included.
     pub fn activation_bytes(&self, rows: usize, keep: Keep) -> usize {
         let (d, f, heads) = (self.hidden, self.intermediate, self.heads);
-        let tape = 2 + heads.qkv_width() + heads.query + heads.query_width() + d + 2 * f;
+        let (narrow, wide) = (2 + heads.query + d, heads.qkv_width() + heads.query_width() + 2 * f);
         let scratch = 4 * d + f + heads.query_width() + heads.qkv_width();
         let blocks = self.layout.blocks.len();
-        let per_row = blocks * d + scratch + if keep == Keep::All { blocks * tape } else { tape };
+        let tapes = match (keep, self.precision) {
+            (Keep::All, Precision::F32) => blocks * (narrow + wide),
+            (Keep::All, Precision::Bf16) => narrow + wide + blocks * (narrow + wide.div_ceil(2)),
+            (Keep::Inputs, _) => narrow + wide,
+        };
+        let per_row = blocks * d + scratch + tapes;
         4 * (rows * per_row + logprob::chunk_rows(self.layout.head.len() / d) * (self.layout.head.len() / d + 5 * d))
     }
 
     /// The log-probability of each response of the batch, summed over its tokens; or its score.
     pub fn logps<'a>(&mut self, parameters: impl Into<Parameters<'a>>, batch: &'a PackedBatch) -> Vec<f64> {
-        let pass = Pass::new(parameters.into(), batch);
+        let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, None);
         self.head_forward(&pass, batch)
     }
@@ -146,7 +145,7 @@ impl Decoder {
         batch: &'a PackedBatch,
         keep: Keep,
     ) -> Vec<f64> {
-        let pass = Pass::new(parameters.into(), batch);
+        let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, Some(keep));
         self.head_forward(&pass, batch)
     }
@@ -165,7 +164,7 @@ impl Decoder {
     ) {
         let keep = self.kept.take();
         let Some(keep) = keep else { panic!("backward without a forward pass before it") };
-        let pass = Pass::new(parameters.into(), batch);
+        let pass = Pass::new(self.precision, parameters.into(), batch);
         let mut gradient = pass.gradient(gradient);
         self.head_forward_backward(&pass, batch, d_logps, &mut gradient);
         self.backward_blocks(&pass, batch, keep, &mut gradient);
@@ -181,7 +180,7 @@ impl Decoder {
         keep: Keep,
         gradient: &mut [f32],
     ) -> Vec<f64> {
-        let pass = Pass::new(parameters.into(), batch);
+        let pass = Pass::new(self.precision, parameters.into(), batch);
         let mut gradient = pass.gradient(gradient);
         self.run_blocks(&pass, batch, Some(keep));
         self.kept = None;
@@ -206,7 +205,7 @@ impl Decoder {
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
         let parts = policies.adapters.len();
-        let pass = Pass::of_parts(&policies.model.weights, &policies.adapters);
+        let pass = Pass::of_parts(self.precision, &policies.model.weights, &policies.adapters);
         let pass = if wanted.len() == tokens.len() { pass.rowwise() } else { pass };
         self.check_weights(&pass);
         self.kept = None;
@@ -230,7 +229,7 @@ impl Decoder {
         let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
         let vocab = self.layout.head.len() / d;
         let logits = fit(logits, wanted.len() * vocab);
-        linear::forward_rowwise(normed, pass.base(&self.layout.head), logits, d, false);
+        linear::forward_as(true, self.precision)(normed, pass.base(&self.layout.head), logits, d, false);
         logits
     }
 
@@ -243,12 +242,24 @@ impl Decoder {
         assert_eq!(pass.base.len(), self.layout.len, "the weights do not fit this decoder");
     }
 
+    /// Whether every block has a tape of its own.
+    fn has_tapes(&self, keep: Option<Keep>) -> bool {
+        keep == Some(Keep::All) && self.precision == Precision::F32
+    }
+
+    /// Whether every block has a compact tape.
+    fn has_compact_tapes(&self, keep: Option<Keep>) -> bool {
+        keep == Some(Keep::All) && self.precision == Precision::Bf16
+    }
+
     /// Leaves the output of the last block in `self.x`.
     fn run_blocks(&mut self, pass: &Pass<'_>, batch: &PackedBatch, keep: Option<Keep>) {
         self.check_weights(pass);
         assert_eq!(batch.for_scores, self.scores, "the batch is not for this head");
         let blocks = self.layout.blocks.len();
-        self.tapes.resize_with(if keep == Some(Keep::All) { blocks } else { 1 }, BlockTape::default);
+        let (apart, compact) = (self.has_tapes(keep), self.has_compact_tapes(keep));
+        self.tapes.resize_with(if apart { blocks } else { 1 }, BlockTape::default);
+        self.compact.resize_with(if compact { blocks } else { 0 }, CompactTape::default);
         self.inputs.resize_with(if keep.is_some() { blocks } else { 0 }, Vec::new);
         let d = self.hidden;
         let mut x = std::mem::take(&mut self.x);
@@ -259,9 +270,12 @@ impl Decoder {
             if keep.is_some() {
                 fit(&mut self.inputs[index], rows.len()).copy_from_slice(rows);
             }
-            let place = if keep == Some(Keep::All) { index } else { 0 };
+            let place = if apart { index } else { 0 };
             let mut tape = std::mem::take(&mut self.tapes[place]);
             self.block_forward(pass, index, &spans, &batch.positions, rows, &mut tape);
+            if compact {
+                self.compact[index].store(&mut tape);
+            }
             self.tapes[place] = tape;
         }
         self.x = x;
@@ -287,8 +301,10 @@ impl Decoder {
         let qkv = fit(&mut tape.qkv, n * heads.qkv_width());
         pass.linear(block, index, Product::Qkv).forward(normed, qkv, d, false, lora);
         self.rope.forward(qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
+        round_kept(self.precision, qkv);
         let attended = fit(&mut tape.attention, n * heads.query_width());
         attention::forward(qkv, heads, spans, attended, fit(&mut tape.lse, n * heads.query));
+        round_kept(self.precision, attended);
         pass.linear(block, index, Product::Output).forward(attended, x, heads.query_width(), true, lora);
 
         fit(&mut tape.middle, n * d).copy_from_slice(x);
@@ -296,6 +312,7 @@ impl Decoder {
         rmsnorm::forward(x, pass.base(&block.feed_forward_norm), self.eps, normed, r);
         let gate_up = fit(&mut tape.gate_up, n * 2 * f);
         pass.linear(block, index, Product::GateUp).forward(normed, gate_up, d, false, lora);
+        round_kept(self.precision, gate_up);
         let activation = fit(&mut scratch.activation, n * f);
         swiglu::forward(gate_up, activation, f);
         pass.linear(block, index, Product::Down).forward(activation, x, f, true, lora);
@@ -306,7 +323,11 @@ impl Decoder {
         let spans = batch.spans();
         let len = batch.rows() * self.hidden;
         for index in (0..self.layout.blocks.len()).rev() {
-            let mut tape = std::mem::take(&mut self.tapes[if keep == Keep::All { index } else { 0 }]);
+            let place = if self.has_tapes(Some(keep)) { index } else { 0 };
+            let mut tape = std::mem::take(&mut self.tapes[place]);
+            if self.has_compact_tapes(Some(keep)) {
+                self.compact[index].restore(&mut tape);
+            }
             if keep == Keep::Inputs {
                 let mut x = std::mem::take(&mut self.x);
                 x[..len].copy_from_slice(&self.inputs[index][..len]);
@@ -314,7 +335,7 @@ impl Decoder {
                 self.x = x;
             }
             self.block_backward(pass, index, &spans, &batch.positions, &mut tape, gradient);
-            self.tapes[if keep == Keep::All { index } else { 0 }] = tape;
+            self.tapes[place] = tape;
         }
         if let Some(d_embedding) = gradient.base(&self.layout.embedding) {
             embedding::backward(&batch.tokens, &self.scratch.dx[..len], d_embedding, self.hidden);
@@ -382,7 +403,7 @@ impl Decoder {
             self.gather_normed(pass, rows);
             let Scratch { head, logits, .. } = &mut self.scratch;
             let normed = &head.normed[..rows.len() * self.hidden];
-            logps.extend(logprob::forward(normed, pass.base(&self.layout.head), targets, logits));
+            logps.extend(logprob::forward(self.precision, normed, pass.base(&self.layout.head), targets, logits));
         }
         batch.sum_responses(&logps)
     }
@@ -411,7 +432,16 @@ impl Decoder {
             let len = rows.len() * d;
             let d_normed = fit(&mut head.d_normed, len);
             let (w, d_w) = (pass.base(&self.layout.head), gradient.base(&self.layout.head));
-            logps.extend(logprob::forward_backward(&head.normed[..len], w, targets, d_logps, d_normed, d_w, logits));
+            logps.extend(logprob::forward_backward(
+                self.precision,
+                &head.normed[..len],
+                w,
+                targets,
+                d_logps,
+                d_normed,
+                d_w,
+                logits,
+            ));
             self.norm_backward(pass, rows, gradient);
         }
         batch.sum_responses(&logps)
@@ -460,6 +490,13 @@ impl Decoder {
         }
         let (normed, r) = (fit(&mut head.normed, rows.len() * d), fit(&mut head.r, rows.len()));
         rmsnorm::forward(x, pass.base(&self.layout.final_norm), self.eps, normed, r);
+    }
+}
+
+/// Rounds what a tape keeps in bf16, so that the values are the same whether they are kept or computed again.
+fn round_kept(precision: Precision, x: &mut [f32]) {
+    if precision == Precision::Bf16 {
+        linear::bf16::round(x);
     }
 }
 

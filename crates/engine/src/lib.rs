@@ -16,6 +16,7 @@ pub mod mixture;
 pub mod model;
 mod ops;
 pub mod optim;
+pub mod precision;
 pub mod tokenizer;
 
 pub use batch::PackedBatch;
@@ -27,10 +28,11 @@ pub use error::{Error, Result};
 pub use lora::{Adapter, LoraOptions, Projection};
 pub use mixture::{Adapted, Mixture, Scorer};
 pub use model::{Layout, Model, ModelHash, ParamSpec};
+pub use precision::Precision;
 pub use tokenizer::Tokenizer;
 
-/// The processor's instruction set as the engine uses it. Results in f32 may differ in the last bits between
-/// instruction sets, so what is cached on disk names it.
+/// The processor's instruction set as the engine uses it. Results may differ in the last bits between instruction sets, so
+/// what is cached on disk names it.
 pub fn instruction_set() -> String {
-    ops::simd::instruction_set()
+    format!("{}{}", ops::simd::instruction_set(), if ops::linear::bf16::is_native() { " bf16" } else { "" })
 }

@@ -18,6 +18,7 @@ use crate::model::{Layout, Model, ParamSpec, Product, hash_weights};
 use crate::ops::dora;
 use crate::ops::dropout::{Dropout, mix};
 use crate::ops::lora::{LowRank, Site, Target};
+use crate::precision::Precision;
 
 /// How the names of factors A end.
 const A: &str = "lora_A.weight";
@@ -450,6 +451,7 @@ impl Adapter {
             rank: self.options.rank,
             scale: self.options.scale() as f32,
             dropout,
+            precision: Precision::F32,
         })
     }
 

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::lora::Adapter;
 use crate::model::Model;
 use crate::ops::logprob;
+use crate::precision::Precision;
 
 /// A model, as it is or as an adapter makes it. A model alone converts into it.
 #[derive(Debug, Clone, Copy)]
@@ -36,6 +37,7 @@ impl Adapted<'_> {
 pub struct Mixture<'a> {
     /// At least one, of one vocabulary. Their logits add up.
     passes: Vec<Shared<'a>>,
+    precision: Precision,
 }
 
 /// Policies of one model that are computed in one pass, so that every matrix of the model is read once for all of them.
@@ -64,7 +66,8 @@ impl Shared<'_> {
 
 impl<'a> From<&'a Model> for Mixture<'a> {
     fn from(model: &'a Model) -> Self {
-        Self { passes: vec![Shared { model, adapters: vec![None], weights: vec![1.0] }] }
+        let passes = vec![Shared { model, adapters: vec![None], weights: vec![1.0] }];
+        Self { passes, precision: Precision::F32 }
     }
 }
 
@@ -104,7 +107,17 @@ impl<'a> Mixture<'a> {
                 })
                 .collect(),
         };
-        Ok(Self { passes })
+        Ok(Self { passes, precision: Precision::F32 })
+    }
+
+    /// The same policy, computed in another precision than f32.
+    pub fn with_precision(self, precision: Precision) -> Self {
+        Self { precision, ..self }
+    }
+
+    /// The precision in which it is computed.
+    pub fn precision(&self) -> Precision {
+        self.precision
     }
 
     /// Number of token ids.
@@ -123,7 +136,7 @@ impl<'a> Mixture<'a> {
         contexts.min().unwrap_or(0)
     }
 
-    /// A hash of all weights that names this policy: hexadecimal digits.
+    /// A hash of all weights that names this policy, whatever it is computed in: hexadecimal digits.
     pub fn hash(&self) -> String {
         let mut parts = Vec::new();
         for Shared { model, adapters, weights } in &self.passes {
@@ -168,7 +181,8 @@ impl<'a> Scorer<'a> {
     /// For sequences of at most `positions` tokens.
     pub fn new(policy: impl Into<Mixture<'a>>, positions: usize) -> Self {
         let mixture = policy.into();
-        let decoders = mixture.passes.iter().map(|pass| Decoder::new(pass.model, positions)).collect();
+        let decoder = |pass: &Shared<'_>| Decoder::new(pass.model, positions).with_precision(mixture.precision);
+        let decoders = mixture.passes.iter().map(decoder).collect();
         Self { mixture, decoders }
     }
 
@@ -186,7 +200,7 @@ impl<'a> Scorer<'a> {
             .iter()
             .zip(self.mixture.passes())
             .map(|(rows, Shared { model, .. })| Head { rows, weights: &model.weights[model.layout.head.clone()] });
-        batch.sum_responses(&logprob::mixed(&heads.collect::<Vec<_>>(), &batch.targets))
+        batch.sum_responses(&logprob::mixed(self.mixture.precision, &heads.collect::<Vec<_>>(), &batch.targets))
     }
 }
 

@@ -399,8 +399,8 @@ impl<'r> Run<'r> {
                 let bar = ui::bar(held_out.len() as u64, &format!("{} on {}", policy.name(), step.name));
                 let (tokens, cache) = (step.train.micro_batch_tokens, self.folder.cache());
                 let sequences = held_out.sequences();
-                let logps =
-                    reference::logps(loaded.mixture()?, &sequences, tokens, Some(&cache), &mut ui::advance(&bar))?;
+                let policy = loaded.mixture()?.with_precision(step.train.dtype);
+                let logps = reference::logps(policy, &sequences, tokens, Some(&cache), &mut ui::advance(&bar))?;
                 bar.finish_and_clear();
                 reports.push(step::rank(held_out, &logps, base_logps.get(number).unwrap_or(&logps)));
                 if index == 0 {

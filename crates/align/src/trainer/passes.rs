@@ -55,7 +55,7 @@ impl Passes {
                 largest = largest.max(sequences.computed(for_scores));
             }
         }
-        let decoder = Decoder::new(policy.base(), longest);
+        let decoder = Decoder::new(policy.base(), longest).with_precision(options.dtype);
         // beside the state, the gradient and the model that training starts from stay whatever the batch
         let fixed = state_bytes + size_of::<f32>() * (policy.weights().len() + policy.base().layout.len);
         let memory = options.memory_bytes.or_else(|| engine::memory::available().map(|bytes| bytes / 5 * 4));

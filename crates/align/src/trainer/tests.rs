@@ -6,7 +6,7 @@ mod states;
 use std::path::PathBuf;
 
 use engine::checkpoint::load_model;
-use engine::{Adapter, Decoder, Keep, Model, Parameters};
+use engine::{Adapter, Decoder, Keep, Model, Parameters, Precision};
 use serde_json::Value;
 
 use super::batches::epoch_order;
@@ -79,6 +79,7 @@ pub(super) fn options() -> TrainOptions {
         warmup_ratio: 0.2,
         epochs: 1,
         batch_size: 4,
+        dtype: Precision::F32,
         micro_batch_tokens: 1000,
         memory_bytes: None,
         max_grad_norm: 9.0,

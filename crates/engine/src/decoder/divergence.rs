@@ -11,12 +11,12 @@ impl Decoder {
     ///
     /// Those of a reference, with its vocabulary head, are the [`Head`] that a policy of the same shape is compared with.
     pub fn head_rows(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f32> {
-        self.scored_rows(&Pass::of_parts(weights, &[None]), batch)
+        self.scored_rows(&Pass::of_parts(self.precision, weights, &[None]), batch)
     }
 
     /// As [`head_rows`](Self::head_rows), of several policies of one model at once: the weighted sum of their rows.
     pub(crate) fn mixed_rows(&mut self, policies: &Shared<'_>, batch: &PackedBatch) -> Vec<f32> {
-        let pass = Pass::of_parts(&policies.model.weights, &policies.adapters);
+        let pass = Pass::of_parts(self.precision, &policies.model.weights, &policies.adapters);
         let mut rows = self.scored_rows(&pass, &batch.repeated(policies.adapters.len()));
         policies.weighted_sum(&mut rows).to_vec()
     }
@@ -44,7 +44,7 @@ impl Decoder {
         batch: &'a PackedBatch,
         keep: Keep,
     ) -> (Vec<f64>, Vec<f64>) {
-        let pass = Pass::new(parameters.into(), batch);
+        let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, Some(keep));
         let chunk = self.divergence_chunk(batch);
         let (mut logps, mut divergences) = (Vec::new(), Vec::new());
@@ -54,7 +54,7 @@ impl Decoder {
             let normed = &head.normed[..rows.len() * self.hidden];
             let policy = Head { rows: normed, weights: pass.base(&self.layout.head) };
             let (chunk_logps, chunk_divergences) =
-                divergence::forward(policy, reference, targets, [logits, reference_logits]);
+                divergence::forward(self.precision, policy, reference, targets, [logits, reference_logits]);
             logps.extend(chunk_logps);
             divergences.extend(chunk_divergences);
         }
@@ -76,7 +76,7 @@ impl Decoder {
         gradient: &mut [f32],
     ) {
         let Some(keep) = self.kept.take() else { panic!("backward without a forward pass before it") };
-        let pass = Pass::new(parameters.into(), batch);
+        let pass = Pass::new(self.precision, parameters.into(), batch);
         let mut gradient = pass.gradient(gradient);
         let (d_logps, d_divergences) = (batch.spread_responses(d_logps), batch.spread_responses(d_divergences));
         let chunk = self.divergence_chunk(batch);
@@ -92,7 +92,7 @@ impl Decoder {
             let d_normed = fit(&mut head.d_normed, len);
             let d_head = gradient.base(&self.layout.head);
             let (derivatives, scratch) = ([d_logps, d_divergences], [logits, reference_logits]);
-            divergence::backward(policy, reference, targets, derivatives, d_normed, d_head, scratch);
+            divergence::backward(self.precision, policy, reference, targets, derivatives, d_normed, d_head, scratch);
             self.norm_backward(&pass, rows, &mut gradient);
         }
         self.backward_blocks(&pass, batch, keep, &mut gradient);

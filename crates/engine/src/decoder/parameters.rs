@@ -7,6 +7,7 @@ use crate::lora::Adapter;
 use crate::model::{BlockLayout, Product};
 use crate::ops::linear;
 use crate::ops::lora::{LowRank, Scratch};
+use crate::precision::Precision;
 
 /// What a pass computes with. A model's weights alone convert into it.
 #[derive(Debug, Clone, Copy)]
@@ -42,12 +43,14 @@ pub(super) struct Pass<'a> {
     dropout: Option<(u64, &'a [u64])>,
     /// Whether every row is computed by itself, so that its bits do not depend on how many there are.
     rowwise: bool,
+    /// The arithmetic of matrix products.
+    pub(super) precision: Precision,
 }
 
 impl<'a> Pass<'a> {
     /// # Panics
     /// If the adapter has dropout and the batch's examples no keys, or if it has DoRA besides.
-    pub(super) fn new(parameters: Parameters<'a>, batch: &'a PackedBatch) -> Self {
+    pub(super) fn new(precision: Precision, parameters: Parameters<'a>, batch: &'a PackedBatch) -> Self {
         let Parameters { base, adapter, dropout_seed } = parameters;
         let drops = adapter.is_some_and(|adapter| adapter.options.dropout > 0.0);
         let dropout = dropout_seed.filter(|_| drops).map(|seed| (seed, batch.row_keys.as_slice()));
@@ -55,12 +58,12 @@ impl<'a> Pass<'a> {
             assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
             assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");
         }
-        Self { base, adapters: vec![adapter], dropout, rowwise: false }
+        Self { base, adapters: vec![adapter], dropout, rowwise: false, precision }
     }
 
     /// A pass without dropout that computes a part of its rows with each of the adapters, or with none.
-    pub(super) fn of_parts(base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
-        Self { base, adapters: adapters.to_vec(), dropout: None, rowwise: false }
+    pub(super) fn of_parts(precision: Precision, base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
+        Self { base, adapters: adapters.to_vec(), dropout: None, rowwise: false, precision }
     }
 
     /// The same pass with every row computed by itself, which suits few rows.
@@ -93,12 +96,16 @@ impl<'a> Pass<'a> {
     /// A product of block `index`.
     pub(super) fn linear(&self, block: &BlockLayout, index: usize, product: Product) -> Linear<'a> {
         let range = block.product(product).clone();
-        let at = |adapter: &Option<&'a Adapter>| adapter.and_then(|adapter| adapter.at(index, product, self.dropout));
+        let at = |adapter: &Option<&'a Adapter>| {
+            let low_rank = adapter.and_then(|adapter| adapter.at(index, product, self.dropout))?;
+            Some(LowRank { precision: self.precision, ..low_rank })
+        };
         Linear {
             w: &self.base[range.clone()],
             range,
             low_ranks: self.adapters.iter().map(at).collect(),
             rowwise: self.rowwise,
+            precision: self.precision,
         }
     }
 
@@ -147,6 +154,8 @@ pub(super) struct Linear<'a> {
     low_ranks: Vec<Option<LowRank<'a>>>,
     /// As in [`Pass`].
     rowwise: bool,
+    /// As in [`Pass`].
+    precision: Precision,
 }
 
 impl Linear<'_> {
@@ -157,7 +166,7 @@ impl Linear<'_> {
         if let [Some(low_rank)] = self.low_ranks.as_slice() {
             return low_rank.forward(x, self.w, y, add, self.rowwise, scratch);
         }
-        linear::forward_as(self.rowwise)(x, self.w, y, inputs, add);
+        linear::forward_as(self.rowwise, self.precision)(x, self.w, y, inputs, add);
         let parts = self.low_ranks.len();
         let parts = x.chunks_exact(x.len() / parts).zip(y.chunks_exact_mut(y.len() / parts)).zip(&self.low_ranks);
         for ((x, y), low_rank) in parts {
@@ -170,7 +179,7 @@ impl Linear<'_> {
     /// dx = dy·W.
     pub(super) fn backward_input(&self, dy: &[f32], dx: &mut [f32], inputs: usize, scratch: &mut Scratch) {
         match only(&self.low_ranks) {
-            None => linear::backward_input(dy, self.w, dx, inputs),
+            None => linear::backward_input(self.precision, dy, self.w, dx, inputs),
             Some(low_rank) => low_rank.backward_input(dy, self.w, dx, scratch),
         }
     }
@@ -186,7 +195,7 @@ impl Linear<'_> {
     ) {
         match (gradient, only(&self.low_ranks)) {
             (Gradient::Base(gradient), _) => {
-                linear::backward_weight(dy, x, &mut gradient[self.range.clone()], inputs);
+                linear::backward_weight(self.precision, dy, x, &mut gradient[self.range.clone()], inputs);
             }
             (Gradient::Adapter(gradient), Some(low_rank)) => {
                 low_rank.backward_weight(dy, x, self.w, gradient, scratch);

@@ -28,6 +28,30 @@ fn models() -> Vec<Model> {
     .collect()
 }
 
+fn in_both_precisions() -> Vec<(Model, Precision)> {
+    models().into_iter().flat_map(|model| Precision::ALL.map(|precision| (model.clone(), precision))).collect()
+}
+
+#[test]
+fn in_bf16_log_probabilities_and_gradients_are_those_of_f32_to_its_rounding() {
+    let (batch, d_logps) = (batch(), [0.7, -0.4, 1.1, 0.3, -0.9]);
+    for model in models() {
+        let [(logps, gradient), (rounded_logps, rounded_gradient)] = Precision::ALL.map(|precision| {
+            let mut decoder = Decoder::new(&model, 16).with_precision(precision);
+            let mut gradient = vec![0.0; model.layout.len];
+            let logps = decoder.forward_backward(&model.weights, &batch, &d_logps, Keep::All, &mut gradient);
+            (logps, gradient)
+        });
+        assert!(logps.iter().zip(&rounded_logps).all(|(a, b)| a != b && (a - b).abs() < 0.02 * a.abs()));
+        for spec in &model.layout.specs {
+            let [f32, bf16] = [&gradient, &rounded_gradient].map(|gradient| &gradient[spec.range.clone()]);
+            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+            let difference = norm(&mut f32.iter().zip(bf16).map(|(a, b)| a - b)) / norm(&mut f32.iter().copied());
+            assert!(difference < 0.02 && difference > 1e-4, "{}: {difference}", spec.name);
+        }
+    }
+}
+
 #[test]
 fn gradients_match_finite_differences() {
     let (batch, d_logps) = (batch(), [0.7, -0.4, 1.1, 0.3, -0.9]);
@@ -52,8 +76,8 @@ fn gradients_match_finite_differences() {
 #[test]
 fn every_way_to_the_gradient_gives_the_same_bits() {
     let (batch, d_logps) = (batch(), [0.7, -0.4, 1.1, 0.3, -0.9]);
-    for model in models() {
-        let mut decoder = Decoder::new(&model, 16);
+    for (model, precision) in in_both_precisions() {
+        let mut decoder = Decoder::new(&model, 16).with_precision(precision);
         let mut kept = vec![0.0; model.layout.len];
         let logps = decoder.forward(&model.weights, &batch, Keep::All);
         decoder.backward(&model.weights, &batch, &d_logps, &mut kept);
@@ -70,8 +94,8 @@ fn every_way_to_the_gradient_gives_the_same_bits() {
 
 #[test]
 fn packed_equals_one_sequence_at_a_time() {
-    for model in models() {
-        let mut decoder = Decoder::new(&model, 16);
+    for (model, precision) in in_both_precisions() {
+        let mut decoder = Decoder::new(&model, 16).with_precision(precision);
         let packed = decoder.logps(&model.weights, &batch());
         let sequences: [(&[u32], &[u32]); 5] =
             [(&[1, 5, 3], &[4, 2]), (&[1, 5, 3], &[9, 9, 10, 2]), (&[1, 7], &[8, 2]), (&[1], &[2]), (&[1], &[6, 0])];
@@ -87,15 +111,20 @@ fn packed_equals_one_sequence_at_a_time() {
 #[test]
 fn a_small_batch_after_a_large_one_reads_nothing_stale() {
     let model = Model::random(tiny_config(), 0.4, 9);
+    Precision::ALL.into_iter().for_each(|precision| reads_nothing_stale(&model, precision));
+}
+
+fn reads_nothing_stale(model: &Model, precision: Precision) {
+    let decoder = || Decoder::new(model, 16).with_precision(precision);
     let mut small = PackedBatch::default();
     small.push(&[1, 2], &[&[3, 4]]);
-    let fresh = Decoder::new(&model, 16).forward(&model.weights, &small, Keep::All);
-    let mut decoder = Decoder::new(&model, 16);
-    decoder.forward(&model.weights, &batch(), Keep::All);
-    assert_eq!(fresh, decoder.forward(&model.weights, &small, Keep::All));
+    let fresh = decoder().forward(&model.weights, &small, Keep::All);
+    let mut of_both = decoder();
+    of_both.forward(&model.weights, &batch(), Keep::All);
+    assert_eq!(fresh, of_both.forward(&model.weights, &small, Keep::All));
     let mut after = vec![0.0; model.layout.len];
-    decoder.backward(&model.weights, &small, &[1.0], &mut after);
-    let mut decoder = Decoder::new(&model, 16);
+    of_both.backward(&model.weights, &small, &[1.0], &mut after);
+    let mut decoder = decoder();
     let mut expected = vec![0.0; model.layout.len];
     decoder.forward(&model.weights, &small, Keep::All);
     decoder.backward(&model.weights, &small, &[1.0], &mut expected);

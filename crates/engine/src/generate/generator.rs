@@ -66,7 +66,11 @@ impl<'a> Generator<'a> {
         let policy = policy.into();
         let positions = positions.min(policy.context());
         Self {
-            decoders: policy.passes().iter().map(|pass| Decoder::new(pass.model, positions)).collect(),
+            decoders: policy
+                .passes()
+                .iter()
+                .map(|pass| Decoder::new(pass.model, positions).with_precision(policy.precision()))
+                .collect(),
             policy,
             decode,
             batch_size: batch_size.max(1),

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use super::linear;
 use super::logprob::{self, compute_logits, log_softmax_at};
 use super::simd::{dispatch, exp_sums, max};
+use crate::precision::Precision;
 
 /// Normalised final hidden rows, and the vocabulary head that turns them into logits.
 #[derive(Debug, Clone, Copy)]
@@ -26,12 +27,13 @@ pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
 /// Log-probabilities of `targets` under the policy, and divergences from the reference, each `[rows]`; `scratch` is
 /// for the logits of policy and reference, grown as needed.
 pub(crate) fn forward(
+    precision: Precision,
     policy: Head,
     reference: Head,
     targets: &[u32],
     scratch: [&mut Vec<f32>; 2],
 ) -> (Vec<f32>, Vec<f32>) {
-    let (vocab, logits, reference_logits) = both_logits(policy, reference, targets, scratch);
+    let (vocab, logits, reference_logits) = both_logits(precision, policy, reference, targets, scratch);
     let rows = logits.par_chunks_mut(vocab).zip(reference_logits.par_chunks_mut(vocab)).zip(targets);
     rows.map(|((row, reference), &target)| {
         dispatch(
@@ -48,6 +50,7 @@ pub(crate) fn forward(
 /// Gradients of the policy: d_x is overwritten and d_w, unless the head is frozen, added to, for the derivatives of the
 /// loss with respect to each log-probability and to each divergence.
 pub(crate) fn backward(
+    precision: Precision,
     policy: Head,
     reference: Head,
     targets: &[u32],
@@ -58,7 +61,7 @@ pub(crate) fn backward(
 ) {
     assert!(d_logps.len() == targets.len() && d_divergences.len() == targets.len());
     assert_eq!(d_x.len(), policy.rows.len());
-    let (vocab, logits, reference_logits) = both_logits(policy, reference, targets, scratch);
+    let (vocab, logits, reference_logits) = both_logits(precision, policy, reference, targets, scratch);
     let rows = logits.par_chunks_mut(vocab).zip(reference_logits.par_chunks_mut(vocab)).zip(targets);
     rows.zip(d_logps.par_iter().zip(d_divergences)).for_each(
         |(((row, reference), &target), (&d_logp, &d_divergence))| {
@@ -78,14 +81,15 @@ pub(crate) fn backward(
         },
     );
     let width = policy.rows.len() / targets.len().max(1);
-    linear::backward_input(logits, policy.weights, d_x, width);
+    linear::backward_input(precision, logits, policy.weights, d_x, width);
     if let Some(d_w) = d_w {
-        linear::backward_weight(logits, policy.rows, d_w, width);
+        linear::backward_weight(precision, logits, policy.rows, d_w, width);
     }
 }
 
 /// The size of the vocabulary, and both models' logits `[rows, vocab]`.
 fn both_logits<'l>(
+    precision: Precision,
     policy: Head,
     reference: Head,
     targets: &[u32],
@@ -96,8 +100,8 @@ fn both_logits<'l>(
         reference.rows.len() == policy.rows.len() && reference.weights.len() == policy.weights.len(),
         "the reference has another shape than the policy"
     );
-    let logits = compute_logits(policy.rows, policy.weights, width, vocab, logits);
-    (vocab, logits, compute_logits(reference.rows, reference.weights, width, vocab, reference_logits))
+    let logits = compute_logits(precision, policy.rows, policy.weights, width, vocab, logits);
+    (vocab, logits, compute_logits(precision, reference.rows, reference.weights, width, vocab, reference_logits))
 }
 
 /// One row under both models.
@@ -134,7 +138,7 @@ mod tests {
     const TARGETS: [u32; 3] = [3, 0, 36];
 
     fn run(policy: Head, reference: Head) -> (Vec<f32>, Vec<f32>) {
-        forward(policy, reference, &TARGETS, [&mut Vec::new(), &mut Vec::new()])
+        forward(Precision::F32, policy, reference, &TARGETS, [&mut Vec::new(), &mut Vec::new()])
     }
 
     /// Rows and head weights.
@@ -161,7 +165,7 @@ mod tests {
             let policy = Head { rows: &x, weights: &w };
             let reference = Head { rows: &reference_x, weights: &reference_w };
             let (logps, divergences) = run(policy, reference);
-            assert_eq!(logps, logprob::forward(&x, &w, &TARGETS, &mut Vec::new()));
+            assert_eq!(logps, logprob::forward(Precision::F32, &x, &w, &TARGETS, &mut Vec::new()));
             for ((p, r), divergence) in log_softmax(policy).iter().zip(log_softmax(reference)).zip(divergences) {
                 let expected: f64 = r.iter().zip(p).map(|(r, p)| r.exp() * (r - p)).sum();
                 assert!((f64::from(divergence) - expected).abs() < 2e-6 * expected.max(1.0), "{divergence} {expected}");
@@ -181,7 +185,16 @@ mod tests {
         };
         let (mut d_x, mut d_w) = (vec![0.0; x.len()], vec![0.0; w.len()]);
         let (policy, scratch) = (Head { rows: &x, weights: &w }, [&mut Vec::new(), &mut Vec::new()]);
-        backward(policy, reference, &TARGETS, [d_logps, d_divergences], &mut d_x, Some(&mut d_w), scratch);
+        backward(
+            Precision::F32,
+            policy,
+            reference,
+            &TARGETS,
+            [d_logps, d_divergences],
+            &mut d_x,
+            Some(&mut d_w),
+            scratch,
+        );
         check(&x, &d_x, &derivatives, |x| outputs(x, &w));
         check(&w, &d_w, &derivatives, |w| outputs(&x, w));
     }

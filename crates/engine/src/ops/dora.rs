@@ -31,7 +31,7 @@ pub(super) fn backward_weight(
     let outputs = w.len() / inputs;
     let Scratch { u, d_u, dropped, y, .. } = scratch;
     let y = fit(y, dy.len());
-    linear::forward(x, w, y, inputs, false);
+    linear::forward(low_rank.precision, x, w, y, inputs, false);
     let dy_y = column_dots(dy, y, outputs);
     let u = low_rank.down(x, false, u, dropped);
     let mut scaled_b = Vec::with_capacity(low_rank.site.targets.len());
@@ -41,7 +41,7 @@ pub(super) fn backward_weight(
         let mut dy_u = vec![0.0; b.len()];
         let columns = View::rows(dy, outputs).columns(target.columns.clone());
         let part = u.columns(low_rank.part(index));
-        product(columns.transposed(), part, ViewMut::rows(&mut dy_u, rank), 1.0, false);
+        product(low_rank.precision, columns.transposed(), part, ViewMut::rows(&mut dy_u, rank), 1.0, false);
         let dy_y = &dy_y[target.columns.clone()];
         let m = &low_rank.weights[target.magnitude.clone()];
         let d_m = &mut gradient[target.magnitude.clone()];
@@ -59,7 +59,7 @@ pub(super) fn backward_weight(
     }
     let d_u = low_rank.d_u(dy, outputs, |index| &scaled_b[index], d_u);
     let d_a = ViewMut::rows(&mut gradient[low_rank.site.a.clone()], inputs);
-    product(d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true);
+    product(low_rank.precision, d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true);
 }
 
 /// ‖V‖ of each row of a target of the product by `w`.

@@ -7,6 +7,9 @@ use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
 use super::simd::{dispatch, dot, dot4};
+use crate::precision::Precision;
+
+pub(crate) mod bf16;
 
 /// Up to this many results `gemm` takes each as one dot product, if both factors have the summed elements next to each
 /// other; its larger kernels sum in another order.
@@ -153,10 +156,18 @@ impl<'a> ViewMut<'a> {
 /// out = a·b·scale, or out += a·b·scale with `add`; on all threads where that pays.
 ///
 /// From two rows on, a row's result does not depend on how many others there are.
-pub(crate) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
-    let ([m, k], [inner, n]) = (a.shape, b.shape);
-    assert_eq!(k, inner, "the matrices do not fit each other");
-    assert_eq!(out.shape, [m, n], "the output does not have the shape of the product");
+pub(crate) fn product(precision: Precision, a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+    assert_eq!(a.shape[1], b.shape[0], "the matrices do not fit each other");
+    assert_eq!(out.shape, [a.shape[0], b.shape[1]], "the output does not have the shape of the product");
+    match precision {
+        Precision::F32 => product_f32(a, b, out, scale, add),
+        Precision::Bf16 => bf16::product(a, b, out, scale, add),
+    }
+}
+
+/// As [`product`], in f32.
+fn product_f32(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+    let ([m, k], n) = (a.shape, b.shape[1]);
     let copy;
     let b = if m > 1 && m * n <= DOT_PRODUCTS && a.strides[1] == 1 && b.strides[0] == 1 {
         copy = b.to_rows();
@@ -183,12 +194,12 @@ fn rows(x: &[f32], width: usize) -> usize {
 }
 
 /// y = x·Wᵀ, or y += x·Wᵀ with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
-pub(crate) fn forward(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
+pub(crate) fn forward(precision: Precision, x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
     let (x, w) = (View::rows(x, inputs), View::rows(w, inputs));
-    product(x, w.transposed(), ViewMut::rows(y, w.shape[0]), 1.0, add);
+    product(precision, x, w.transposed(), ViewMut::rows(y, w.shape[0]), 1.0, add);
 }
 
-/// As [`forward`], with every row computed by itself: its bits do not depend on how many rows there are.
+/// As [`forward`] in f32, with every row computed by itself: its bits do not depend on how many rows there are.
 ///
 /// W is read once, as it lies, where the general product first copies it into blocks, which pays when many rows use each
 /// block: this is the faster one for few rows.
@@ -227,26 +238,31 @@ pub(crate) fn forward_rowwise(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize
     }
 }
 
-/// [`forward_rowwise`] or [`forward`].
-pub(crate) fn forward_as(rowwise: bool) -> fn(&[f32], &[f32], &mut [f32], usize, bool) {
-    if rowwise { forward_rowwise } else { forward }
+/// [`forward`], by [`forward_rowwise`] where `rowwise` asks for rows that are computed by themselves, which in bf16 they
+/// always are.
+pub(crate) fn forward_as(rowwise: bool, precision: Precision) -> impl Fn(&[f32], &[f32], &mut [f32], usize, bool) {
+    move |x, w, y, inputs, add| match precision {
+        Precision::F32 if rowwise => forward_rowwise(x, w, y, inputs, add),
+        _ => forward(precision, x, w, y, inputs, add),
+    }
 }
 
 /// dx = dy·W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
-pub(crate) fn backward_input(dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
+pub(crate) fn backward_input(precision: Precision, dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
     let w = View::rows(w, inputs);
-    product(View::rows(dy, w.shape[0]), w, ViewMut::rows(dx, inputs), 1.0, false);
+    product(precision, View::rows(dy, w.shape[0]), w, ViewMut::rows(dx, inputs), 1.0, false);
 }
 
 /// dW += dyᵀ·x. dy `[n, outputs]`, x `[n, inputs]`, dw `[outputs, inputs]`.
-pub(crate) fn backward_weight(dy: &[f32], x: &[f32], dw: &mut [f32], inputs: usize) {
+pub(crate) fn backward_weight(precision: Precision, dy: &[f32], x: &[f32], dw: &mut [f32], inputs: usize) {
     let outputs = rows(dw, inputs);
     let (dy, x) = (View::rows(dy, outputs), View::rows(x, inputs));
-    product(dy.transposed(), x, ViewMut::rows(dw, inputs), 1.0, true);
+    product(precision, dy.transposed(), x, ViewMut::rows(dw, inputs), 1.0, true);
 }
 
 #[cfg(test)]
 mod tests {
+    use super::Precision::F32;
     use super::*;
     use crate::ops::finite_difference::{check, random};
 
@@ -256,14 +272,14 @@ mod tests {
         let (x, w, dy) = (random(n * inputs, 1), random(outputs * inputs, 2), random(n * outputs, 3));
         let run = |x: &[f32], w: &[f32]| {
             let mut y = vec![0.0; n * outputs];
-            forward(x, w, &mut y, inputs, false);
+            forward(F32, x, w, &mut y, inputs, false);
             y
         };
         let mut dx = vec![0.0; x.len()];
-        backward_input(&dy, &w, &mut dx, inputs);
+        backward_input(F32, &dy, &w, &mut dx, inputs);
         check(&x, &dx, &dy, |x| run(x, &w));
         let mut dw = vec![0.0; w.len()];
-        backward_weight(&dy, &x, &mut dw, inputs);
+        backward_weight(F32, &dy, &x, &mut dw, inputs);
         check(&w, &dw, &dy, |w| run(&x, w));
     }
 
@@ -273,7 +289,7 @@ mod tests {
             let (x, w, start) = (random(60 * inputs, 1), random(inputs * outputs, 2), random(60 * outputs, 3));
             let run = |n: usize| {
                 let mut y = start[..n * outputs].to_vec();
-                forward(&x[..n * inputs], &w, &mut y, inputs, true);
+                forward(F32, &x[..n * inputs], &w, &mut y, inputs, true);
                 y
             };
             let whole = run(60);
@@ -287,7 +303,7 @@ mod tests {
             let (x, w) = (random(200 * k, 1), random(n * k, 2));
             let of_rows = |m: usize| {
                 let mut y = vec![0.0; m * n];
-                forward(&x[..m * k], &w, &mut y, k, false);
+                forward(F32, &x[..m * k], &w, &mut y, k, false);
                 y
             };
             let all = of_rows(200);
@@ -303,7 +319,7 @@ mod tests {
             let (x, w, start) = (random(n * inputs, 1), random(inputs * outputs, 2), random(n * outputs, 3));
             for add in [false, true] {
                 let (mut together, mut rowwise) = (start.clone(), start.clone());
-                forward(&x, &w, &mut together, inputs, add);
+                forward(F32, &x, &w, &mut together, inputs, add);
                 forward_rowwise(&x, &w, &mut rowwise, inputs, add);
                 let largest = together.iter().fold(0f32, |m, y| m.max(y.abs()));
                 assert!(together.iter().zip(&rowwise).all(|(a, b)| (a - b).abs() < 1e-6 * largest));
@@ -318,10 +334,10 @@ mod tests {
     fn weight_gradients_and_forward_accumulate() {
         let (x, w) = ([1.0, 2.0], [3.0, 4.0]);
         let mut y = [10.0];
-        forward(&x, &w, &mut y, 2, true);
+        forward(F32, &x, &w, &mut y, 2, true);
         assert_eq!(y, [21.0]);
         let mut dw = [100.0, 100.0];
-        backward_weight(&[2.0], &x, &mut dw, 2);
+        backward_weight(F32, &[2.0], &x, &mut dw, 2);
         assert_eq!(dw, [102.0, 104.0]);
     }
 
@@ -330,10 +346,10 @@ mod tests {
         let (a, b) = ([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [10.0, 100.0]);
         let mut out = [0.5; 8];
         let columns = View::rows(&a, 3).columns(1..3);
-        product(columns, View::rows(&b, 1), ViewMut::rows(&mut out, 4).columns(2..3), 2.0, true);
+        product(F32, columns, View::rows(&b, 1), ViewMut::rows(&mut out, 4).columns(2..3), 2.0, true);
         assert_eq!(out, [0.5, 0.5, 640.5, 0.5, 0.5, 0.5, 1300.5, 0.5]);
         let mut across = [0.0; 2];
-        product(columns.transposed(), View::rows(&b, 1), ViewMut::rows(&mut across, 1), 1.0, false);
+        product(F32, columns.transposed(), View::rows(&b, 1), ViewMut::rows(&mut across, 1), 1.0, false);
         assert_eq!(across, [520.0, 630.0]);
     }
 

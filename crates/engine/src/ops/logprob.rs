@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::divergence::Head;
 use super::simd::{dispatch, exp_sum, max};
 use super::{fit, linear};
+use crate::precision::Precision;
 
 /// Logits held at once: 64 MiB of f32.
 const LOGITS: usize = 1 << 24;
@@ -23,9 +24,9 @@ pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
 }
 
 /// Log-probabilities of `targets`. x `[n, width]`, w `[vocab, width]`; `logits` is scratch, grown as needed.
-pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> Vec<f32> {
+pub(crate) fn forward(precision: Precision, x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> Vec<f32> {
     let (width, vocab) = shape(x, w, targets);
-    let logits = compute_logits(x, w, width, vocab, logits);
+    let logits = compute_logits(precision, x, w, width, vocab, logits);
     let rows = logits.par_chunks_mut(vocab).zip(targets);
     rows.map(|(row, &target)| {
         dispatch(
@@ -38,7 +39,7 @@ pub(crate) fn forward(x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f3
 
 /// Log-probabilities of `targets` under the softmax of the sum of several heads' logits. Every head has as many rows as
 /// there are targets, and the same vocabulary.
-pub(crate) fn mixed(heads: &[Head<'_>], targets: &[u32]) -> Vec<f32> {
+pub(crate) fn mixed(precision: Precision, heads: &[Head<'_>], targets: &[u32]) -> Vec<f32> {
     let vocab = heads.first().map_or(1, |head| shape(head.rows, head.weights, targets).1);
     let chunk = even_chunk(targets.len(), 2 * vocab);
     let (mut sum, mut logits) = (Vec::new(), Vec::new());
@@ -49,7 +50,7 @@ pub(crate) fn mixed(heads: &[Head<'_>], targets: &[u32]) -> Vec<f32> {
         for head in heads {
             let width = head.weights.len() / vocab;
             let rows = &head.rows[index * chunk * width..][..targets.len() * width];
-            let logits = compute_logits(rows, head.weights, width, vocab, &mut logits);
+            let logits = compute_logits(precision, rows, head.weights, width, vocab, &mut logits);
             sum.par_chunks_mut(vocab).zip(logits.par_chunks(vocab)).for_each(|(sum, logits)| {
                 sum.iter_mut().zip(logits).for_each(|(sum, logit)| *sum += logit);
             });
@@ -68,6 +69,7 @@ pub(crate) fn mixed(heads: &[Head<'_>], targets: &[u32]) -> Vec<f32> {
 /// As [`forward`], with gradients: d_x is overwritten and d_w, unless w is frozen, added to, for the derivative
 /// `d_logps[i]` of the loss with respect to each log-probability.
 pub(crate) fn forward_backward(
+    precision: Precision,
     x: &[f32],
     w: &[f32],
     targets: &[u32],
@@ -78,7 +80,7 @@ pub(crate) fn forward_backward(
 ) -> Vec<f32> {
     let (width, vocab) = shape(x, w, targets);
     assert!(d_logps.len() == targets.len() && d_x.len() == x.len());
-    let logits = compute_logits(x, w, width, vocab, logits);
+    let logits = compute_logits(precision, x, w, width, vocab, logits);
     let rows = logits.par_chunks_mut(vocab).zip(targets).zip(d_logps);
     let logps = rows
         .map(|((row, &target), &d)| {
@@ -95,9 +97,9 @@ pub(crate) fn forward_backward(
             )
         })
         .collect();
-    linear::backward_input(logits, w, d_x, width);
+    linear::backward_input(precision, logits, w, d_x, width);
     if let Some(d_w) = d_w {
-        linear::backward_weight(logits, x, d_w, width);
+        linear::backward_weight(precision, logits, x, d_w, width);
     }
     logps
 }
@@ -109,6 +111,7 @@ pub(super) fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {
 }
 
 pub(super) fn compute_logits<'l>(
+    precision: Precision,
     x: &[f32],
     w: &[f32],
     width: usize,
@@ -127,7 +130,7 @@ pub(super) fn compute_logits<'l>(
     };
     let computed = x.len() / width * vocab;
     let logits = fit(logits, computed);
-    linear::forward(x, w, logits, width, false);
+    linear::forward(precision, x, w, logits, width, false);
     &mut logits[..len]
 }
 
@@ -149,13 +152,14 @@ mod tests {
     fn log_probabilities_and_gradients() {
         let (width, vocab, targets) = (5, 19, [3u32, 0, 18]);
         let (x, w, d) = (random(3 * width, 1), random(vocab * width, 2), random(3, 3));
-        let run = |x: &[f32], w: &[f32]| forward(x, w, &targets, &mut Vec::new());
+        let run = |x: &[f32], w: &[f32]| forward(Precision::F32, x, w, &targets, &mut Vec::new());
         // probabilities of all tokens sum to one
-        let total: f64 =
-            (0..vocab as u32).map(|t| f64::from(forward(&x[..width], &w, &[t], &mut Vec::new())[0]).exp()).sum();
+        let total: f64 = (0..vocab as u32)
+            .map(|t| f64::from(forward(Precision::F32, &x[..width], &w, &[t], &mut Vec::new())[0]).exp())
+            .sum();
         assert!((total - 1.0).abs() < 1e-5);
         let (mut d_x, mut d_w) = (vec![0.0; x.len()], vec![0.0; w.len()]);
-        let logps = forward_backward(&x, &w, &targets, &d, &mut d_x, Some(&mut d_w), &mut Vec::new());
+        let logps = forward_backward(Precision::F32, &x, &w, &targets, &d, &mut d_x, Some(&mut d_w), &mut Vec::new());
         assert_eq!(logps, run(&x, &w));
         check(&x, &d_x, &d, |x| run(x, &w));
         check(&w, &d_w, &d, |w| run(&x, w));
@@ -173,12 +177,12 @@ mod tests {
 
     #[test]
     fn large_logits_do_not_overflow() {
-        let logps = forward(&[1.0], &[500.0, -500.0], &[0], &mut vec![]);
+        let logps = forward(Precision::F32, &[1.0], &[500.0, -500.0], &[0], &mut vec![]);
         assert_eq!(logps, [0.0]);
     }
 
     #[test]
     fn nan_shows() {
-        assert!(forward(&[f32::NAN], &[1.0, 2.0], &[0], &mut vec![])[0].is_nan());
+        assert!(forward(Precision::F32, &[f32::NAN], &[1.0, 2.0], &[0], &mut vec![])[0].is_nan());
     }
 }

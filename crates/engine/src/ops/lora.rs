@@ -11,6 +11,7 @@ use super::dropout::Dropout;
 use super::linear::{self, View, ViewMut, product};
 use super::simd::{dispatch, dot};
 use super::{dora, fit};
+use crate::precision::Precision;
 
 /// Where the factors that adapt one product lie in an adapter's flat weights.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -43,6 +44,8 @@ pub(crate) struct LowRank<'a> {
     pub(crate) scale: f32,
     /// The dropout of A's input.
     pub(crate) dropout: Option<Dropout<'a>>,
+    /// The arithmetic of its products.
+    pub(crate) precision: Precision,
 }
 
 /// Memory that holds nothing between operations.
@@ -60,7 +63,7 @@ impl<'a> LowRank<'a> {
     ///
     /// With B = 0, and with DoRA's m as the norms of W besides, y has the bits that it has without an adapter.
     pub(crate) fn forward(&self, x: &[f32], w: &[f32], y: &mut [f32], add: bool, rowwise: bool, scratch: &mut Scratch) {
-        let (inputs, product) = (self.inputs(), linear::forward_as(rowwise));
+        let (inputs, product) = (self.inputs(), linear::forward_as(rowwise, self.precision));
         if self.is_dora() {
             return product(x, self.merged(w, &mut scratch.weight), y, inputs, add);
         }
@@ -82,7 +85,7 @@ impl<'a> LowRank<'a> {
         for (index, target) in self.site.targets.iter().enumerate() {
             let b = View::rows(self.b(index), self.rank);
             let y = ViewMut::rows(y, outputs).columns(target.columns.clone());
-            product(u.columns(self.part(index)), b.transposed(), y, self.scale, true);
+            product(self.precision, u.columns(self.part(index)), b.transposed(), y, self.scale, true);
         }
     }
 
@@ -108,17 +111,17 @@ impl<'a> LowRank<'a> {
     pub(crate) fn backward_input(&self, dy: &[f32], w: &[f32], dx: &mut [f32], scratch: &mut Scratch) {
         let inputs = self.inputs();
         if self.is_dora() {
-            return linear::backward_input(dy, self.merged(w, &mut scratch.weight), dx, inputs);
+            return linear::backward_input(self.precision, dy, self.merged(w, &mut scratch.weight), dx, inputs);
         }
-        linear::backward_input(dy, w, dx, inputs);
+        linear::backward_input(self.precision, dy, w, dx, inputs);
         let Scratch { d_u, dropped, .. } = scratch;
         let d_u = self.d_u(dy, w.len() / inputs, |index| self.b(index), d_u);
         let a = View::rows(&self.weights[self.site.a.clone()], inputs);
         match self.dropout {
-            None => product(d_u, a, ViewMut::rows(dx, inputs), 1.0, true),
+            None => product(self.precision, d_u, a, ViewMut::rows(dx, inputs), 1.0, true),
             Some(dropout) => {
                 let d_dropped = fit(dropped, dx.len());
-                product(d_u, a, ViewMut::rows(d_dropped, inputs), 1.0, false);
+                product(self.precision, d_u, a, ViewMut::rows(d_dropped, inputs), 1.0, false);
                 dropout.backward(d_dropped, dx);
             }
         }
@@ -143,12 +146,12 @@ impl<'a> LowRank<'a> {
         for (index, target) in self.site.targets.iter().enumerate() {
             let dy = View::rows(dy, outputs).columns(target.columns.clone());
             let d_b = ViewMut::rows(&mut gradient[target.b.clone()], self.rank);
-            product(dy.transposed(), u.columns(self.part(index)), d_b, self.scale, true);
+            product(self.precision, dy.transposed(), u.columns(self.part(index)), d_b, self.scale, true);
         }
         let d_u = self.d_u(dy, outputs, |index| self.b(index), d_u);
         let x = if self.dropout.is_some() { &dropped[..x.len()] } else { x };
         let d_a = ViewMut::rows(&mut gradient[self.site.a.clone()], inputs);
-        product(d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true);
+        product(self.precision, d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true);
     }
 
     /// Replaces the adapted rows of w `[outputs, inputs]` by those of W + s·B·A, with DoRA m·(W + s·B·A)/‖W + s·B·A‖.
@@ -215,7 +218,7 @@ impl<'a> LowRank<'a> {
             }
         };
         let u = fit(u, x.len() / inputs * width);
-        linear::forward_as(rowwise)(x, &self.weights[self.site.a.clone()], u, inputs, false);
+        linear::forward_as(rowwise, self.precision)(x, &self.weights[self.site.a.clone()], u, inputs, false);
         View::rows(u, width)
     }
 
@@ -232,7 +235,7 @@ impl<'a> LowRank<'a> {
         for (index, target) in self.site.targets.iter().enumerate() {
             let dy = View::rows(dy, outputs).columns(target.columns.clone());
             let part = ViewMut::rows(d_u, width).columns(self.part(index));
-            product(dy, View::rows(b(index), self.rank), part, self.scale, false);
+            product(self.precision, dy, View::rows(b(index), self.rank), part, self.scale, false);
         }
         View::rows(d_u, width)
     }
@@ -284,7 +287,8 @@ mod tests {
         for (dora, rate) in [(false, 0.0), (false, 0.4), (true, 0.0)] {
             let (site, weights) = site(dora);
             let dropout = (rate > 0.0).then_some(Dropout { rate, seed: 6, row_keys: &KEYS });
-            let adapted = LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout };
+            let adapted =
+                LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout, precision: Precision::F32 };
             let run = |x: &[f32], weights: &[f32]| {
                 let mut y = vec![0.0; dy.len()];
                 LowRank { weights, ..adapted }.forward(x, &w, &mut y, false, false, &mut scratch.borrow_mut());
@@ -320,7 +324,8 @@ mod tests {
     fn a_row_of_zeros_stays_one_with_dora() {
         let (site, mut weights) = site(true);
         weights[28..38].fill(0.0);
-        let low_rank = LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout: None };
+        let low_rank =
+            LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout: None, precision: Precision::F32 };
         let (x, w, dy) = (random(5 * 7, 2), vec![0.0; 8 * 7], random(5 * 8, 4));
         let (mut y, mut gradient) = (vec![1.0; dy.len()], vec![0.0; weights.len()]);
         low_rank.forward(&x, &w, &mut y, false, false, &mut Scratch::default());

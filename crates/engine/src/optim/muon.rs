@@ -16,6 +16,7 @@ use super::{CHUNK, Step, global_norm};
 use crate::model::ParamSpec;
 use crate::ops::linear;
 use crate::ops::simd::dispatch;
+use crate::precision::Precision::F32;
 
 /// The coefficients a, b, c. They bring singular values near 1 quickly and leave them between about 0.7 and 1.2.
 const COEFFICIENTS: [f32; 3] = [3.4445, -4.7750, 2.0315];
@@ -101,20 +102,20 @@ fn orthogonalise(scratch: &mut Scratch, rows: usize, columns: usize) {
         gram.clear();
         gram.resize(side * side, 0.0);
         if rows > columns {
-            linear::backward_weight(x, x, gram, columns);
+            linear::backward_weight(F32, x, x, gram, columns);
         } else {
-            linear::forward(x, x, gram, columns, false);
+            linear::forward(F32, x, x, gram, columns, false);
         }
         // A is symmetric: A·Aᵀ is A²
-        linear::forward(gram, gram, polynomial, side, false);
+        linear::forward(F32, gram, gram, polynomial, side, false);
         for (p, g) in polynomial.iter_mut().zip(gram.iter()) {
             *p = c.mul_add(*p, b * g);
         }
         polynomial.iter_mut().step_by(side + 1).for_each(|diagonal| *diagonal += a);
         if rows > columns {
-            linear::forward(x, polynomial, next, columns, false);
+            linear::forward(F32, x, polynomial, next, columns, false);
         } else {
-            linear::backward_input(polynomial, x, next, columns);
+            linear::backward_input(F32, polynomial, x, next, columns);
         }
         std::mem::swap(x, next);
     }

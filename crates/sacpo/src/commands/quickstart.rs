@@ -12,7 +12,7 @@ use align::world::{self, Evaluation, Metric, World};
 use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::optim::{OptimizerKind, Schedule};
 use engine::tokenizer::Tokenizer;
-use engine::{Error, Model, Result};
+use engine::{Error, Model, Precision, Result};
 use evaluate::frontier::{Metrics, Point, Target, frontier_svg, table};
 use serde_json::{Value, json};
 
@@ -226,6 +226,7 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         warmup_ratio: 0.05,
         epochs: amounts.epochs,
         batch_size: 64,
+        dtype: Precision::F32,
         micro_batch_tokens: 2048,
         memory_bytes: None,
         max_grad_norm: 1.0,

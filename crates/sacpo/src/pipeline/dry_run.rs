@@ -7,7 +7,7 @@ use align::reference;
 use align::sequences::Sequences;
 use align::step::Alignment;
 use align::trainer::TrainOptions;
-use engine::{Error, Result, memory};
+use engine::{Error, Mixture, Result, memory};
 use serde::Serialize;
 
 use super::train::options;
@@ -82,8 +82,14 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             _ => {
                 let step = &recipe.steps[planned.step];
                 let train = &step.train;
-                let kind =
-                    format!("{} {:?} {:?} {}", step.objective, train.lora(), train.optimizer, train.micro_batch_tokens);
+                let kind = format!(
+                    "{} {:?} {:?} {:?} {}",
+                    step.objective,
+                    train.lora(),
+                    train.dtype,
+                    train.optimizer,
+                    train.micro_batch_tokens
+                );
                 let rates = match measured.iter().find(|(other, _)| *other == kind) {
                     Some((_, rates)) => *rates,
                     None => {
@@ -173,7 +179,8 @@ fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
         Dataset::Examples(examples) => (Dataset::Examples(examples[..count].to_vec()), Dataset::Examples(Vec::new())),
     };
     let start = Instant::now();
-    reference::logps(&run.base.model, &some.sequences(), step.train.micro_batch_tokens, None, &mut |_| Ok(()))?;
+    let base = Mixture::from(&run.base.model).with_precision(step.train.dtype);
+    reference::logps(base, &some.sequences(), step.train.micro_batch_tokens, None, &mut |_| Ok(()))?;
     let reference = start.elapsed().as_secs_f64() / tokens(&some.sequences());
     let folder = tempfile::tempdir().map_err(Error::io("create a folder in", &std::env::temp_dir()))?;
     let options = TrainOptions {

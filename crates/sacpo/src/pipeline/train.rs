@@ -257,6 +257,7 @@ pub(crate) fn options(step: &Step, seed: u64, memory_gib: Option<f64>) -> TrainO
     let train = &step.train;
     TrainOptions {
         lora: train.lora(),
+        dtype: train.dtype,
         optimizer: train.optimizer,
         learning_rate: train.learning_rate,
         schedule: train.schedule,

@@ -4,7 +4,7 @@ use std::ops::Bound::Excluded;
 
 use align::data::{LongPrompts, TemplateTail};
 use engine::optim::{OptimizerKind, Schedule};
-use engine::{LoraOptions, Projection, Result};
+use engine::{LoraOptions, Precision, Projection, Result};
 use serde::Serialize;
 
 use super::POSITIVE;
@@ -25,6 +25,7 @@ pub(super) const DATA_KEYS: &[&str] = &[
 ];
 pub(super) const TRAIN_KEYS: &[&str] = &[
     "optimizer",
+    "dtype",
     "learning_rate",
     "epochs",
     "batch_size",
@@ -77,6 +78,8 @@ pub struct DataOptions {
 pub struct TrainOptions {
     /// The optimizer. Default: AdamW.
     pub optimizer: OptimizerKind,
+    /// In what precision matrix products are computed; weights and optimizer states are f32 in any. Default: f32.
+    pub dtype: Precision,
     /// The peak learning rate, > 0. Default 5e-6.
     pub learning_rate: f64,
     /// Passes over the training pairs, ≥ 1. Default 1.
@@ -176,6 +179,7 @@ impl Default for TrainOptions {
     fn default() -> Self {
         Self {
             optimizer: OptimizerKind::AdamW,
+            dtype: Precision::F32,
             learning_rate: 5e-6,
             epochs: 1,
             batch_size: 16,
@@ -206,6 +210,7 @@ impl TrainOptions {
         let previous = &[("fold", PreviousAdapter::Fold), ("stack", PreviousAdapter::Stack)];
         let train = Self {
             optimizer: section.choice("optimizer", &optimizers)?.unwrap_or(defaults.optimizer),
+            dtype: section.choice("dtype", &Precision::ALL.map(|it| (it.name(), it)))?.unwrap_or(defaults.dtype),
             learning_rate: section.number("learning_rate", POSITIVE)?.unwrap_or(defaults.learning_rate),
             epochs: section.count("epochs", 1)?.unwrap_or(defaults.epochs),
             batch_size: section.count("batch_size", 1)?.unwrap_or(defaults.batch_size),

@@ -1,0 +1,72 @@
+//! What a block keeps for its backward pass.
+
+use half::bf16;
+use rayon::prelude::*;
+
+/// Numbers per task.
+const CHUNK: usize = 1 << 14;
+
+/// What the backward pass of one block reads, besides the block's input.
+#[derive(Debug, Default)]
+pub(super) struct BlockTape {
+    /// 1/rms of the block's input, `[n]`.
+    pub(super) r_attention: Vec<f32>,
+    /// Rotated queries and keys, and values, `[n, qkv_width]`.
+    pub(super) qkv: Vec<f32>,
+    /// Log-sum-exp of the scores, `[n, heads]`.
+    pub(super) lse: Vec<f32>,
+    /// Output of attention before its projection, `[n, query_width]`.
+    pub(super) attention: Vec<f32>,
+    /// The residual stream between the two halves, `[n, hidden]`.
+    pub(super) middle: Vec<f32>,
+    /// 1/rms of `middle`, `[n]`.
+    pub(super) r_feed_forward: Vec<f32>,
+    /// `[n, 2·intermediate]`.
+    pub(super) gate_up: Vec<f32>,
+}
+
+/// A tape whose wide arrays, which hold bf16 numbers, are kept in 16 bits.
+#[derive(Debug, Default)]
+pub(super) struct CompactTape {
+    narrow: BlockTape,
+    qkv: Vec<bf16>,
+    attention: Vec<bf16>,
+    gate_up: Vec<bf16>,
+}
+
+impl CompactTape {
+    /// Takes what a tape holds; the tape keeps memory for another block.
+    pub(super) fn store(&mut self, tape: &mut BlockTape) {
+        self.exchange_narrow(tape);
+        for (from, to) in
+            [(&tape.qkv, &mut self.qkv), (&tape.attention, &mut self.attention), (&tape.gate_up, &mut self.gate_up)]
+        {
+            to.resize(from.len(), bf16::ZERO);
+            to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_bits((from.to_bits() >> 16) as u16));
+            });
+        }
+    }
+
+    /// Gives it back to a tape.
+    pub(super) fn restore(&mut self, tape: &mut BlockTape) {
+        self.exchange_narrow(tape);
+        for (to, from) in
+            [(&mut tape.qkv, &self.qkv), (&mut tape.attention, &self.attention), (&mut tape.gate_up, &self.gate_up)]
+        {
+            to.resize(from.len(), 0.0);
+            to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+            });
+        }
+    }
+
+    /// What is narrow stays in f32 and moves without a copy.
+    fn exchange_narrow(&mut self, tape: &mut BlockTape) {
+        let narrow = &mut self.narrow;
+        std::mem::swap(&mut narrow.r_attention, &mut tape.r_attention);
+        std::mem::swap(&mut narrow.lse, &mut tape.lse);
+        std::mem::swap(&mut narrow.middle, &mut tape.middle);
+        std::mem::swap(&mut narrow.r_feed_forward, &mut tape.r_feed_forward);
+    }
+}

@@ -1,0 +1,282 @@
+//! The product on processors with AVX512-BF16.
+//!
+//! A panel holds some rows of a factor (columns of the other) in the order in which the kernel reads them: for each pair of
+//! summed elements, the pair of every row, as one 32-bit word. The kernel keeps a tile of the result in registers and adds to
+//! each of its elements the dot product of two pairs at a time (`vdpbf16ps`).
+#![allow(unsafe_code)]
+
+use std::arch::x86_64::*;
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::super::Matrix;
+use super::{PARALLEL_FROM, View, ViewMut};
+
+/// Rows of a tile: with 24 sums, two vectors of one factor and a broadcast of the other, 27 of 32 registers.
+const ROWS: usize = 12;
+/// Columns of a tile: two vectors.
+const COLUMNS: usize = 32;
+/// Elements that are summed before the tile returns to memory: a panel of rows is 24 KiB then and stays in the first cache.
+const SUMMED: usize = 1024;
+/// Rows and columns that are packed at once: 12 and 4 MiB at most.
+const PACKED_ROWS: usize = 512 * ROWS;
+const PACKED_COLUMNS: usize = 64 * COLUMNS;
+/// Rows and columns of a task.
+const TASK_ROWS: usize = 8 * ROWS;
+const TASK_COLUMNS: usize = 6 * COLUMNS;
+
+thread_local! {
+    /// The panels of both factors, kept for the next product.
+    static PANELS: RefCell<[Vec<u32>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+}
+
+/// Whether this processor has what the kernels need.
+pub(super) fn is_available() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
+/// Memory that tasks write to at disjoint places.
+#[derive(Clone, Copy)]
+struct Output {
+    start: *mut f32,
+    row_stride: usize,
+}
+// SAFETY: the pointer is used only within `product`, whose tasks write to disjoint tiles while the slice is borrowed.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// The tile that starts at a row and a column.
+    fn tile(self, [row, column]: [usize; 2], rows: usize, columns: usize) -> Tile {
+        let start = self.start.wrapping_add(row * self.row_stride + column);
+        Tile { rows, columns, start, row_stride: self.row_stride }
+    }
+}
+
+/// As [`super::product`].
+///
+/// # Panics
+/// Without AVX512-BF16.
+pub(super) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+    assert!(is_available(), "the processor has no AVX512-BF16");
+    let ([m, k], n) = (a.shape, b.shape[1]);
+    let b = b.transposed();
+    let parallel = m * n * k >= PARALLEL_FROM;
+    let output = Output { start: out.data.as_mut_ptr(), row_stride: out.row_stride };
+    let [mut a_panels, mut b_panels] = PANELS.take();
+    // equal blocks of an even number of elements, which depend on k alone
+    let block = k.div_ceil(k.div_ceil(SUMMED).max(1)).next_multiple_of(2).max(2);
+    for first_summed in (0..k.max(1)).step_by(block) {
+        let summed = first_summed..k.min(first_summed + block);
+        let (pairs, add) = (summed.len().div_ceil(2), add || first_summed > 0);
+        for first_row in (0..m).step_by(PACKED_ROWS) {
+            let rows = PACKED_ROWS.min(m - first_row);
+            let a = a.columns(summed.clone()).transposed().columns(first_row..first_row + rows).transposed();
+            pack::<ROWS>(a, &mut a_panels, parallel);
+            for first_column in (0..n).step_by(PACKED_COLUMNS) {
+                let columns = PACKED_COLUMNS.min(n - first_column);
+                let b =
+                    b.columns(summed.clone()).transposed().columns(first_column..first_column + columns).transposed();
+                pack::<COLUMNS>(b, &mut b_panels, parallel);
+                let down = rows.div_ceil(TASK_ROWS);
+                let tasks = down * columns.div_ceil(TASK_COLUMNS);
+                for_each(parallel, tasks, |task| {
+                    let (row, column) = (task % down * TASK_ROWS, task / down * TASK_COLUMNS);
+                    for row in (row..rows.min(row + TASK_ROWS)).step_by(ROWS) {
+                        for column in (column..columns.min(column + TASK_COLUMNS)).step_by(COLUMNS) {
+                            let a = &a_panels[row * pairs..][..ROWS * pairs];
+                            let b = &b_panels[column * pairs..][..COLUMNS * pairs];
+                            let at = [first_row + row, first_column + column];
+                            let tile = output.tile(at, ROWS.min(rows - row), COLUMNS.min(columns - column));
+                            // SAFETY: the processor has the instructions (above); the tile lies within `out`, whose shape is
+                            // m×n, and no other task has it.
+                            unsafe { compute(a, b, tile, scale, add) }
+                        }
+                    }
+                });
+            }
+        }
+    }
+    PANELS.set([a_panels, b_panels]);
+}
+
+/// Runs the tasks 0 to `count` − 1, on all threads or on this one.
+fn for_each(parallel: bool, count: usize, task: impl Fn(usize) + Send + Sync) {
+    if parallel { (0..count).into_par_iter().for_each(task) } else { (0..count).for_each(task) }
+}
+
+/// Packs a matrix into panels of `W` rows, one after the other; rows beyond the last are zeros.
+fn pack<const W: usize>(matrix: View<'_>, panels: &mut Vec<u32>, parallel: bool) {
+    let [rows, summed] = matrix.shape;
+    let len = W * summed.div_ceil(2);
+    let needed = rows.div_ceil(W) * len;
+    if panels.len() < needed {
+        panels.resize(needed, 0);
+    }
+    let pack = |(index, panel): (usize, &mut [u32])| {
+        let first = index * W;
+        let part = matrix.transposed().columns(first..rows.min(first + W)).transposed();
+        // SAFETY: `product` has asserted the instructions; the panel has W words for each pair, and a view's elements lie
+        // within its slice.
+        unsafe { pack_panel::<W>(part.matrix(), part.shape, panel) }
+    };
+    let panels = &mut panels[..needed];
+    if parallel {
+        panels.par_chunks_mut(len.max(1)).enumerate().with_min_len(2).for_each(pack);
+    } else {
+        panels.chunks_mut(len.max(1)).enumerate().for_each(pack);
+    }
+}
+
+/// The lowest `count` of 16 bits, all of them from 16 on.
+fn mask(count: usize) -> u16 {
+    if count >= 16 { u16::MAX } else { (1 << count) - 1 }
+}
+
+/// Packs up to `W` rows into one panel.
+///
+/// # Safety
+/// The processor must have the instructions. All elements of the shape must be valid to read, next to each other along one of
+/// the two directions.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2], panel: &mut [u32]) {
+    let pairs = summed.div_ceil(2);
+    assert!(panel.len() == W * pairs && rows <= W);
+    let (row_stride, stride) = (matrix.row_stride, matrix.column_stride);
+    for group in (0..W).step_by(16) {
+        let width = mask(W - group);
+        let here = rows.saturating_sub(group).min(16);
+        if stride == 1 {
+            for pair in (0..pairs).step_by(16) {
+                let left = summed - 2 * pair;
+                let mut block = [_mm512_setzero_si512(); 16];
+                for (row, block) in block.iter_mut().enumerate().take(here) {
+                    let start = matrix.start.wrapping_add((group + row) * row_stride + 2 * pair);
+                    // SAFETY: the mask leaves elements of the row alone; a transmutation between vectors of 512 bits.
+                    unsafe {
+                        let low = _mm512_maskz_loadu_ps(mask(left), start);
+                        let high = _mm512_maskz_loadu_ps(mask(left.saturating_sub(16)), start.wrapping_add(16));
+                        *block = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+                    }
+                }
+                for (index, word) in transposed(block).into_iter().enumerate().take(pairs - pair) {
+                    let to = panel[(pair + index) * W + group..].as_mut_ptr();
+                    // SAFETY: the mask leaves those of the panel's W words that are in this group.
+                    unsafe { _mm512_mask_storeu_epi32(to.cast(), width, word) }
+                }
+            }
+        } else {
+            debug_assert!(row_stride == 1 || rows <= 1);
+            for pair in 0..pairs {
+                let start = matrix.start.wrapping_add(2 * pair * stride + group * row_stride);
+                let second = if 2 * pair + 1 < summed { mask(here) } else { 0 };
+                // SAFETY: the masks leave elements of the matrix alone, and those of the panel's W words that are in this group.
+                unsafe {
+                    let low = _mm512_maskz_loadu_ps(mask(here), start);
+                    let high = _mm512_maskz_loadu_ps(second, start.wrapping_add(stride));
+                    let [low, high] = [low, high].map(|x| {
+                        let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
+                        _mm512_cvtepu16_epi32(rounded)
+                    });
+                    let words = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+                    _mm512_mask_storeu_epi32(panel[pair * W + group..].as_mut_ptr().cast(), width, words);
+                }
+            }
+        }
+    }
+}
+
+/// The transpose of a square of 16×16 words.
+#[target_feature(enable = "avx512f")]
+fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
+    let (mut x, mut y) = (rows, rows);
+    for i in 0..8 {
+        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+    }
+    for i in 0..4 {
+        for j in 0..2 {
+            x[4 * i + 2 * j] = _mm512_unpacklo_epi64(y[4 * i + j], y[4 * i + j + 2]);
+            x[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(y[4 * i + j], y[4 * i + j + 2]);
+        }
+    }
+    // x[4i + j] holds, in its quarter q, column 4q + j of the rows 4i to 4i + 3
+    for j in 0..4 {
+        let even_first = _mm512_shuffle_i32x4::<0x88>(x[j], x[4 + j]);
+        let even_last = _mm512_shuffle_i32x4::<0x88>(x[8 + j], x[12 + j]);
+        let odd_first = _mm512_shuffle_i32x4::<0xdd>(x[j], x[4 + j]);
+        let odd_last = _mm512_shuffle_i32x4::<0xdd>(x[8 + j], x[12 + j]);
+        y[j] = _mm512_shuffle_i32x4::<0x88>(even_first, even_last);
+        y[4 + j] = _mm512_shuffle_i32x4::<0x88>(odd_first, odd_last);
+        y[8 + j] = _mm512_shuffle_i32x4::<0xdd>(even_first, even_last);
+        y[12 + j] = _mm512_shuffle_i32x4::<0xdd>(odd_first, odd_last);
+    }
+    y
+}
+
+/// A part of the result, of at most [`ROWS`]×[`COLUMNS`].
+#[derive(Clone, Copy)]
+struct Tile {
+    rows: usize,
+    columns: usize,
+    start: *mut f32,
+    row_stride: usize,
+}
+
+/// tile = a·b·scale, or tile += a·b·scale with `add`, of two panels.
+///
+/// # Safety
+/// The processor must have the instructions. The tile must be valid to read and write, for this thread alone.
+unsafe fn compute(a: &[u32], b: &[u32], tile: Tile, scale: f32, add: bool) {
+    macro_rules! of_rows {
+        ($($rows:literal)*) => {
+            match tile.rows {
+                // SAFETY: the caller's promise.
+                $($rows => unsafe { kernel::<$rows>(a, b, tile, scale, add) },)*
+                rows => unreachable!("a tile of {rows} rows"),
+            }
+        };
+    }
+    of_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+}
+
+/// As [`compute`], of a tile of `R` rows. Every element is summed in the order of the pairs, whatever R is.
+///
+/// # Safety
+/// As for [`compute`], and the tile must have R rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn kernel<const R: usize>(a: &[u32], b: &[u32], tile: Tile, scale: f32, add: bool) {
+    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    for (a, b) in a.as_chunks::<ROWS>().0.iter().zip(b.as_chunks::<COLUMNS>().0) {
+        let (low, high) = b.split_at(16);
+        // SAFETY: both halves have 16 words; transmutations between vectors of 512 bits.
+        let [low, high] = [low, high]
+            .map(|half| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(half.as_ptr().cast())) });
+        for (sums, &a) in sums.iter_mut().zip(a) {
+            // SAFETY: as above.
+            let a = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a as i32)) };
+            sums[0] = _mm512_dpbf16_ps(sums[0], a, low);
+            sums[1] = _mm512_dpbf16_ps(sums[1], a, high);
+        }
+    }
+    let scale = _mm512_set1_ps(scale);
+    let masks = [mask(tile.columns), mask(tile.columns.saturating_sub(16))];
+    for (row, sums) in sums.into_iter().enumerate() {
+        for (half, (sum, mask)) in sums.into_iter().zip(masks).enumerate() {
+            let to = tile.start.wrapping_add(row * tile.row_stride + 16 * half);
+            let mut result = _mm512_mul_ps(sum, scale);
+            // SAFETY: the mask leaves elements of the tile alone.
+            unsafe {
+                if add {
+                    result = _mm512_add_ps(result, _mm512_maskz_loadu_ps(mask, to));
+                }
+                _mm512_mask_storeu_ps(to, mask, result);
+            }
+        }
+    }
+}
