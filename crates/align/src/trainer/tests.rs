@@ -6,7 +6,7 @@ mod states;
 use std::path::PathBuf;
 
 use engine::checkpoint::load_model;
-use engine::{Adapter, Decoder, Keep, Model, Parameters, Precision};
+use engine::{Adapter, Decoder, Keep, Mixture, Model, Parameters, Precision};
 use serde_json::Value;
 
 use super::batches::epoch_order;
@@ -139,13 +139,17 @@ fn pairs(fixture: &Value) -> Vec<TokenizedPair> {
     pairs.into_iter().map(Option::unwrap).collect()
 }
 
-fn scores(model: &Model, sequences: &[Sequences<'_>]) -> Vec<f64> {
-    reference::logps(model, sequences, 50, None, &mut |_| Ok(())).unwrap()
+fn scores<'a>(policy: impl Into<Mixture<'a>>, sequences: &[Sequences<'_>]) -> Vec<f64> {
+    reference::logps(policy, sequences, 50, None, &mut |_| Ok(())).unwrap()
 }
 
 fn reference(model: &Model, pairs: &[TokenizedPair]) -> Vec<[f64; 2]> {
+    reference_in(Precision::F32, model, pairs)
+}
+
+fn reference_in(dtype: Precision, model: &Model, pairs: &[TokenizedPair]) -> Vec<[f64; 2]> {
     let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
-    scores(model, &sequences).as_chunks::<2>().0.to_vec()
+    scores(Mixture::from(model).with_precision(dtype), &sequences).as_chunks::<2>().0.to_vec()
 }
 
 const DPO: Pairwise = Pairwise::Dpo { beta: 0.5, label_smoothing: 0.0 };
@@ -235,12 +239,14 @@ fn the_first_gradient_equals_pytorchs() {
 fn the_first_margin_is_exactly_zero_whatever_the_cut() {
     let pairs = pairs(&fixture());
     let policy = tiny("untied_gqa");
-    let reference = reference(&policy, &pairs);
-    let task = Preferences::new(&pairs, &reference, &policy, &DPO);
-    for micro_batch_tokens in [1, 30, 10_000] {
-        let means = evaluate(&policy, &task, &TrainOptions { micro_batch_tokens, ..options() });
-        assert_eq!(means.metrics["rewards/margins"], 0.0);
-        assert!((means.loss - std::f64::consts::LN_2).abs() < 1e-14);
+    for dtype in Precision::ALL {
+        let reference = reference_in(dtype, &policy, &pairs);
+        let task = Preferences::new(&pairs, &reference, &policy, &DPO);
+        for micro_batch_tokens in [1, 30, 10_000] {
+            let means = evaluate(&policy, &task, &TrainOptions { dtype, micro_batch_tokens, ..options() });
+            assert_eq!(means.metrics["rewards/margins"], 0.0);
+            assert!((means.loss - std::f64::consts::LN_2).abs() < 1e-14);
+        }
     }
 }
 
@@ -253,13 +259,15 @@ fn loss_and_gradient_do_not_depend_on_the_cut_or_on_recomputing() {
     let all: Vec<usize> = (0..pairs.len()).collect();
     let whole_policy = Policy::Whole(policy.clone());
     let run = |options: TrainOptions| gradient(&whole_policy, &task, &all, &options);
-    let whole = run(TrainOptions { micro_batch_tokens: 10_000, ..options() });
-    assert_eq!(whole.keep, Keep::All);
-    for (micro_batch_tokens, memory_bytes) in [(1, None), (40, None), (10_000, Some(1))] {
-        let other = run(TrainOptions { micro_batch_tokens, memory_bytes, ..options() });
-        assert_eq!(other.keep == Keep::Inputs, memory_bytes.is_some());
-        assert_eq!(other.means, whole.means);
-        assert_close(&other.gradient, &whole.gradient);
+    for dtype in Precision::ALL {
+        let whole = run(TrainOptions { dtype, micro_batch_tokens: 10_000, ..options() });
+        assert_eq!(whole.keep, Keep::All);
+        for (micro_batch_tokens, memory_bytes) in [(1, None), (40, None), (10_000, Some(1))] {
+            let other = run(TrainOptions { dtype, micro_batch_tokens, memory_bytes, ..options() });
+            assert_eq!(other.keep == Keep::Inputs, memory_bytes.is_some());
+            assert_eq!(other.means, whole.means);
+            assert_close(&other.gradient, &whole.gradient);
+        }
     }
 }
 
@@ -269,20 +277,24 @@ fn a_stopped_training_continues_bit_exactly() {
     let start = tiny("tied");
     let reference = reference(&start, &pairs);
     let task = Preferences::new(&pairs, &reference, &start, &DPO);
-    let options = TrainOptions { epochs: 2, ..options() };
+    for dtype in Precision::ALL {
+        continues_bit_exactly(&start, &task, TrainOptions { dtype, epochs: 2, ..options() });
+    }
+}
+
+fn continues_bit_exactly(start: &Model, task: &dyn Task, options: TrainOptions) {
     let whole_folder = tempfile::tempdir().unwrap();
     let mut whole = start.clone();
-    train_whole(&mut whole, &task, None, &options, whole_folder.path(), &mut never()).unwrap();
+    train_whole(&mut whole, task, None, &options, whole_folder.path(), &mut never()).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     for stop in [3, 13, 17] {
         let mut policy = start.clone();
-        let error =
-            train_whole(&mut policy, &task, None, &options, folder.path(), &mut StopAfter(stop, 0)).unwrap_err();
+        let error = train_whole(&mut policy, task, None, &options, folder.path(), &mut StopAfter(stop, 0)).unwrap_err();
         assert!(matches!(error, Error::Interrupted(_)), "{error}");
     }
     let mut policy = start.clone();
-    let rest = train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
+    let rest = train_whole(&mut policy, task, None, &options, folder.path(), &mut never()).unwrap();
     assert_eq!(rest.len(), 3);
     assert_eq!(policy.weights, whole.weights);
     let losses = |folder: &Path| -> Vec<String> {
@@ -293,9 +305,9 @@ fn a_stopped_training_continues_bit_exactly() {
 
     // a state of another training is refused
     let other = TrainOptions { learning_rate: 1e-3, ..options };
-    train_whole(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap_err();
+    train_whole(&mut start.clone(), task, None, &other, folder.path(), &mut never()).unwrap_err();
     discard_state(folder.path()).unwrap();
-    train_whole(&mut start.clone(), &task, None, &other, folder.path(), &mut never()).unwrap();
+    train_whole(&mut start.clone(), task, None, &other, folder.path(), &mut never()).unwrap();
 }
 
 /// Of some losses, these parameters do not show while the log-probabilities are 0.
