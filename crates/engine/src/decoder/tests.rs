@@ -48,7 +48,7 @@ fn in_bf16_log_probabilities_and_gradients_are_those_of_f32_to_its_rounding() {
             let [f32, bf16] = [&gradient, &rounded_gradient].map(|gradient| &gradient[spec.range.clone()]);
             let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
             let difference = norm(&mut f32.iter().zip(bf16).map(|(a, b)| a - b)) / norm(&mut f32.iter().copied());
-            assert!(difference < 0.02 && difference > 1e-4, "{}: {difference}", spec.name);
+            assert!(difference < 0.03 && difference > 1e-4, "{}: {difference}", spec.name);
         }
     }
 }
