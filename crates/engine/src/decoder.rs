@@ -6,6 +6,7 @@
 //! ```
 
 mod divergence;
+mod packed;
 mod parameters;
 mod tape;
 
@@ -22,6 +23,7 @@ use parameters::{Gradient, Pass};
 use tape::{BlockTape, CompactTape};
 
 pub use crate::ops::divergence::Head;
+pub(crate) use packed::PackedModel;
 
 /// How much of the forward pass is kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,17 +197,20 @@ impl Decoder {
     /// The rows of the pass, and the cache's spans, are all tokens under the first policy, then all under the next. The bits
     /// of a sequence's logits do not depend on what is computed with it, as long as either every sequence has one token or
     /// every one has more.
+    /// Where there is a packed model of these policies, its matrices are read instead of theirs.
     /// Keeps nothing for a backward pass; the cache takes each block's keys and values.
     pub(crate) fn infer(
         &mut self,
         policies: &Shared<'_>,
+        packed: Option<&PackedModel>,
         tokens: &[u32],
         positions: &[u32],
         wanted: &[usize],
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
         let parts = policies.adapters.len();
-        let pass = Pass::of_parts(self.precision, &policies.model.weights, &policies.adapters);
+        let adapters = packed.map_or(policies.adapters.clone(), |packed| packed.adapters(policies));
+        let pass = Pass::of_parts(self.precision, &policies.model.weights, &adapters).with_packed(packed);
         let pass = if wanted.len() == tokens.len() { pass.rowwise() } else { pass };
         self.check_weights(&pass);
         self.kept = None;
@@ -229,7 +234,10 @@ impl Decoder {
         let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
         let vocab = self.layout.head.len() / d;
         let logits = fit(logits, wanted.len() * vocab);
-        linear::forward_as(true, self.precision)(normed, pass.base(&self.layout.head), logits, d, false);
+        match packed {
+            Some(packed) => packed.head.forward(normed, logits, false),
+            None => linear::forward_as(true, self.precision)(normed, pass.base(&self.layout.head), logits, d, false),
+        }
         logits
     }
 

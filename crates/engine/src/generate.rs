@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use rand::Rng;
 use rand::distr::{Distribution, StandardUniform};
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::mixture::Mixture;
+use crate::precision::Precision;
 
 pub use generator::{Generator, Progress, SequenceId};
 
@@ -35,6 +37,44 @@ pub struct SamplingOptions {
     pub stop: Vec<String>,
     /// Answers that [`generate`] has in progress at once.
     pub batch_size: usize,
+    /// What [`generate`] reads matrices in.
+    pub dtype: Dtype,
+}
+
+/// What the matrices of a model are read in while answers are generated. One answer at a time reads all of them for every
+/// token, so fewer bits are as much faster.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32 bits, as they are.
+    #[default]
+    F32,
+    /// 16 bits; products and activations are as in training in bf16.
+    Bf16,
+    /// 8 bits, 32 weights of a row with a common scale as in GGUF's Q8_0; what they are multiplied with is brought to 8 bits alike.
+    Int8,
+}
+
+impl Dtype {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::F32, Self::Bf16, Self::Int8];
+
+    /// The name in options.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::Int8 => "int8",
+        }
+    }
+
+    /// The precision of what is not in these bits.
+    fn precision(self) -> Precision {
+        match self {
+            Self::Bf16 => Precision::Bf16,
+            Self::F32 | Self::Int8 => Precision::F32,
+        }
+    }
 }
 
 impl Default for SamplingOptions {
@@ -49,6 +89,7 @@ impl Default for SamplingOptions {
             end_tokens: Vec::new(),
             stop: Vec::new(),
             batch_size: 16,
+            dtype: Dtype::F32,
         }
     }
 }
@@ -85,7 +126,7 @@ impl SamplingOptions {
 }
 
 /// Why an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Finish {
     /// An end token or a stop text came.
@@ -95,7 +136,7 @@ pub enum Finish {
 }
 
 /// One generated answer.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// The generated tokens, without the end token.
     pub tokens: Vec<u32>,
@@ -128,7 +169,7 @@ pub fn generate<'a>(
     check_prompts(&policy, prompts)?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let positions = longest.saturating_add(options.max_new_tokens);
-    let mut generator = Generator::new(policy, positions, options.batch_size, decode);
+    let mut generator = Generator::new(policy, positions, options.batch_size, decode).with_dtype(options.dtype);
     let options = Arc::new(options.clone());
     let ids = prompts.iter().enumerate().map(|(index, prompt)| generator.add(prompt, options.clone(), index as u64));
     let places: HashMap<SequenceId, usize> = ids.zip(0..).map(|(id, place)| Ok((id?, place))).collect::<Result<_>>()?;

@@ -12,6 +12,7 @@ use align::merge::Method;
 use align::objective;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::generate::Dtype;
 use serde::Serialize;
 
 use crate::policy::PolicyName;
@@ -327,6 +328,9 @@ pub(crate) struct Generate {
     /// Answers generated at once.
     #[arg(long, default_value_t = 16)]
     pub(crate) batch_size: usize,
+    /// What the matrices are read in: fewer bits are faster, and move the answers.
+    #[arg(long, default_value = "f32", value_parser = dtype_parser())]
+    pub(crate) dtype: Dtype,
     /// Seed of the random draws.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
@@ -371,6 +375,9 @@ pub(crate) struct Serve {
     /// Answers generated at once; each takes memory for its keys and values.
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = positive)]
     pub(crate) batch_size: usize,
+    /// What the matrices are read in: fewer bits are faster, and move the answers.
+    #[arg(long, default_value = "f32", value_parser = dtype_parser())]
+    pub(crate) dtype: Dtype,
     /// Answers that may wait for their turn; a request beyond gets status 503.
     #[arg(long, default_value_t = 256, value_name = "N")]
     pub(crate) queue: usize,
@@ -534,6 +541,11 @@ fn method_parser() -> impl TypedValueParser<Value = Method> {
 fn format_parser() -> impl TypedValueParser<Value = Format> {
     PossibleValuesParser::new(Format::ALL.map(Format::name))
         .map(|name| Format::ALL.into_iter().find(|f| f.name() == name).unwrap_or(Format::Trl))
+}
+
+fn dtype_parser() -> impl TypedValueParser<Value = Dtype> {
+    PossibleValuesParser::new(Dtype::ALL.map(Dtype::name))
+        .map(|name| Dtype::ALL.into_iter().find(|dtype| dtype.name() == name).unwrap_or_default())
 }
 
 fn template_tail_parser() -> impl TypedValueParser<Value = TemplateTail> {

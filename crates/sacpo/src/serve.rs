@@ -22,7 +22,7 @@ use axum::http::{Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
-use engine::generate::SamplingOptions;
+use engine::generate::{Dtype, SamplingOptions};
 use engine::{Error, Result, Tokenizer};
 use serde_json::{Value, json};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -53,6 +53,8 @@ pub(crate) struct Options {
     pub(crate) max_new_tokens: usize,
     /// Answers in progress at once.
     pub(crate) batch_size: usize,
+    /// What the policy's matrices are read in.
+    pub(crate) dtype: Dtype,
     /// Answers that may wait for their turn.
     pub(crate) queue: usize,
 }
@@ -82,7 +84,7 @@ pub(crate) fn serve(policy: &Policy, listener: TcpListener, options: Options) ->
     };
     std::thread::scope(|scope| {
         let connections = scope.spawn(|| serve_connections(listener, Arc::new(app)));
-        worker::work(policy, options.batch_size, received)?;
+        worker::work(policy, options.batch_size, options.dtype, received)?;
         connections.join().map_err(|_| Error::Failed("The server's thread ended by a fault of the program.".into()))?
     })
 }

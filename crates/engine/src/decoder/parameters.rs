@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
+use super::packed::PackedModel;
 use crate::batch::PackedBatch;
 use crate::lora::Adapter;
 use crate::model::{BlockLayout, Product};
-use crate::ops::linear;
+use crate::ops::linear::{self, packed::Packed};
 use crate::ops::lora::{LowRank, Scratch};
 use crate::precision::Precision;
 
@@ -45,6 +46,8 @@ pub(super) struct Pass<'a> {
     rowwise: bool,
     /// The arithmetic of matrix products.
     pub(super) precision: Precision,
+    /// Matrices to read instead of the model's, in a pass that does not train.
+    packed: Option<&'a PackedModel>,
 }
 
 impl<'a> Pass<'a> {
@@ -58,17 +61,22 @@ impl<'a> Pass<'a> {
             assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
             assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");
         }
-        Self { base, adapters: vec![adapter], dropout, rowwise: false, precision }
+        Self { base, adapters: vec![adapter], dropout, rowwise: false, precision, packed: None }
     }
 
     /// A pass without dropout that computes a part of its rows with each of the adapters, or with none.
     pub(super) fn of_parts(precision: Precision, base: &'a [f32], adapters: &[Option<&'a Adapter>]) -> Self {
-        Self { base, adapters: adapters.to_vec(), dropout: None, rowwise: false, precision }
+        Self { base, adapters: adapters.to_vec(), dropout: None, rowwise: false, precision, packed: None }
     }
 
     /// The same pass with every row computed by itself, which suits few rows.
     pub(super) fn rowwise(self) -> Self {
         Self { rowwise: true, ..self }
+    }
+
+    /// The same pass with the matrices of a packed model.
+    pub(super) fn with_packed(self, packed: Option<&'a PackedModel>) -> Self {
+        Self { packed, ..self }
     }
 
     /// The weights of the model at a place.
@@ -102,6 +110,7 @@ impl<'a> Pass<'a> {
         };
         Linear {
             w: &self.base[range.clone()],
+            packed: self.packed.map(|packed| packed.product(index, product)),
             range,
             low_ranks: self.adapters.iter().map(at).collect(),
             rowwise: self.rowwise,
@@ -149,6 +158,8 @@ fn only<T>(parts: &[Option<T>]) -> Option<&T> {
 /// A matrix product of a block, adapted or not. x `[n, inputs]`, y `[n, outputs]`.
 pub(super) struct Linear<'a> {
     w: &'a [f32],
+    /// W in fewer bits, to read instead.
+    packed: Option<&'a Packed>,
     range: Range<usize>,
     /// One for each part of the rows.
     low_ranks: Vec<Option<LowRank<'a>>>,
@@ -166,7 +177,10 @@ impl Linear<'_> {
         if let [Some(low_rank)] = self.low_ranks.as_slice() {
             return low_rank.forward(x, self.w, y, add, self.rowwise, scratch);
         }
-        linear::forward_as(self.rowwise, self.precision)(x, self.w, y, inputs, add);
+        match self.packed {
+            Some(packed) => packed.forward(x, y, add),
+            None => linear::forward_as(self.rowwise, self.precision)(x, self.w, y, inputs, add),
+        }
         let parts = self.low_ranks.len();
         let parts = x.chunks_exact(x.len() / parts).zip(y.chunks_exact_mut(y.len() / parts)).zip(&self.low_ranks);
         for ((x, y), low_rank) in parts {

@@ -5,8 +5,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::sequence::{PassCache, SeenPrompt, Sequence};
-use super::{Answer, SamplingOptions, check_prompt};
-use crate::decoder::Decoder;
+use super::{Answer, Dtype, SamplingOptions, check_prompt};
+use crate::decoder::{Decoder, PackedModel};
 use crate::error::{Error, Result};
 use crate::mixture::Mixture;
 
@@ -34,6 +34,8 @@ pub struct Generator<'a> {
     /// The longest sequence.
     positions: usize,
     decoders: Vec<Decoder>,
+    /// For each pass its matrices, unless they are read as they are.
+    packed: Vec<Option<PackedModel>>,
     /// Memory for logits.
     sum: Vec<f32>,
     waiting: VecDeque<Waiting<'a>>,
@@ -66,11 +68,8 @@ impl<'a> Generator<'a> {
         let policy = policy.into();
         let positions = positions.min(policy.context());
         Self {
-            decoders: policy
-                .passes()
-                .iter()
-                .map(|pass| Decoder::new(pass.model, positions).with_precision(policy.precision()))
-                .collect(),
+            decoders: policy.passes().iter().map(|pass| Decoder::new(pass.model, positions)).collect(),
+            packed: policy.passes().iter().map(|_| None).collect(),
             policy,
             decode,
             batch_size: batch_size.max(1),
@@ -81,6 +80,13 @@ impl<'a> Generator<'a> {
             seen: None,
             added: 0,
         }
+    }
+
+    /// The same generator with matrices read in fewer bits than f32's. They are made here, beside those of the models.
+    pub fn with_dtype(self, dtype: Dtype) -> Self {
+        let decoders = self.decoders.into_iter().map(|decoder| decoder.with_precision(dtype.precision()));
+        let packed = self.policy.passes().iter().map(|pass| PackedModel::new(pass, dtype));
+        Self { decoders: decoders.collect(), packed: packed.collect(), ..self }
     }
 
     /// Adds a sequence, which begins as soon as there is room. It draws from stream `stream` of its options' seed.
@@ -151,7 +157,7 @@ impl<'a> Generator<'a> {
         if sequences.is_empty() {
             return Vec::new();
         }
-        let logits = next_logits(&self.policy, &mut self.decoders, &mut sequences, &mut self.sum);
+        let logits = next_logits(&self.policy, &self.packed, &mut self.decoders, &mut sequences, &mut self.sum);
         let rows = logits.chunks_exact(self.policy.vocab_size());
         sequences.into_iter().zip(rows).map(|(sequence, logits)| sequence.choose(logits)).collect()
     }
@@ -183,7 +189,7 @@ impl<'a> Generator<'a> {
         if first.is_empty() {
             return chosen;
         }
-        let logits = next_logits(&self.policy, &mut self.decoders, &mut first, &mut self.sum);
+        let logits = next_logits(&self.policy, &self.packed, &mut self.decoders, &mut first, &mut self.sum);
         let waits = self.waiting.front().map(|waiting| &*waiting.prompt);
         for (index, (sequence, logits)) in
             first.into_iter().zip(logits.chunks_exact(self.policy.vocab_size())).enumerate()
@@ -201,6 +207,7 @@ impl<'a> Generator<'a> {
 /// memory for them. All sequences have one pending token, or all have more.
 pub(super) fn next_logits<'l>(
     policy: &Mixture<'_>,
+    packed: &[Option<PackedModel>],
     decoders: &'l mut [Decoder],
     sequences: &mut [Sequence],
     sum: &'l mut Vec<f32>,
@@ -209,11 +216,11 @@ pub(super) fn next_logits<'l>(
     let positions: Vec<u32> = sequences.iter().flat_map(Sequence::positions).collect();
     let mut end = 0;
     let last_rows: Vec<usize> = sequences.iter().map(|s| (end += s.pending.len(), end - 1).1).collect();
-    let passes = decoders.iter_mut().zip(policy.passes()).enumerate();
+    let passes = decoders.iter_mut().zip(policy.passes()).zip(packed).enumerate();
     let each: Vec<&[f32]> = passes
-        .map(|(index, (decoder, pass))| {
+        .map(|(index, ((decoder, pass), packed))| {
             let mut cache = PassCache { heads: decoder.heads(), pass: index, sequences: &mut *sequences };
-            decoder.infer(pass, &tokens, &positions, &last_rows, &mut cache)
+            decoder.infer(pass, packed.as_ref(), &tokens, &positions, &last_rows, &mut cache)
         })
         .collect();
     sequences.iter_mut().for_each(|sequence| sequence.past += sequence.pending.len());

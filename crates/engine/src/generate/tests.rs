@@ -5,7 +5,8 @@ use super::generator::next_logits;
 use super::sequence::Sequence;
 use super::*;
 use crate::batch::PackedBatch;
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, PackedModel};
+use crate::mixture::Shared;
 use crate::mixture::tests::adapted;
 use crate::model::tests::tiny_config;
 use crate::{Adapted, Adapter, LoraOptions, Model, ModelConfig, Scorer};
@@ -176,18 +177,20 @@ fn the_bits_of_logits_do_not_depend_on_what_is_generated_with_them() {
     });
     let [a, b] = adapters.each_ref().map(|adapter| Adapted { model: &model, adapter: Some(adapter) });
     let others: Vec<Vec<u32>> = (0..40).map(|i| (0..i % 5 + 2).map(|j| 3 * i + j).collect()).collect();
-    for policy in [(&model).into(), Mixture::new(a, b, 0.4).unwrap()] {
+    let policies = [(&model).into(), Mixture::new(a, b, 0.4).unwrap()];
+    for (policy, dtype) in policies.iter().flat_map(|policy| Dtype::ALL.map(|dtype| (policy, dtype))) {
+        let packed: Vec<_> = policy.passes().iter().map(|pass| PackedModel::new(pass, dtype)).collect();
         // of a prompt, and of the two tokens after it
         let logits = |others: &[Vec<u32>]| -> Vec<Vec<u32>> {
-            let mut decoders = [Decoder::new(&model, 16)];
+            let mut decoders = [Decoder::new(&model, 16).with_precision(dtype.precision())];
             let prompts = std::iter::once(&[7, 8, 9][..]).chain(others.iter().map(Vec::as_slice));
             let options = Arc::new(SamplingOptions::default());
-            let sequence = |prompt: &[u32]| Sequence::new(SequenceId(0), prompt.into(), options.clone(), 0, &policy);
+            let sequence = |prompt: &[u32]| Sequence::new(SequenceId(0), prompt.into(), options.clone(), 0, policy);
             let mut sequences: Vec<Sequence> = prompts.map(sequence).collect();
             let mut all = Vec::new();
             for token in [11, 12, 13] {
                 let mut sum = Vec::new();
-                let logits = next_logits(&policy, &mut decoders, &mut sequences, &mut sum);
+                let logits = next_logits(policy, &packed, &mut decoders, &mut sequences, &mut sum);
                 all.push(logits[..300].iter().map(|logit| logit.to_bits()).collect());
                 sequences.iter_mut().for_each(|sequence| sequence.pending = vec![token]);
             }
@@ -196,6 +199,31 @@ fn the_bits_of_logits_do_not_depend_on_what_is_generated_with_them() {
         let alone = logits(&[]);
         for count in [1, 3, 15, 16, 40] {
             assert!(alone == logits(&others[..count]), "with {count} others");
+        }
+    }
+}
+
+#[test]
+fn fewer_bits_move_logits_by_their_rounding() {
+    let (model, adapters) = adapted();
+    let policies: Vec<Mixture<'_>> = vec![
+        (&model).into(),
+        Mixture::new(Adapted { model: &model, adapter: Some(&adapters[0].0) }, &model, 0.4).unwrap(),
+        Mixture::new(Adapted { model: &model, adapter: Some(&adapters[2].0) }, &model, 0.4).unwrap(),
+    ];
+    for policy in policies {
+        let [f32, bf16, int8] = Dtype::ALL.map(|dtype| {
+            let packed: Vec<_> = policy.passes().iter().map(|pass| PackedModel::new(pass, dtype)).collect();
+            let decoder = |pass: &Shared<'_>| Decoder::new(pass.model, 16).with_precision(dtype.precision());
+            let mut decoders: Vec<_> = policy.passes().iter().map(decoder).collect();
+            let options = Arc::new(SamplingOptions::default());
+            let mut sequences = [Sequence::new(SequenceId(0), vec![1, 5, 3, 9], options, 0, &policy)];
+            next_logits(&policy, &packed, &mut decoders, &mut sequences, &mut Vec::new()).to_vec()
+        });
+        let largest = f32.iter().fold(0f32, |m, l| m.max(l.abs()));
+        for rounded in [bf16, int8] {
+            let worst = f32.iter().zip(rounded).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert!(worst > 0.0 && worst < 0.05 * largest, "{worst} of {largest}");
         }
     }
 }

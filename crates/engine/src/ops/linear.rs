@@ -10,6 +10,8 @@ use super::simd::{dispatch, dot, dot4};
 use crate::precision::Precision;
 
 pub(crate) mod bf16;
+mod int8;
+pub(crate) mod packed;
 
 /// Up to this many results `gemm` takes each as one dot product, if both factors have the summed elements next to each
 /// other; its larger kernels sum in another order.

@@ -36,6 +36,7 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         end_tokens: Vec::new(),
         stop: options.stop.clone(),
         batch_size: options.batch_size,
+        dtype: options.dtype,
     };
     sampling.validate()?;
     let alone = |text: &String| CategorisedPrompt { prompt: Prompt::Text(text.clone()), category: None };

@@ -44,6 +44,7 @@ pub(super) fn run(options: &Serve, global: Global) -> Result<()> {
         key,
         max_new_tokens: options.max_new_tokens,
         batch_size: options.batch_size,
+        dtype: options.dtype,
         queue: options.queue,
     };
     serve::serve(&policy, listener, server)

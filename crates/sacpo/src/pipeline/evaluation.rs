@@ -224,6 +224,7 @@ fn options(recipe: &Recipe, end_tokens: Vec<u32>) -> SamplingOptions {
         end_tokens,
         stop: evaluate.stop.clone(),
         batch_size: evaluate.batch_size,
+        dtype: evaluate.dtype,
         ..SamplingOptions::default()
     }
 }

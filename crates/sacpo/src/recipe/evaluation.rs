@@ -3,6 +3,7 @@
 use std::ops::Bound::{Excluded, Included};
 
 use engine::Result;
+use engine::generate::Dtype;
 use evaluate::judge::Rubric;
 use serde::{Serialize, Serializer};
 
@@ -13,8 +14,19 @@ use super::{Judge, POSITIVE, known};
 use crate::policy_name::PolicyName;
 use crate::suggest::nearest;
 
-pub(super) const EVALUATE_KEYS: &[&str] =
-    &["prompts", "policy", "judge", "max_new_tokens", "temperature", "top_p", "stop", "seed", "system", "batch_size"];
+pub(super) const EVALUATE_KEYS: &[&str] = &[
+    "prompts",
+    "policy",
+    "judge",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "system",
+    "batch_size",
+    "dtype",
+];
 pub(super) const PROMPTS_KEYS: &[&str] = &["name", "file", "prompts"];
 pub(super) const POLICY_KEYS: &[&str] = &["name", "model", "answers"];
 pub(super) const JUDGE_KEYS: &[&str] = &[
@@ -59,6 +71,8 @@ pub struct Evaluate {
     pub system: Option<String>,
     /// Answers that are generated at once, ≥ 1. It changes memory and speed, not the answers. Default 16.
     pub batch_size: usize,
+    /// What the matrices are read in: fewer bits are faster, and move the answers. Default: f32.
+    pub dtype: Dtype,
     /// What is asked, in sets that have names. Default: nothing.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub prompts: Vec<PromptSet>,
@@ -197,6 +211,7 @@ impl Evaluate {
             seed: section.seed("seed")?,
             system: section.text("system")?,
             batch_size: section.count("batch_size", 1)?.unwrap_or(16),
+            dtype: section.choice("dtype", &Dtype::ALL.map(|dtype| (dtype.name(), dtype)))?.unwrap_or_default(),
             prompts: PromptSet::read_all(section)?,
             policies: Vec::new(),
             judges: Vec::new(),

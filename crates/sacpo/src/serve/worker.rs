@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use engine::generate::{Finish, Generator, Progress, SamplingOptions, SequenceId};
+use engine::generate::{Dtype, Finish, Generator, Progress, SamplingOptions, SequenceId};
 use engine::{Result, Tokenizer};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender};
@@ -53,12 +53,12 @@ struct Growing {
 ///
 /// # Errors
 /// If the policy's models cannot be mixed.
-pub(super) fn work(policy: &Policy, batch_size: usize, mut jobs: UnboundedReceiver<Job>) -> Result<()> {
+pub(super) fn work(policy: &Policy, batch_size: usize, dtype: Dtype, mut jobs: UnboundedReceiver<Job>) -> Result<()> {
     let mixture = policy.mixture()?;
     let tokenizer = &policy.first.tokenizer;
     let decode = |tokens: &[u32]| tokenizer.decode(tokens);
     let context = mixture.context();
-    let mut generator = Generator::new(mixture, context, batch_size, &decode);
+    let mut generator = Generator::new(mixture, context, batch_size, &decode).with_dtype(dtype);
     let mut growing: HashMap<SequenceId, Growing> = HashMap::new();
     while !interrupt::requested() {
         let mut next = if generator.is_empty() {

@@ -7,10 +7,12 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::{PARALLEL_FROM, View, ViewMut, product_f32};
+use super::{View, ViewMut, product_f32};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::{panels, product_of_panels};
 
 /// out = a·b·scale, or out += a·b·scale with `add`, of the factors rounded to bf16.
 pub(super) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {

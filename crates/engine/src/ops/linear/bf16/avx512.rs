@@ -10,8 +10,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::super::Matrix;
-use super::{PARALLEL_FROM, View, ViewMut};
+use super::super::{Matrix, PARALLEL_FROM, View, ViewMut};
 
 /// Rows of a tile: with 24 sums, two vectors of one factor and a broadcast of the other, 27 of 32 registers.
 const ROWS: usize = 12;
@@ -19,11 +18,11 @@ const ROWS: usize = 12;
 const COLUMNS: usize = 32;
 /// Elements that are summed before the tile returns to memory: a panel of rows is 24 KiB then and stays in the first cache.
 const SUMMED: usize = 1024;
-/// Rows and columns that are packed at once: 12 and 4 MiB at most.
-const PACKED_ROWS: usize = 512 * ROWS;
+/// Tiles whose rows, and columns that are packed at once: 12 and 4 MiB at most.
+const PACKED_ROWS: usize = 512;
 const PACKED_COLUMNS: usize = 64 * COLUMNS;
-/// Rows and columns of a task.
-const TASK_ROWS: usize = 8 * ROWS;
+/// Tiles and columns of a task.
+const TASK_ROWS: usize = 8;
 const TASK_COLUMNS: usize = 6 * COLUMNS;
 
 thread_local! {
@@ -58,41 +57,100 @@ impl Output {
     }
 }
 
+/// The right factor of a product, k×n.
+#[derive(Clone, Copy)]
+enum Right<'a> {
+    View(View<'a>),
+    /// What [`panels`] makes of it, and n.
+    Panels(&'a [u32], usize),
+}
+
 /// As [`super::product`].
 ///
 /// # Panics
 /// Without AVX512-BF16.
 pub(super) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+    multiply(a, Right::View(b), out, scale, add);
+}
+
+/// The panels of Wᵀ, for [`product_of_panels`]: of each block of summed elements all columns. w `[n, k]`.
+///
+/// # Panics
+/// Without AVX512-BF16.
+pub(in super::super) fn panels(w: View<'_>) -> Vec<u32> {
     assert!(is_available(), "the processor has no AVX512-BF16");
-    let ([m, k], n) = (a.shape, b.shape[1]);
-    let b = b.transposed();
+    let [n, k] = w.shape;
+    let mut all = vec![0; n.next_multiple_of(COLUMNS) * k.div_ceil(2)];
+    let mut rest = all.as_mut_slice();
+    for first in (0..k).step_by(block(k)) {
+        let part = w.columns(first..k.min(first + block(k)));
+        let (panels, others) = rest.split_at_mut(n.next_multiple_of(COLUMNS) * part.shape[1].div_ceil(2));
+        pack::<COLUMNS>(part, COLUMNS, panels, true);
+        rest = others;
+    }
+    all
+}
+
+/// out = a·Wᵀ, or out += a·Wᵀ with `add`, from W's [`panels`]; to the last bit what [`product`] gives.
+///
+/// # Panics
+/// Without AVX512-BF16.
+pub(in super::super) fn product_of_panels(a: View<'_>, panels: &[u32], out: ViewMut<'_>, add: bool) {
+    let n = out.shape[1];
+    assert_eq!(panels.len(), n.next_multiple_of(COLUMNS) * a.shape[1].div_ceil(2), "the panels do not fit the factor");
+    multiply(a, Right::Panels(panels, n), out, 1.0, add);
+}
+
+/// How many of k elements are summed at once: equal blocks of an even number, which depend on k alone.
+fn block(k: usize) -> usize {
+    k.div_ceil(k.div_ceil(SUMMED).max(1)).next_multiple_of(2).max(2)
+}
+
+fn multiply(a: View<'_>, b: Right<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+    assert!(is_available(), "the processor has no AVX512-BF16");
+    let ([m, k], n) = (a.shape, out.shape[1]);
+    assert!(
+        out.shape[0] == m
+            && matches!(b, Right::Panels(_, columns) | Right::View(View { shape: [_, columns], .. }) if columns == n)
+    );
     let parallel = m * n * k >= PARALLEL_FROM;
     let output = Output { start: out.data.as_mut_ptr(), row_stride: out.row_stride };
-    let [mut a_panels, mut b_panels] = PANELS.take();
-    // equal blocks of an even number of elements, which depend on k alone
-    let block = k.div_ceil(k.div_ceil(SUMMED).max(1)).next_multiple_of(2).max(2);
-    for first_summed in (0..k.max(1)).step_by(block) {
-        let summed = first_summed..k.min(first_summed + block);
+    let [mut a_memory, mut b_memory] = PANELS.take();
+    // tiles of equal heights, which depend on nothing that results depend on
+    let height = m.div_ceil(m.div_ceil(ROWS).max(1)).max(1);
+    let width = if m <= 2 * ROWS { COLUMNS } else { TASK_COLUMNS };
+    for first_summed in (0..k.max(1)).step_by(block(k)) {
+        let summed = first_summed..k.min(first_summed + block(k));
         let (pairs, add) = (summed.len().div_ceil(2), add || first_summed > 0);
-        for first_row in (0..m).step_by(PACKED_ROWS) {
-            let rows = PACKED_ROWS.min(m - first_row);
+        for first_row in (0..m).step_by(PACKED_ROWS * height) {
+            let rows = (PACKED_ROWS * height).min(m - first_row);
             let a = a.columns(summed.clone()).transposed().columns(first_row..first_row + rows).transposed();
-            pack::<ROWS>(a, &mut a_panels, parallel);
+            let a_panels = fit(&mut a_memory, rows.div_ceil(height) * ROWS * pairs);
+            pack::<ROWS>(a, height, a_panels, parallel);
+            let a_panels = &*a_panels;
             for first_column in (0..n).step_by(PACKED_COLUMNS) {
                 let columns = PACKED_COLUMNS.min(n - first_column);
-                let b =
-                    b.columns(summed.clone()).transposed().columns(first_column..first_column + columns).transposed();
-                pack::<COLUMNS>(b, &mut b_panels, parallel);
-                let down = rows.div_ceil(TASK_ROWS);
-                let tasks = down * columns.div_ceil(TASK_COLUMNS);
-                for_each(parallel, tasks, |task| {
-                    let (row, column) = (task % down * TASK_ROWS, task / down * TASK_COLUMNS);
-                    for row in (row..rows.min(row + TASK_ROWS)).step_by(ROWS) {
-                        for column in (column..columns.min(column + TASK_COLUMNS)).step_by(COLUMNS) {
-                            let a = &a_panels[row * pairs..][..ROWS * pairs];
+                let b_panels = match b {
+                    Right::Panels(all, _) => {
+                        &all[n.next_multiple_of(COLUMNS) * first_summed / 2..][first_column * pairs..]
+                    }
+                    Right::View(b) => {
+                        let b = b.transposed().columns(summed.clone()).transposed();
+                        let b = b.columns(first_column..first_column + columns).transposed();
+                        let panels = fit(&mut b_memory, columns.next_multiple_of(COLUMNS) * pairs);
+                        pack::<COLUMNS>(b, COLUMNS, panels, parallel);
+                        &*panels
+                    }
+                };
+                let down = rows.div_ceil(TASK_ROWS * height);
+                for_each(parallel, down * columns.div_ceil(width), |task| {
+                    let (row, column) = (task % down * TASK_ROWS * height, task / down * width);
+                    for row in (row..rows.min(row + TASK_ROWS * height)).step_by(height) {
+                        for column in (column..columns.min(column + width)).step_by(COLUMNS) {
+                            let a = &a_panels[row / height * ROWS * pairs..][..ROWS * pairs];
                             let b = &b_panels[column * pairs..][..COLUMNS * pairs];
                             let at = [first_row + row, first_column + column];
-                            let tile = output.tile(at, ROWS.min(rows - row), COLUMNS.min(columns - column));
+                            let tile = output.tile(at, height.min(rows - row), COLUMNS.min(columns - column));
                             // SAFETY: the processor has the instructions (above); the tile lies within `out`, whose shape is
                             // m×n, and no other task has it.
                             unsafe { compute(a, b, tile, scale, add) }
@@ -102,7 +160,15 @@ pub(super) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, ad
             }
         }
     }
-    PANELS.set([a_panels, b_panels]);
+    PANELS.set([a_memory, b_memory]);
+}
+
+/// The first `len` words of memory that grows as needed.
+fn fit(memory: &mut Vec<u32>, len: usize) -> &mut [u32] {
+    if memory.len() < len {
+        memory.resize(len, 0);
+    }
+    &mut memory[..len]
 }
 
 /// Runs the tasks 0 to `count` − 1, on all threads or on this one.
@@ -110,22 +176,18 @@ fn for_each(parallel: bool, count: usize, task: impl Fn(usize) + Send + Sync) {
     if parallel { (0..count).into_par_iter().for_each(task) } else { (0..count).for_each(task) }
 }
 
-/// Packs a matrix into panels of `W` rows, one after the other; rows beyond the last are zeros.
-fn pack<const W: usize>(matrix: View<'_>, panels: &mut Vec<u32>, parallel: bool) {
+/// Packs a matrix into panels of `W` rows, of which `height` are used; the others, and rows beyond the last, are zeros.
+fn pack<const W: usize>(matrix: View<'_>, height: usize, panels: &mut [u32], parallel: bool) {
     let [rows, summed] = matrix.shape;
     let len = W * summed.div_ceil(2);
-    let needed = rows.div_ceil(W) * len;
-    if panels.len() < needed {
-        panels.resize(needed, 0);
-    }
+    assert!(height <= W && panels.len() == rows.div_ceil(height) * len && is_available());
     let pack = |(index, panel): (usize, &mut [u32])| {
-        let first = index * W;
-        let part = matrix.transposed().columns(first..rows.min(first + W)).transposed();
-        // SAFETY: `product` has asserted the instructions; the panel has W words for each pair, and a view's elements lie
-        // within its slice.
+        let first = index * height;
+        let part = matrix.transposed().columns(first..rows.min(first + height)).transposed();
+        // SAFETY: the processor has the instructions; the panel has W words for each pair, and a view's elements lie within
+        // its slice, next to each other along one direction.
         unsafe { pack_panel::<W>(part.matrix(), part.shape, panel) }
     };
-    let panels = &mut panels[..needed];
     if parallel {
         panels.par_chunks_mut(len.max(1)).enumerate().with_min_len(2).for_each(pack);
     } else {
