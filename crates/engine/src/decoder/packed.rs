@@ -46,6 +46,11 @@ impl PackedModel {
         })
     }
 
+    /// Bytes of all matrices.
+    pub(crate) fn bytes(&self) -> usize {
+        self.blocks.iter().flatten().chain([&self.head]).map(Packed::bytes).sum()
+    }
+
     /// A matrix of block `index`.
     pub(super) fn product(&self, index: usize, product: Product) -> &Packed {
         &self.blocks[index][product as usize]

@@ -8,7 +8,8 @@ use super::sequence::{PassCache, SeenPrompt, Sequence};
 use super::{Answer, Dtype, SamplingOptions, check_prompt};
 use crate::decoder::{Decoder, PackedModel};
 use crate::error::{Error, Result};
-use crate::mixture::Mixture;
+use crate::mixture::{Mixture, Shared};
+use crate::model::{BlockLayout, Product};
 
 /// Names a sequence of one [`Generator`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -87,6 +88,17 @@ impl<'a> Generator<'a> {
         let decoders = self.decoders.into_iter().map(|decoder| decoder.with_precision(dtype.precision()));
         let packed = self.policy.passes().iter().map(|pass| PackedModel::new(pass, dtype));
         Self { decoders: decoders.collect(), packed: packed.collect(), ..self }
+    }
+
+    /// Bytes of matrices that every step reads at least.
+    pub fn weight_bytes(&self) -> usize {
+        let matrices = |pass: &Shared<'_>| {
+            let layout = &pass.model.layout;
+            let of_block = |block: &BlockLayout| Product::ALL.map(|product| block.product(product).len());
+            4 * (layout.blocks.iter().flat_map(of_block).sum::<usize>() + layout.head.len())
+        };
+        let passes = self.policy.passes().iter().zip(&self.packed);
+        passes.map(|(pass, packed)| packed.as_ref().map_or_else(|| matrices(pass), PackedModel::bytes)).sum()
     }
 
     /// Adds a sequence, which begins as soon as there is room. It draws from stream `stream` of its options' seed.

@@ -49,6 +49,7 @@ pub(crate) fn forward(
 
 /// Gradients of the policy: d_x is overwritten and d_w, unless the head is frozen, added to, for the derivatives of the
 /// loss with respect to each log-probability and to each divergence.
+#[allow(clippy::too_many_arguments, reason = "factors, targets, derivatives and what they lead to")]
 pub(crate) fn backward(
     precision: Precision,
     policy: Head,

@@ -68,6 +68,7 @@ pub(crate) fn mixed(precision: Precision, heads: &[Head<'_>], targets: &[u32]) -
 
 /// As [`forward`], with gradients: d_x is overwritten and d_w, unless w is frozen, added to, for the derivative
 /// `d_logps[i]` of the loss with respect to each log-probability.
+#[allow(clippy::too_many_arguments, reason = "factors, targets, derivatives and what they lead to")]
 pub(crate) fn forward_backward(
     precision: Precision,
     x: &[f32],
