@@ -13,6 +13,8 @@ use rayon::prelude::*;
 use super::linear::{Matrix, multiply};
 use super::simd::{dispatch, dot, exp_sum, max};
 
+mod single;
+
 /// Query rows per tile.
 const TILE: usize = 64;
 
@@ -154,6 +156,9 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32]
     let n = qkv.len() / width;
     assert!(qkv.len() == n * width && out.len() == n * out_width && lse.len() == n * heads.query);
     check(heads, spans);
+    if single::applies_to(spans) {
+        return single::forward(qkv, heads, spans, out, lse);
+    }
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..heads.query).map(move |h| (s, h))).collect();
     tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (span, head)| {
