@@ -88,11 +88,7 @@ impl TrainingState<'_> {
 
     /// The memory that all tensors take.
     pub(crate) fn bytes(&mut self) -> usize {
-        let bytes = |tensor: StateTensor<'_>| match tensor.values {
-            StateValues::F32(values) => size_of_val(values),
-            StateValues::U8(values) => size_of_val(values),
-        };
-        self.tensors().into_iter().map(bytes).sum()
+        self.tensors().iter().map(|tensor| tensor.values.bytes()).sum()
     }
 
     fn tensors(&mut self) -> Vec<StateTensor<'_>> {

@@ -7,8 +7,8 @@
 //!
 //! Every sequence is a prompt of `--prompt-tokens` (128) drawn tokens and `--new-tokens` (64) more; no token ends it. A turn is
 //! timed as a whole, prompts included. `--rounds`, `--threads` and `--batch` default to 5, 2 and `1,16`. The share of the
-//! roofline is that of reading every weight once for every token of a batch of one, at the bandwidth at which this program reads the
-//! weights and does nothing else.
+//! roofline is that of reading every weight once for every token of a batch of one, at the bandwidth at which this program reads
+//! memory and does nothing else.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
@@ -17,7 +17,6 @@ use std::time::Instant;
 
 use engine::checkpoint::Checkpoint;
 use engine::generate::{SamplingOptions, generate};
-use rayon::prelude::*;
 use serde_json::{Value, json};
 
 /// Answers to prompts, and the seconds that they took.
@@ -69,28 +68,6 @@ fn ours(checkpoint: &Checkpoint, prompts: &[Vec<u32>], new_tokens: usize) -> Tur
         .unwrap_or_else(|e| panic!("{e}"));
     let tokens = answers.into_iter().map(|answer| answer.tokens).collect();
     Turn { seconds: start.elapsed().as_secs_f64(), tokens }
-}
-
-/// Bytes per second at which all threads together read the weights.
-fn bandwidth(weights: &[f32]) -> f64 {
-    let part = weights.len().div_ceil(64 * rayon::current_num_threads());
-    let read = || {
-        let start = Instant::now();
-        let sum: f32 = weights.par_chunks(part).map(sum).sum();
-        assert!(std::hint::black_box(sum).is_finite());
-        start.elapsed().as_secs_f64()
-    };
-    let best = (0..7).map(|_| read()).fold(f64::INFINITY, f64::min);
-    size_of_val(weights) as f64 / best
-}
-
-/// A sum in as many parts as keep reading, not adding, the limit.
-fn sum(values: &[f32]) -> f32 {
-    let mut sums = [0.0f32; 128];
-    for part in values.chunks_exact(sums.len()) {
-        sums.iter_mut().zip(part).for_each(|(sum, value)| *sum += value);
-    }
-    sums.iter().sum()
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -173,7 +150,7 @@ fn main() {
                 println!("        ratio of medians {ratio:.2}; {equal} of {batch} answers have the same tokens");
             }
             if batch == 1 {
-                let bandwidth = bandwidth(&checkpoint.model.weights);
+                let bandwidth = engine::roofline::bandwidth();
                 let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
                 // a pass over the prompt, which is not in it, is another reading of the weights
                 let share = (new_tokens as f64 * bytes / bandwidth) / best;

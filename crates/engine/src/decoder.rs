@@ -95,11 +95,7 @@ impl Decoder {
             layout: model.layout.clone(),
             scores: config.head.is_score(),
             precision: Precision::F32,
-            heads: Heads {
-                query: config.num_attention_heads,
-                key_value: config.num_key_value_heads,
-                dim: config.head_dim,
-            },
+            heads: Heads::new(config),
             hidden: config.hidden_size,
             intermediate: config.intermediate_size,
             eps: config.rms_norm_eps as f32,

@@ -17,6 +17,8 @@ pub mod model;
 mod ops;
 pub mod optim;
 pub mod precision;
+pub mod profile;
+pub mod roofline;
 pub mod tokenizer;
 
 pub use batch::PackedBatch;

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::ops::linear::bf16;
+
 /// In what precision matrix products are computed, and what is kept of activations. All else is f32: weights and their
 /// gradients, optimizer states, sums within products, norms, softmax, log-probabilities.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -17,6 +19,11 @@ pub enum Precision {
 impl Precision {
     /// Both.
     pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+
+    /// Whether the processor has instructions for products in this precision, and they are used. Others round the factors.
+    pub fn is_native(self) -> bool {
+        self == Self::F32 || bf16::is_native()
+    }
 
     /// The name in recipes.
     pub fn name(self) -> &'static str {

@@ -1,5 +1,6 @@
 //! The command line: one struct per command.
 
+mod bench;
 mod data;
 mod judge;
 mod model;
@@ -17,6 +18,7 @@ use serde::Serialize;
 
 use crate::policy::PolicyName;
 
+pub(crate) use bench::{Bench, Scaling, Shape};
 pub(crate) use data::{ConvertData, DataCommand, DataSource, InspectData};
 pub(crate) use judge::{Judge, JudgeBudget, LocalJudge};
 pub(crate) use model::{AddAdapter, ModelCommand};
@@ -62,6 +64,7 @@ pub(crate) enum Command {
     Rate(Rate),
     Report(Report),
     Tabular(Tabular),
+    Bench(Bench),
     /// Look at preference data, and convert them.
     #[command(subcommand)]
     Data(DataCommand),

@@ -9,6 +9,7 @@ use crate::model::{BlockLayout, Product};
 use crate::ops::linear::{self, packed::Packed};
 use crate::ops::lora::{LowRank, Scratch};
 use crate::precision::Precision;
+use crate::profile::{self, Stage, Work};
 
 /// What a pass computes with. A model's weights alone convert into it.
 #[derive(Debug, Clone, Copy)]
@@ -170,10 +171,16 @@ pub(super) struct Linear<'a> {
 }
 
 impl Linear<'_> {
+    /// Times a product of W and as many rows as `x` has; what adapts W takes time, but is no work.
+    fn span(&self, stage: Stage, x: &[f32], inputs: usize) -> profile::Span {
+        profile::span(stage, || Work::Flops(2.0 * (x.len() / inputs * self.w.len()) as f64))
+    }
+
     /// y = x·Wᵀ, or y += x·Wᵀ with `add`.
     ///
     /// Several parts of the rows share the product with W, and what adapts each comes on top.
     pub(super) fn forward(&self, x: &[f32], y: &mut [f32], inputs: usize, add: bool, scratch: &mut Scratch) {
+        let _span = self.span(Stage::Forward, x, inputs);
         if let [Some(low_rank)] = self.low_ranks.as_slice() {
             return low_rank.forward(x, self.w, y, add, self.rowwise, scratch);
         }
@@ -192,6 +199,7 @@ impl Linear<'_> {
 
     /// dx = dy·W.
     pub(super) fn backward_input(&self, dy: &[f32], dx: &mut [f32], inputs: usize, scratch: &mut Scratch) {
+        let _span = self.span(Stage::BackwardInput, dx, inputs);
         match only(&self.low_ranks) {
             None => linear::backward_input(self.precision, dy, self.w, dx, inputs),
             Some(low_rank) => low_rank.backward_input(dy, self.w, dx, scratch),
@@ -209,6 +217,7 @@ impl Linear<'_> {
     ) {
         match (gradient, only(&self.low_ranks)) {
             (Gradient::Base(gradient), _) => {
+                let _span = self.span(Stage::BackwardWeight, x, inputs);
                 linear::backward_weight(self.precision, dy, x, &mut gradient[self.range.clone()], inputs);
             }
             (Gradient::Adapter(gradient), Some(low_rank)) => {

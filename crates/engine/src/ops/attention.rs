@@ -12,6 +12,8 @@ use rayon::prelude::*;
 
 use super::linear::{Matrix, multiply};
 use super::simd::{dispatch, dot, exp_sum, max};
+use crate::config::ModelConfig;
+use crate::profile::{self, Stage, Work};
 
 mod single;
 
@@ -30,6 +32,11 @@ pub(crate) struct Heads {
 }
 
 impl Heads {
+    /// Those of a model.
+    pub(crate) fn new(config: &ModelConfig) -> Self {
+        Self { query: config.num_attention_heads, key_value: config.num_key_value_heads, dim: config.head_dim }
+    }
+
     /// Width of the queries of a row, and of the output.
     pub(crate) fn query_width(&self) -> usize {
         self.query * self.dim
@@ -152,6 +159,7 @@ unsafe fn score_tile(q: Matrix, rows: usize, sources: &[KeysValues; 2], own: usi
 /// qkv `[n, qkv_width]` with rotated queries and keys; out `[n, query_width]`; lse `[n, query heads]`
 /// keeps the log-sum-exp of each row's scaled scores for the backward pass.
 pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32], lse: &mut [f32]) {
+    let _span = profile::span(Stage::Attention, || Work::Flops(flops(heads, spans)));
     let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
     let n = qkv.len() / width;
     assert!(qkv.len() == n * width && out.len() == n * out_width && lse.len() == n * heads.query);
@@ -228,6 +236,7 @@ pub(crate) fn backward(
     d_out: &[f32],
     d_qkv: &mut [f32],
 ) {
+    let _span = profile::span(Stage::AttentionBackward, || Work::Flops(2.0 * flops(heads, spans)));
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && d_qkv.len() == qkv.len() && lse.len() == n * heads.query);
     assert!(out.len() == n * heads.query_width() && d_out.len() == out.len());
@@ -249,6 +258,23 @@ pub(crate) fn backward(
 }
 
 /// Checks what the tasks rely on: that heads divide, and that no row is in two spans.
+/// Floating-point operations of the products of a forward pass: of every row's queries with the keys that it attends to, its own
+/// included, and of the weights with the values. The gradients need twice as many.
+pub(crate) fn flops(heads: Heads, spans: &[Span]) -> f64 {
+    let attended = |span: &Span| {
+        let (rows, prefix) = (
+            span.rows.len(),
+            match &span.prefix {
+                Prefix::None => 0,
+                Prefix::Rows(rows) => rows.len(),
+                Prefix::Cache { keys, .. } => keys.len() / heads.key_value_width(),
+            },
+        );
+        rows * prefix + rows * (rows + 1) / 2
+    };
+    4.0 * (heads.query_width() * spans.iter().map(attended).sum::<usize>()) as f64
+}
+
 fn check(heads: Heads, spans: &[Span]) {
     assert!(heads.query.is_multiple_of(heads.key_value), "query heads are not a multiple of key and value heads");
     assert!(spans.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "spans overlap or are out of order");

@@ -2,11 +2,14 @@
 
 use rayon::prelude::*;
 
+use super::elementwise;
+
 /// x[i] = table[tokens[i]]. table `[vocab, width]`, x `[n, width]`.
 ///
 /// # Panics
 /// If a token is not in the table.
 pub(crate) fn forward(table: &[f32], tokens: &[u32], x: &mut [f32], width: usize) {
+    let _span = elementwise(2 * size_of_val(x));
     assert_eq!(x.len(), tokens.len() * width);
     x.par_chunks_mut(width).zip(tokens).with_min_len(64).for_each(|(x, &token)| {
         let start = token as usize * width;
@@ -16,6 +19,7 @@ pub(crate) fn forward(table: &[f32], tokens: &[u32], x: &mut [f32], width: usize
 
 /// d_table[tokens[i]] += dx[i], in the order of the rows.
 pub(crate) fn backward(tokens: &[u32], dx: &[f32], d_table: &mut [f32], width: usize) {
+    let _span = elementwise(3 * size_of_val(dx));
     for (dx, &token) in dx.chunks_exact(width).zip(tokens) {
         let start = token as usize * width;
         for (d, g) in d_table[start..start + width].iter_mut().zip(dx) {

@@ -8,6 +8,7 @@ use super::divergence::Head;
 use super::simd::{dispatch, exp_sum, max};
 use super::{fit, linear};
 use crate::precision::Precision;
+use crate::profile::{self, Stage, Work};
 
 /// Logits held at once: 64 MiB of f32.
 const LOGITS: usize = 1 << 24;
@@ -26,6 +27,7 @@ pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
 /// Log-probabilities of `targets`. x `[n, width]`, w `[vocab, width]`; `logits` is scratch, grown as needed.
 pub(crate) fn forward(precision: Precision, x: &[f32], w: &[f32], targets: &[u32], logits: &mut Vec<f32>) -> Vec<f32> {
     let (width, vocab) = shape(x, w, targets);
+    let _span = span(1, x, vocab);
     let logits = compute_logits(precision, x, w, width, vocab, logits);
     let rows = logits.par_chunks_mut(vocab).zip(targets);
     rows.map(|(row, &target)| {
@@ -81,6 +83,7 @@ pub(crate) fn forward_backward(
 ) -> Vec<f32> {
     let (width, vocab) = shape(x, w, targets);
     assert!(d_logps.len() == targets.len() && d_x.len() == x.len());
+    let _span = span(if d_w.is_some() { 3 } else { 2 }, x, vocab);
     let logits = compute_logits(precision, x, w, width, vocab, logits);
     let rows = logits.par_chunks_mut(vocab).zip(targets).zip(d_logps);
     let logps = rows
@@ -103,6 +106,11 @@ pub(crate) fn forward_backward(
         linear::backward_weight(precision, logits, x, d_w, width);
     }
     logps
+}
+
+/// Times so many products of `x` and the head.
+fn span(products: usize, x: &[f32], vocab: usize) -> profile::Span {
+    profile::span(Stage::Head, || Work::Flops(2.0 * (products * x.len() * vocab) as f64))
 }
 
 pub(super) fn shape(x: &[f32], w: &[f32], targets: &[u32]) -> (usize, usize) {

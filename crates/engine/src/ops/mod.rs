@@ -18,8 +18,15 @@ pub(crate) mod score;
 pub(crate) mod simd;
 pub(crate) mod swiglu;
 
+use crate::profile::{self, Span, Stage, Work};
+
 #[cfg(test)]
 pub(crate) mod finite_difference;
+
+/// Times an elementwise operation that reads and writes so many bytes.
+fn elementwise(bytes: usize) -> Span {
+    profile::span(Stage::Elementwise, || Work::Bytes(bytes as f64))
+}
 
 /// The first `len` elements of a buffer that grows as needed; their values are arbitrary.
 pub(crate) fn fit(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::elementwise;
 use super::simd::{dispatch, dot, dot3};
 
 /// Rows per task; also the grouping of the sum over rows in the gradient of the gain.
@@ -9,6 +10,7 @@ const ROWS: usize = 64;
 
 /// Normalises each row. x, y `[n, width]`, w `[width]`; r `[n]` keeps 1/rms for the backward pass.
 pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f32]) {
+    let _span = elementwise(size_of_val(x) + size_of_val(y));
     let width = w.len();
     assert!(x.len() == y.len() && x.len() == r.len() * width);
     y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).zip(r.par_chunks_mut(ROWS)).for_each(
@@ -28,6 +30,7 @@ pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f3
 
 /// Computes y = x·r·w again from the kept r.
 pub(crate) fn recompute(x: &[f32], w: &[f32], r: &[f32], y: &mut [f32]) {
+    let _span = elementwise(size_of_val(x) + size_of_val(y));
     let width = w.len();
     assert!(x.len() == y.len() && x.len() == r.len() * width);
     y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).zip(r.par_chunks(ROWS)).for_each(|((y, x), r)| {
@@ -51,6 +54,7 @@ fn scale_row(x: &[f32], w: &[f32], r: f32, y: &mut [f32]) {
 
 /// dx += r·(dy·w − x·r²·mean(dy·w·x)) and, unless the gain is frozen, dw += Σ dy·x·r.
 pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f32], dw: Option<&mut [f32]>) {
+    let _span = elementwise(size_of_val(x) + size_of_val(dy) + 2 * size_of_val(dx));
     let width = w.len();
     assert!(x.len() == dy.len() && x.len() == dx.len() && x.len() == r.len() * width);
     let partial: Vec<Vec<f32>> = dx

@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::elementwise;
 use super::simd::dispatch;
 use crate::config::{ModelConfig, RopeScaling};
 
@@ -61,6 +62,7 @@ impl RopeTable {
     }
 
     fn rotate(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32], sign: f32) {
+        let _span = elementwise(2 * size_of_val(x));
         let dim = self.head_dim;
         assert!(x.len() == positions.len() * stride && heads * dim <= stride);
         x.par_chunks_mut(ROWS * stride).zip(positions.par_chunks(ROWS)).for_each(|(x, positions)| {

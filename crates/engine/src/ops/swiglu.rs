@@ -2,6 +2,7 @@
 
 use rayon::prelude::*;
 
+use super::elementwise;
 use super::simd::{dispatch, sigmoid};
 
 /// Rows per task.
@@ -9,6 +10,7 @@ const ROWS: usize = 16;
 
 /// gate_up `[n, 2·width]` holds gate then up in each row; y `[n, width]`.
 pub(crate) fn forward(gate_up: &[f32], y: &mut [f32], width: usize) {
+    let _span = elementwise(size_of_val(gate_up) + size_of_val(y));
     assert_eq!(gate_up.len(), 2 * y.len());
     y.par_chunks_mut(ROWS * width).zip(gate_up.par_chunks(2 * ROWS * width)).for_each(|(y, gate_up)| {
         dispatch(
@@ -27,6 +29,7 @@ pub(crate) fn forward(gate_up: &[f32], y: &mut [f32], width: usize) {
 
 /// Replaces gate_up by its gradient, and dy by the activation y itself, which the gradient of the next weight needs.
 pub(crate) fn backward_in_place(gate_up: &mut [f32], dy: &mut [f32], width: usize) {
+    let _span = elementwise(2 * size_of_val(gate_up) + 2 * size_of_val(dy));
     assert_eq!(gate_up.len(), 2 * dy.len());
     dy.par_chunks_mut(ROWS * width).zip(gate_up.par_chunks_mut(2 * ROWS * width)).for_each(|(dy, gate_up)| {
         dispatch(

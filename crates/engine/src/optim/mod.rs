@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::ParamSpec;
 use crate::ops::simd::dispatch;
+use crate::profile::{self, Stage, Work};
 
 /// Weights per task; also the grouping of the sum in [`global_norm`].
 const CHUNK: usize = 1 << 16;
@@ -148,6 +149,16 @@ pub struct StateTensor<'a> {
     pub values: StateValues<'a>,
 }
 
+impl StateValues<'_> {
+    /// The memory that they take.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::F32(values) => size_of_val(*values),
+            Self::U8(values) => size_of_val(*values),
+        }
+    }
+}
+
 /// The values of a [`StateTensor`], row-major.
 #[derive(Debug, PartialEq)]
 pub enum StateValues<'a> {
@@ -169,6 +180,12 @@ impl Optimizer {
     /// # Panics
     /// If `weights` or `gradient` end before the range of a tensor does.
     pub fn step(&mut self, weights: &mut [f32], gradient: &mut [f32], learning_rate: f64, scale: f64) {
+        let tensors = &mut self.tensors;
+        let _span = profile::span(Stage::Optimizer, || {
+            let state: usize =
+                tensors.iter_mut().flat_map(|(_, rule)| rule.state()).map(|(_, values)| values.bytes()).sum();
+            Work::Bytes(2.0 * (size_of_val(weights) + size_of_val(gradient) + state) as f64)
+        });
         self.steps += 1;
         for (spec, rule) in &mut self.tensors {
             let keep = if spec.decays() { 1.0 - learning_rate * self.options.weight_decay } else { 1.0 };
@@ -201,6 +218,7 @@ impl Optimizer {
 
 /// The Euclidean norm of all gradients together, summed in f64.
 pub fn global_norm(gradient: &[f32]) -> f64 {
+    let _span = profile::span(Stage::Optimizer, || Work::Bytes(size_of_val(gradient) as f64));
     let partial: Vec<f64> = gradient
         .par_chunks(CHUNK)
         .map(|chunk| {

@@ -56,6 +56,7 @@ fn named(command: &mut Command) -> Vec<Input<'_>> {
         Command::Data(DataCommand::Stats { source, model }) => {
             std::iter::once(data(&mut source.file)).chain(model.iter_mut().map(tokenizer)).collect()
         }
+        Command::Bench(options) => options.model.iter_mut().map(model).collect(),
         Command::Data(DataCommand::Convert(options)) => vec![data(&mut options.from)],
         Command::Serve(options) => policy(&mut options.model),
         Command::Judge(options) => {

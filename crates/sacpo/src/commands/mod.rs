@@ -1,5 +1,6 @@
 //! What each command does.
 
+mod bench;
 mod data;
 mod generate;
 mod inputs;
@@ -45,6 +46,7 @@ pub(crate) fn run(mut arguments: Arguments) -> Result<()> {
         Command::Rate(options) => rate::run(&options, global),
         Command::Report(options) => report::run(&options, global),
         Command::Tabular(options) => tabular::run(&options, global),
+        Command::Bench(options) => on_threads(global.threads, || bench::run(&options, global)),
         Command::Data(command) => on_threads(global.threads, || data::run(&command, global)),
         Command::Model(command) => model::run(&command, global),
     }

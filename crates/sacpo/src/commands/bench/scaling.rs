@@ -1,0 +1,85 @@
+//! The speed of training over model sizes, lengths and numbers of threads.
+
+use engine::{Error, Model, Result, memory, roofline};
+use serde::Serialize;
+
+use super::training::{self, Pairs};
+use super::{Roofline, check, drawn};
+use crate::cli::{Bench, Scaling, Shape};
+use crate::ui;
+
+/// Copies of the weights that a training keeps at least: the reference, the policy, its gradient and two moments.
+const COPIES: usize = 5;
+
+/// The tables that were asked for.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Report {
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) size: Vec<Point>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) length: Vec<Point>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(super) threads: Vec<Point>,
+}
+
+/// The speed of training in one case.
+#[derive(Debug, Serialize)]
+pub(super) struct Point {
+    /// Weights of the model.
+    pub(super) parameters: usize,
+    /// Mean tokens of a prompt with a response.
+    pub(super) length: usize,
+    pub(super) threads: usize,
+    pub(super) tokens_per_second: f64,
+    pub(super) utilisation: f64,
+}
+
+/// Measures what the options ask for.
+pub(super) fn measure(model: &Model, options: &Bench) -> Result<Report> {
+    let pairs = Pairs::new(options);
+    let mut report = Report::default();
+    if options.scaling.contains(&Scaling::Size) {
+        let (fitting, others): (Vec<Shape>, Vec<Shape>) = Shape::ALL.into_iter().partition(|&shape| fits(shape));
+        for shape in others {
+            ui::say(format!("{} is left out: there is not enough memory to train it.", shape.name()));
+        }
+        let points = fitting.into_iter().map(|shape| point(&drawn(shape, options.seed), &pairs, options));
+        report.size = points.collect::<Result<_>>()?;
+    }
+    if options.scaling.contains(&Scaling::Length) {
+        let stretched = [1, 4, 16].map(|stretch| pairs.stretched(stretch));
+        report.length = stretched.iter().map(|pairs| point(model, pairs, options)).collect::<Result<_>>()?;
+    }
+    if options.scaling.contains(&Scaling::Threads) {
+        let most = rayon::current_num_threads();
+        let powers = std::iter::successors(Some(1), |threads| Some(2 * threads)).take_while(|&threads| threads < most);
+        let points = powers.chain([most]).map(|threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+            let pool = pool.map_err(|e| Error::Failed(format!("Could not start {threads} threads: {e}.")))?;
+            pool.install(|| point(model, &pairs, options))
+        });
+        report.threads = points.collect::<Result<_>>()?;
+    }
+    Ok(report)
+}
+
+/// Measures training on the current pool of threads.
+fn point(model: &Model, pairs: &Pairs, options: &Bench) -> Result<Point> {
+    let steps = training::measure(model, pairs, options)?;
+    check()?;
+    let roofline = Roofline { flops: roofline::peak(options.dtype), bandwidth: f64::NAN };
+    let report = steps.report(options.dtype, roofline);
+    Ok(Point {
+        parameters: model.layout.len,
+        length: pairs.mean_length(),
+        threads: rayon::current_num_threads(),
+        tokens_per_second: report.tokens_per_second,
+        utilisation: report.utilisation,
+    })
+}
+
+/// Whether there is memory to train a model of this shape, as far as the system says.
+fn fits(shape: Shape) -> bool {
+    let weights = engine::Layout::new(&shape.config()).len;
+    memory::available().is_none_or(|bytes| size_of::<f32>() * COPIES * weights < bytes / 5 * 4)
+}
