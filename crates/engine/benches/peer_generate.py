@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Greedy generation by transformers' `generate` in float32, the peer of this crate's own.
+"""Greedy generation by transformers' `generate`, the peer of this crate's own.
 
-    python crates/engine/benches/peer_generate.py --model MODEL_FOLDER --threads 2
+    python crates/engine/benches/peer_generate.py --model MODEL_FOLDER --threads 2 --dtype bf16
 
 Driven by lines on standard input, so that another program can take turns with it: each line is one request,
 
@@ -24,13 +24,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of weights and computation")
     options = parser.parse_args()
 
     import torch
     import transformers
 
     torch.set_num_threads(options.threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     print(json.dumps({"ready": True, "threads": torch.get_num_threads()} | versions), flush=True)
