@@ -54,7 +54,7 @@ COMPARISONS = {
 
 OURS_PER_PAIR = 1.3
 START = 25  # seconds until a process trains
-LOGPS_TOLERANCE = {"f32": 0.02, "bf16": 1.0}  # nats a response
+LOGPS_TOLERANCE = {"f32": 0.01, "bf16": 1.0}  # nats a response
 MARKS = ("<!-- peers: made by benches/peers/compare.py -->", "<!-- /peers -->")
 
 

@@ -106,3 +106,23 @@ impl Drop for Span {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_adds_up_between_start_and_stop_only() {
+        drop(span(Stage::Head, || panic!("nobody asks for the work")));
+        assert!(stop().is_empty());
+        start();
+        drop(span(Stage::Head, || Work::Flops(3.0)));
+        drop(span(Stage::Head, || Work::Flops(4.0)));
+        drop(span(Stage::Optimizer, || Work::Bytes(5.0)));
+        let profile = stop();
+        assert_eq!((profile[&Stage::Head].flops, profile[&Stage::Optimizer].bytes), (7.0, 5.0));
+        assert!(profile[&Stage::Head].seconds > 0.0 && profile.len() == 2);
+        drop(span(Stage::Head, || panic!("nobody asks for the work")));
+        assert!(stop().is_empty());
+    }
+}

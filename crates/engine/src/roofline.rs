@@ -12,7 +12,7 @@ use crate::ops::linear;
 use crate::precision::Precision;
 
 /// Rows and columns of the products that the peak is measured with.
-const SIDE: usize = 2048;
+const SIDE: usize = 1536;
 
 /// Floats that the bandwidth is measured with: 512 MiB, more than caches hold.
 const FLOATS: usize = 1 << 27;

@@ -35,7 +35,7 @@ pub(super) struct Point {
 }
 
 /// Measures what the options ask for.
-pub(super) fn measure(model: &Model, options: &Bench) -> Result<Report> {
+pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Result<Report> {
     let pairs = Pairs::new(options);
     let mut report = Report::default();
     if options.scaling.contains(&Scaling::Size) {
@@ -43,12 +43,12 @@ pub(super) fn measure(model: &Model, options: &Bench) -> Result<Report> {
         for shape in others {
             ui::say(format!("{} is left out: there is not enough memory to train it.", shape.name()));
         }
-        let points = fitting.into_iter().map(|shape| point(&drawn(shape, options.seed), &pairs, options));
+        let points = fitting.into_iter().map(|shape| point(&drawn(shape, options.seed), &pairs, roofline, options));
         report.size = points.collect::<Result<_>>()?;
     }
     if options.scaling.contains(&Scaling::Length) {
         let stretched = [1, 4, 16].map(|stretch| pairs.stretched(stretch));
-        report.length = stretched.iter().map(|pairs| point(model, pairs, options)).collect::<Result<_>>()?;
+        report.length = stretched.iter().map(|pairs| point(model, pairs, roofline, options)).collect::<Result<_>>()?;
     }
     if options.scaling.contains(&Scaling::Threads) {
         let most = rayon::current_num_threads();
@@ -56,7 +56,10 @@ pub(super) fn measure(model: &Model, options: &Bench) -> Result<Report> {
         let points = powers.chain([most]).map(|threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
             let pool = pool.map_err(|e| Error::Failed(format!("Could not start {threads} threads: {e}.")))?;
-            pool.install(|| point(model, &pairs, options))
+            pool.install(|| {
+                let of_threads = Roofline { flops: roofline::peak(options.dtype), ..roofline };
+                point(model, &pairs, of_threads, options)
+            })
         });
         report.threads = points.collect::<Result<_>>()?;
     }
@@ -64,11 +67,9 @@ pub(super) fn measure(model: &Model, options: &Bench) -> Result<Report> {
 }
 
 /// Measures training on the current pool of threads.
-fn point(model: &Model, pairs: &Pairs, options: &Bench) -> Result<Point> {
-    let steps = training::measure(model, pairs, options)?;
+fn point(model: &Model, pairs: &Pairs, roofline: Roofline, options: &Bench) -> Result<Point> {
+    let report = training::measure(model, pairs, options)?.report(options.dtype, roofline);
     check()?;
-    let roofline = Roofline { flops: roofline::peak(options.dtype), bandwidth: f64::NAN };
-    let report = steps.report(options.dtype, roofline);
     Ok(Point {
         parameters: model.layout.len,
         length: pairs.mean_length(),
