@@ -54,7 +54,7 @@ COMPARISONS = {
 
 OURS_PER_PAIR = 1.3
 START = 25  # seconds until a process trains
-LOGPS_TOLERANCE = {"f32": 0.01, "bf16": 1.0}  # nats a response
+LOGPS_TOLERANCE = {"f32": (0.01, 0), "bf16": (0.5, 0.01)}  # nats a response, and a share of its log-probability
 MARKS = ("<!-- peers: made by benches/peers/compare.py -->", "<!-- /peers -->")
 
 
@@ -77,7 +77,10 @@ def arguments():
     for name in options.only:
         if name not in COMPARISONS:
             parser.error(f"there is no comparison {name!r}; there are {', '.join(COMPARISONS)}")
-    options.data = dict(entry.split("=", 1) for entry in options.data)
+    options.data = dict(entry.partition("=")[::2] for entry in options.data)
+    for path in [options.model, *map(Path, options.data.values())]:
+        if not path.exists() or path == Path():
+            parser.error(f"there is no {path}; --model is a folder, and --data has the form NAME=FILE")
     options.model = options.model.resolve()
     return options
 
@@ -108,12 +111,13 @@ def check(name, tokens, ours, theirs):
     """Both have worked on these tokens, and the policies were the same before the first step."""
     if theirs["sha256"] != tokens["sha256"]:
         sys.exit(f"{name}: TRL trained on other tokens than those that it wrote.")
-    tolerance = LOGPS_TOLERANCE[ours["dtype"]]
+    nats, share = LOGPS_TOLERANCE[ours["dtype"]]
     for row, (a, b) in enumerate(zip(ours["logps"], tokens["logps"], strict=True)):
         for side, x, y in zip(("chosen", "rejected"), a, b):
+            tolerance = nats + share * abs(y)
             if not abs(x - y) <= tolerance:
                 sys.exit(f"{name}: the {side} response of pair {row} has the log-probability {x} by sacpo and {y} by TRL's "
-                         f"model, more than {tolerance} apart.")
+                         f"model, more than {tolerance:.3f} apart.")
 
 
 def measure(options, have):

@@ -1,22 +1,25 @@
-//! Greedy generation in f32, one sequence and sixteen at a time, against `generate` of transformers in turns.
+//! Greedy generation, one sequence and sixteen at a time, against `generate` of transformers in turns.
 //!
 //! ```text
 //! cargo bench -p sacpo-engine --bench generate -- --model MODEL
 //! cargo bench -p sacpo-engine --bench generate -- --model MODEL --peer "python benches/peer_generate.py --model MODEL"
+//! cargo bench -p sacpo-engine --bench generate -- --model MODEL --dtype bf16 --prompt-tokens 49 --new-tokens 256 \
+//!     --peer "python benches/peer_generate.py --model MODEL --dtype bf16"
 //! ```
 //!
 //! Every sequence is a prompt of `--prompt-tokens` (128) drawn tokens and `--new-tokens` (64) more; no token ends it. A turn is
 //! timed as a whole, prompts included. `--rounds`, `--threads` and `--batch` default to 5, 2 and `1,16`. The share of the
-//! roofline is that of reading every weight once for every token of a batch of one, at the bandwidth at which this program reads
+//! roofline is that of reading every matrix once for every token of a batch of one, at the bandwidth at which this program reads
 //! memory and does nothing else.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::Instant;
 
 use engine::checkpoint::Checkpoint;
-use engine::generate::{SamplingOptions, generate};
+use engine::generate::{Dtype, Generator, Progress, SamplingOptions};
 use serde_json::{Value, json};
 
 /// Answers to prompts, and the seconds that they took.
@@ -60,13 +63,24 @@ impl Peer {
     }
 }
 
-fn ours(checkpoint: &Checkpoint, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
-    let options =
-        SamplingOptions { max_new_tokens: new_tokens, batch_size: prompts.len(), ..SamplingOptions::default() };
+fn ours(generator: &mut Generator<'_>, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
+    let options = Arc::new(SamplingOptions { max_new_tokens: new_tokens, ..SamplingOptions::default() });
     let start = Instant::now();
-    let answers = generate(&checkpoint.model, prompts, &options, &|_| Ok(String::new()), &mut |_| Ok(()))
-        .unwrap_or_else(|e| panic!("{e}"));
-    let tokens = answers.into_iter().map(|answer| answer.tokens).collect();
+    let ids: Vec<_> = prompts
+        .iter()
+        .map(|prompt| generator.add(prompt.clone(), options.clone(), 0).unwrap_or_else(|e| panic!("{e}")))
+        .collect();
+    let mut tokens = vec![Vec::new(); prompts.len()];
+    while !generator.is_empty() {
+        for (id, progress) in generator.step() {
+            if let Progress::Finished(answer) = progress.unwrap_or_else(|e| panic!("{e}")) {
+                ids.iter()
+                    .zip(&mut tokens)
+                    .filter(|(of, _)| **of == id)
+                    .for_each(|(_, to)| to.clone_from(&answer.tokens));
+            }
+        }
+    }
     Turn { seconds: start.elapsed().as_secs_f64(), tokens }
 }
 
@@ -89,6 +103,7 @@ fn prompts(count: usize, length: usize, vocab: usize) -> Vec<Vec<u32>> {
 
 fn main() {
     let (mut model, mut peers, mut batches) = (PathBuf::new(), Vec::new(), vec![1usize, 16]);
+    let mut dtype = Dtype::F32;
     let (mut rounds, mut threads, mut prompt_tokens, mut new_tokens) = (5usize, 2usize, 128usize, 64usize);
     let mut arguments = std::env::args().skip(1);
     while let Some(name) = arguments.next() {
@@ -98,6 +113,11 @@ fn main() {
             "--model" => model = value().into(),
             "--peer" => peers.push(Peer::start(&value())),
             "--batch" => batches = value().split(',').map(|text| number(text.to_owned())).collect(),
+            "--dtype" => {
+                let name = value();
+                let known = Dtype::ALL.into_iter().find(|dtype| dtype.name() == name);
+                dtype = known.unwrap_or_else(|| panic!("unknown dtype {name}"));
+            }
             "--rounds" => rounds = number(value()),
             "--threads" => threads = number(value()),
             "--prompt-tokens" => prompt_tokens = number(value()),
@@ -113,18 +133,20 @@ fn main() {
     let checkpoint = Checkpoint::load(&model).unwrap_or_else(|e| panic!("{e}"));
     let most = batches.iter().copied().max().unwrap_or(1);
     let prompts = prompts(most, prompt_tokens, checkpoint.model.config.vocab_size);
-    let bytes = size_of_val(&*checkpoint.model.weights) as f64;
+    let decode = |_: &[u32]| Ok(String::new());
     // work belongs on a thread of the pool
     rayon::scope(|_| {
         let mut first: Option<Vec<Vec<u32>>> = None;
         for &batch in &batches {
             let prompts = &prompts[..batch];
+            let generator = Generator::new(&checkpoint.model, prompt_tokens + new_tokens, batch, &decode);
+            let mut generator = generator.with_dtype(dtype);
             // the first turn of each warms up and is not counted
-            let warm = ours(&checkpoint, prompts, new_tokens);
+            let warm = ours(&mut generator, prompts, new_tokens);
             let theirs: Vec<Turn> = peers.iter_mut().map(|peer| peer.turn(prompts, new_tokens)).collect();
             let (mut seconds, mut of_peers) = (Vec::new(), vec![Vec::new(); peers.len()]);
             for round in 0..rounds {
-                let turn = ours(&checkpoint, prompts, new_tokens);
+                let turn = ours(&mut generator, prompts, new_tokens);
                 assert_eq!(turn.tokens, warm.tokens, "greedy tokens differ between two turns");
                 seconds.push(turn.seconds);
                 for (peer, seconds) in peers.iter_mut().zip(&mut of_peers) {
@@ -142,7 +164,7 @@ fn main() {
                 let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
                 println!("{:7.1} tokens/s median, {:7.1} best   {name}", tokens / median(seconds), tokens / best);
             };
-            report("sacpo", &seconds);
+            report(&format!("sacpo, {}", dtype.name()), &seconds);
             for ((peer, of_peer), theirs) in peers.iter().zip(&of_peers).zip(&theirs) {
                 report(&peer.command, of_peer);
                 let equal = warm.tokens.iter().zip(&theirs.tokens).filter(|(ours, theirs)| ours == theirs).count();
@@ -153,7 +175,7 @@ fn main() {
                 let bandwidth = engine::roofline::bandwidth();
                 let best = seconds.iter().copied().fold(f64::INFINITY, f64::min);
                 // a pass over the prompt, which is not in it, is another reading of the weights
-                let share = (new_tokens as f64 * bytes / bandwidth) / best;
+                let share = ((new_tokens * generator.weight_bytes()) as f64 / bandwidth) / best;
                 println!(
                     "        {:.1} GB/s are read at best; {:.0} % of this roofline at best",
                     bandwidth / 1e9,

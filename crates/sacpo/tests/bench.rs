@@ -82,9 +82,10 @@ fn a_drawn_model_is_measured_and_figures_agree() {
 
 #[test]
 fn a_model_of_a_folder_with_a_short_context_is_measured_in_bf16() {
-    let result = json(&["bench", "--model", &material().base(), "--steps", "1", "--dtype", "bf16"]);
+    let base = material().base();
+    let result = json(&["bench", "--model", &base, "--steps", "1", "--dtype", "bf16", "--generation-dtype", "int8"]);
     check(&result);
-    assert_eq!(result["train"]["dtype"], "bf16");
+    assert_eq!((&result["train"]["dtype"], &result["generate"]["dtype"]), (&"bf16".into(), &"int8".into()));
 }
 
 #[test]

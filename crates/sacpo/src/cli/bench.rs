@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use engine::generate::Dtype;
 use engine::{ModelConfig, OutputHead, Precision, RopeScaling};
 
-use super::{positive, seed};
+use super::{dtype_parser, positive, seed};
 
 /// Measure training and generation on this machine, against what its processor and memory can do.
 ///
@@ -16,7 +17,7 @@ use super::{positive, seed};
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     sacpo bench\n  \
-    sacpo bench --dtype bf16 --json\n  \
+    sacpo bench --dtype bf16 --generation-dtype int8 --json\n  \
     sacpo bench --scaling size,length,threads\n\n\
     Nothing needs to be downloaded: models of --shape have random weights. Figures mean little while other programs work. \
     docs/performance.md says how they are counted.")]
@@ -28,8 +29,11 @@ pub(crate) struct Bench {
     #[arg(long, value_name = "MODEL", conflicts_with = "shape")]
     pub(crate) model: Option<PathBuf>,
     /// In what precision matrix products of training are computed.
-    #[arg(long, default_value = "f32", value_parser = dtype_parser())]
+    #[arg(long, default_value = "f32", value_parser = precision_parser())]
     pub(crate) dtype: Precision,
+    /// What the matrices are read in while answers are generated [default: as in training].
+    #[arg(long, value_parser = dtype_parser())]
+    pub(crate) generation_dtype: Option<Dtype>,
     /// Pairs per optimizer step.
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = positive)]
     pub(crate) batch_size: usize,
@@ -69,6 +73,16 @@ pub(crate) enum Shape {
     /// SmolLM2-360M.
     #[value(name = "smollm2-360m")]
     Smollm2_360m,
+}
+
+impl Bench {
+    /// What the matrices are read in while answers are generated.
+    pub(crate) fn generation_dtype(&self) -> Dtype {
+        self.generation_dtype.unwrap_or(match self.dtype {
+            Precision::F32 => Dtype::F32,
+            Precision::Bf16 => Dtype::Bf16,
+        })
+    }
 }
 
 impl Shape {
@@ -115,7 +129,7 @@ impl Shape {
     }
 }
 
-fn dtype_parser() -> impl TypedValueParser<Value = Precision> {
+fn precision_parser() -> impl TypedValueParser<Value = Precision> {
     PossibleValuesParser::new(Precision::ALL.map(Precision::name))
         .map(|name| Precision::ALL.into_iter().find(|dtype| dtype.name() == name).unwrap_or_default())
 }

@@ -62,7 +62,7 @@ pub(super) fn run(options: &Bench, global: Global) -> Result<()> {
         model: name,
         parameters: model.layout.len,
         train: steps.report(options.dtype, roofline),
-        generate: generation::measure(&model, roofline, options.seed)?,
+        generate: generation::measure(&model, roofline, options)?,
         scaling: scaling::measure(&model, roofline, options)?,
     };
     if global.json { print_json(&output) } else { ui::print(table::of(&output)) }

@@ -46,7 +46,8 @@ pub(super) fn of(output: &Output) -> String {
         let share = percent(*bandwidth_utilisation);
         format!("{name:26} {tokens_per_second:9.1} {decode_tokens_per_second:15.1} {share:>26}\n")
     };
-    let head = ["generation", "tokens/s", "after the first", "weights read, of the best"];
+    let generation = format!("generation in {}", generate.dtype.name());
+    let head = [&*generation, "tokens/s", "after the first", "weights read, of the best"];
     let _ = writeln!(text, "\n{:26} {:>9} {:>15} {:>26}", head[0], head[1], head[2], head[3]);
     text += &speed("one answer", &generate.batch_1);
     text += &speed("sixteen answers", &generate.batch_16);
