@@ -158,7 +158,7 @@ fn run(model: &Path, tokens: &Path, loss: &str, dtype: Precision, lora: Option<u
         warmup_ratio: 0.0,
         epochs: 1,
         batch_size: if kto { 2 * batch_size } else { batch_size },
-        micro_batch_tokens: 2048,
+        micro_batch_tokens: None,
         memory_bytes: None,
         max_grad_norm: 1.0,
         weight_decay: 0.0,
@@ -187,8 +187,9 @@ fn run(model: &Path, tokens: &Path, loss: &str, dtype: Precision, lora: Option<u
     )
     .unwrap_or_else(|e| panic!("{e}"));
 
+    let config = start.config.clone();
     let alignment = Alignment {
-        start: &start,
+        start,
         data: &data,
         validation: &none,
         objective: &objective,
@@ -201,7 +202,7 @@ fn run(model: &Path, tokens: &Path, loss: &str, dtype: Precision, lora: Option<u
     let seconds: Vec<f64> = records.iter().map(|record| record.seconds).collect();
     let utilisation = lora.is_none().then(|| {
         let batches = pairs.chunks(batch_size).map(|batch| dataset(batch, kto, batch_size));
-        let rates = batches.zip(&seconds).map(|(batch, seconds)| useful_flops(&start.config, &batch) / seconds);
+        let rates = batches.zip(&seconds).map(|(batch, seconds)| useful_flops(&config, &batch) / seconds);
         median(rates.skip(1).collect()) / roofline::peak(dtype)
     });
     println!(

@@ -116,7 +116,7 @@ impl Seed {
             epochs,
             batch_size: 64,
             dtype: Precision::F32,
-            micro_batch_tokens: 2048,
+            micro_batch_tokens: None,
             memory_bytes: None,
             max_grad_norm: 1.0,
             weight_decay: 0.0,
@@ -150,7 +150,7 @@ impl Seed {
         let (options, folder, cache) =
             (self.options(1e-4, 0.1, 1), self.new_folder(), self.folder.path().join("cache"));
         let step = Alignment {
-            start,
+            start: start.clone(),
             data,
             validation: &none,
             objective: &objective,

@@ -57,7 +57,7 @@ impl Judge<'_> {
     pub fn scores(
         &self,
         items: &[Sequences<'_>],
-        micro_batch_tokens: usize,
+        micro_batch_tokens: Option<usize>,
         cache: Option<&Path>,
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Table> {

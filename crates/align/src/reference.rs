@@ -17,12 +17,16 @@ use crate::sequences::{Sequences, micro_batches, pack};
 /// Changes whenever the engine's results may change.
 const ARITHMETIC: &str = "v4";
 
+/// Tokens per forward pass where nothing else is asked for. Such a pass keeps little, so that it fits wherever its model
+/// does.
+pub(crate) const TOKENS: usize = 2048;
+
 /// Prompts per block: some seconds of work on a small model.
 const BLOCK: usize = 256;
 
 /// The log-probability of every response under a policy, or its score by a model with a score head, in order.
 ///
-/// Blocks that `cache` holds are read, the others computed and kept there. `progress` gets the number of prompts done
+/// `micro_batch_tokens` are the tokens of a forward pass, which change memory and speed only; without, 2048. Blocks that `cache` holds are read, the others computed and kept there. `progress` gets the number of prompts done
 /// and may end the work with an error; finished blocks stay.
 ///
 /// # Errors
@@ -31,13 +35,14 @@ const BLOCK: usize = 256;
 pub fn logps<'p>(
     policy: impl Into<Mixture<'p>>,
     items: &[Sequences<'_>],
-    micro_batch_tokens: usize,
+    micro_batch_tokens: Option<usize>,
     cache: Option<&Path>,
     progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f64>> {
     let policy = policy.into();
     let for_scores = policy.is_scorer();
     let name = cache.map(|_| format!("{} {}", policy.precision().name(), policy.hash()));
+    let tokens = micro_batch_tokens.unwrap_or(TOKENS);
     let mut scorer = Scorer::new(policy, items.iter().map(Sequences::longest).max().unwrap_or(0));
     let mut all = Vec::with_capacity(items.iter().map(|item| item.responses.len()).sum());
     let mut done = 0;
@@ -48,7 +53,7 @@ pub fn logps<'p>(
             all.extend(kept);
         } else {
             let start = all.len();
-            for part in micro_batches(block, micro_batch_tokens, for_scores) {
+            for part in micro_batches(block, tokens, for_scores) {
                 all.extend(scorer.logps(&pack(&block[part.clone()], for_scores)));
                 progress(done + part.end)?;
             }
@@ -133,20 +138,20 @@ mod tests {
     fn a_stopped_scoring_keeps_its_finished_blocks() {
         let (model, tokens, folder) = (model(), tokens(600), tempfile::tempdir().unwrap());
         let items = sequences(&tokens);
-        let whole = logps(&model, &items, 100, None, &mut |_| Ok(())).unwrap();
+        let whole = logps(&model, &items, Some(100), None, &mut |_| Ok(())).unwrap();
         let stop = |most: usize| {
             move |done: usize| if done < most { Ok(()) } else { Err(Error::Interrupted("stopped".into())) }
         };
-        logps(&model, &items, 100, Some(folder.path()), &mut stop(300)).unwrap_err();
+        logps(&model, &items, Some(100), Some(folder.path()), &mut stop(300)).unwrap_err();
         assert_eq!(entries(folder.path()), 1);
         let mut calls = Vec::new();
-        let again = logps(&model, &items, 100, Some(folder.path()), &mut |done| {
+        let again = logps(&model, &items, Some(100), Some(folder.path()), &mut |done| {
             calls.push(done);
             Ok(())
         });
         assert_eq!(again.unwrap(), whole);
         assert_eq!((calls[0], entries(folder.path())), (256, 3), "the first block is read, not computed");
-        let cached = logps(&model, &items, 1, Some(folder.path()), &mut |_| Ok(())).unwrap();
+        let cached = logps(&model, &items, Some(1), Some(folder.path()), &mut |_| Ok(())).unwrap();
         assert_eq!(cached, whole, "the cut does not matter");
     }
 
@@ -154,7 +159,7 @@ mod tests {
     fn the_key_sees_weights_and_tokens_and_damage_is_computed_again() {
         let (model, mut tokens, folder) = (model(), tokens(20), tempfile::tempdir().unwrap());
         let score = |model: &Model, tokens: &[[u32; 5]]| {
-            logps(model, &sequences(tokens), 100, Some(folder.path()), &mut |_| Ok(())).unwrap()
+            logps(model, &sequences(tokens), Some(100), Some(folder.path()), &mut |_| Ok(())).unwrap()
         };
         let first = score(&model, &tokens);
         assert_eq!((score(&model, &tokens), entries(folder.path())), (first.clone(), 1));
@@ -175,7 +180,7 @@ mod tests {
     fn broken_weights_are_named_by_the_row() {
         let (mut model, tokens, folder) = (model(), tokens(3), tempfile::tempdir().unwrap());
         model.weights.fill(f32::NAN);
-        let error = logps(&model, &sequences(&tokens), 100, Some(folder.path()), &mut |_| Ok(())).unwrap_err();
+        let error = logps(&model, &sequences(&tokens), Some(100), Some(folder.path()), &mut |_| Ok(())).unwrap_err();
         assert!(error.to_string().contains("row 0") && error.exit_code() == 1, "{error}");
         assert_eq!(entries(folder.path()), 0, "what is no number is not kept");
     }

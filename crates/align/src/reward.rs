@@ -75,7 +75,7 @@ impl Task for ScoredPairs<'_> {
 /// # Panics
 /// As [`ScoredPairs::new`].
 pub fn train(
-    start: &Model,
+    start: Model,
     loss: ScoreLoss,
     [pairs, held_out]: [&[TokenizedPair]; 2],
     options: &TrainOptions,

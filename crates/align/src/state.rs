@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use engine::checkpoint::{TensorData, atomic, write_safetensors};
+use engine::checkpoint::{Mapped, TensorData, atomic, write_safetensors};
 use engine::optim::{Optimizer, StateTensor, StateValues};
 use engine::{Error, Result};
 use safetensors::SafeTensors;
@@ -47,11 +47,11 @@ impl TrainingState<'_> {
     /// Restores a state of the same training; leaves all as it is when there is none.
     pub(crate) fn load(&mut self, folder: &Path, identity: &str) -> Result<()> {
         let path = folder.join(FILE);
-        let bytes = match std::fs::read(&path) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Error::io("read", &path)(error)),
-        };
+        if !path.try_exists().map_err(Error::io("read", &path))? {
+            return Ok(());
+        }
+        // mapped, since a training that fits may not fit beside its saved state
+        let file = Mapped::open(&path)?;
         let refused = |what: &str| {
             Error::input(format!(
                 "The training state {} {what}. Delete it to train from the start; to continue, put it, or the model, \
@@ -60,17 +60,18 @@ impl TrainingState<'_> {
             ))
         };
         let damaged = || refused("is damaged");
-        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|_| damaged())?;
+        let (_, header) = SafeTensors::read_metadata(&file).map_err(|_| damaged())?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("identity").map(String::as_str) != Some(identity) {
             return Err(refused("belongs to another training: the model, the data or the options have changed"));
         }
         let steps = metadata.get("steps").and_then(|steps| steps.parse().ok()).ok_or_else(damaged)?;
         let counts = metadata.get("counts").and_then(|counts| serde_json::from_str(counts).ok()).ok_or_else(damaged)?;
-        let tensors = SafeTensors::deserialize(&bytes).map_err(|_| damaged())?;
+        let tensors = SafeTensors::deserialize(&file).map_err(|_| damaged())?;
         for tensor in self.tensors() {
             let data = tensors.tensor(&tensor.name).map_err(|_| damaged())?;
             restore(tensor.values, &data).ok_or_else(damaged)?;
+            file.release(data.data());
         }
         self.optimizer.steps = steps;
         self.progress.counts = counts;
@@ -84,11 +85,6 @@ impl TrainingState<'_> {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &path)(error)),
             _ => Ok(()),
         }
-    }
-
-    /// The memory that all tensors take.
-    pub(crate) fn bytes(&mut self) -> usize {
-        self.tensors().iter().map(|tensor| tensor.values.bytes()).sum()
     }
 
     fn tensors(&mut self) -> Vec<StateTensor<'_>> {

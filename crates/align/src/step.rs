@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use engine::{Adapter, Error, Mixture, Model, Result};
+use engine::{Adapter, Error, Mixture, Model, ModelConfig, Result};
 use serde::Serialize;
 
 use crate::data::{Dataset, TokenizedExample, TokenizedPair};
@@ -14,13 +14,14 @@ use crate::objective::{Objective, Pairwise, Unpaired};
 use crate::reference;
 use crate::sequences::Sequences;
 use crate::task::{LabelledResponses, Preferences, Task, longest, mismatched};
-use crate::trainer::{Monitor, Policy, StepRecord, TrainOptions, train};
+use crate::trainer::memory::{Footprint, Lengths, resident_besides};
+use crate::trainer::{MemoryPlan, Monitor, Policy, StepRecord, TrainOptions, train};
 
 /// Aligns a policy on preference data, with its start as the reference, so that the first margin is exactly 0.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Alignment<'a> {
-    /// Where training starts, and the reference.
-    pub start: &'a Model,
+    /// Where training starts, and the reference. It becomes the policy: a large model is not held twice.
+    pub start: Model,
     /// What to train on.
     pub data: &'a Dataset,
     /// What is held out, of the same kind.
@@ -51,7 +52,7 @@ impl Alignment<'_> {
     ///
     /// # Errors
     /// Data of another kind than the objective takes ([`Error::Input`]); those of [`reference::logps`] and [`train`].
-    pub fn run(&self, monitor: &mut dyn Monitor) -> Result<Aligned> {
+    pub fn run(self, monitor: &mut dyn Monitor) -> Result<Aligned> {
         match (self.objective, self.data, self.validation) {
             (Objective::Pairwise(objective), Dataset::Pairs(pairs), Dataset::Pairs(held_out)) => {
                 self.on_pairs(objective, pairs, held_out, monitor)
@@ -66,7 +67,7 @@ impl Alignment<'_> {
     }
 
     fn on_pairs(
-        &self,
+        self,
         objective: &Pairwise,
         pairs: &[TokenizedPair],
         held_out: &[TokenizedPair],
@@ -78,12 +79,14 @@ impl Alignment<'_> {
         };
         let held_out = self.validated(held_out);
         let (train, held_out_reference) = (reference(pairs)?, reference(held_out)?);
-        let held_out = Preferences::new(held_out, &held_out_reference, self.start, objective);
-        self.train(&Preferences::new(pairs, &train, self.start, objective), &held_out, monitor)
+        // the log-probabilities are known, so that most objectives no longer need the reference itself
+        let reference = objective.uses_divergence().then(|| self.start.clone());
+        let held_out = Preferences::new(held_out, &held_out_reference, reference.as_ref(), objective);
+        self.train(&Preferences::new(pairs, &train, reference.as_ref(), objective), &held_out, monitor)
     }
 
     fn on_examples(
-        &self,
+        self,
         objective: &Unpaired,
         examples: &[TokenizedExample],
         held_out: &[TokenizedExample],
@@ -148,18 +151,38 @@ impl Alignment<'_> {
                  command again to continue."
             )))
         };
-        let start = Mixture::from(self.start).with_precision(self.options.dtype);
+        let start = Mixture::from(&self.start).with_precision(self.options.dtype);
         reference::logps(start, sequences, self.options.micro_batch_tokens, Some(self.cache), &mut scored)
     }
 
-    fn train(&self, task: &dyn Task, held_out: &dyn Task, monitor: &mut dyn Monitor) -> Result<Aligned> {
+    fn train(self, task: &dyn Task, held_out: &dyn Task, monitor: &mut dyn Monitor) -> Result<Aligned> {
         trained_from(self.start, task, held_out, self.options, self.folder, monitor)
     }
 }
 
+/// How the passes of an [`Alignment`] of a model of this shape would be cut, and what memory the process would then take,
+/// if it holds no model now.
+///
+/// # Errors
+/// [`Error::Input`] if it does not fit.
+pub fn plan_memory(
+    config: &ModelConfig,
+    objective: &Objective,
+    [data, validation]: [&Dataset; 2],
+    options: &TrainOptions,
+) -> Result<MemoryPlan> {
+    let validation = if options.validate_every > 0 { validation.sequences() } else { Vec::new() };
+    let (keeps_reference, least) = match objective {
+        Objective::Pairwise(objective) => (objective.uses_divergence(), 1),
+        Objective::Unpaired(objective) => (false, objective.smallest_batch()),
+    };
+    let lengths = Lengths::new(config, options, &data.sequences(), &validation, least);
+    Footprint { config, options, keeps_reference, lengths }.plan(resident_besides(0))
+}
+
 /// Trains all weights of a model, or an adapter of it, as the options say.
 pub(crate) fn trained_from(
-    start: &Model,
+    start: Model,
     task: &dyn Task,
     held_out: &dyn Task,
     options: &TrainOptions,
@@ -167,8 +190,11 @@ pub(crate) fn trained_from(
     monitor: &mut dyn Monitor,
 ) -> Result<Aligned> {
     let mut policy = match &options.lora {
-        Some(lora) => Policy::Adapted(start, Adapter::new(start, lora.clone(), options.seed)?),
-        None => Policy::Whole(start.clone()),
+        Some(lora) => {
+            let adapter = Adapter::new(&start, lora.clone(), options.seed)?;
+            Policy::Adapted(start, adapter)
+        }
+        None => Policy::Whole(start),
     };
     let records = train(&mut policy, task, Some(held_out), options, folder, monitor)?;
     let (policy, adapter) = policy.into_model();

@@ -83,23 +83,26 @@ pub trait Task: Sync {
 pub struct Preferences<'a> {
     pairs: &'a [TokenizedPair],
     reference: &'a [[f64; 2]],
-    /// The model that the log-probabilities are of.
-    model: &'a Model,
+    /// The model that the log-probabilities are of, where the objective reads more of it.
+    model: Option<&'a Model>,
     objective: &'a Pairwise,
 }
 
 impl<'a> Preferences<'a> {
-    /// `reference[i]` holds the log-probabilities of pair i's chosen and rejected response under `model`.
+    /// `reference[i]` holds the log-probabilities of pair i's chosen and rejected response under `model`,
+    /// which only objectives that [use the divergence](Pairwise::uses_divergence) from it need.
     ///
     /// # Panics
-    /// If there is not exactly one entry of `reference` per pair.
+    /// If there is not exactly one entry of `reference` per pair, or no model and the objective needs it.
     pub fn new(
         pairs: &'a [TokenizedPair],
         reference: &'a [[f64; 2]],
-        model: &'a Model,
+        model: impl Into<Option<&'a Model>>,
         objective: &'a Pairwise,
     ) -> Self {
         assert_eq!(pairs.len(), reference.len(), "every pair needs its reference log-probabilities");
+        let model = model.into();
+        assert!(model.is_some() || !objective.uses_divergence(), "the objective needs the reference");
         Self { pairs, reference, model, objective }
     }
 }
@@ -118,7 +121,7 @@ impl Task for Preferences<'_> {
     }
 
     fn divergence_from(&self) -> Option<&Model> {
-        self.objective.uses_divergence().then_some(self.model)
+        self.model.filter(|_| self.objective.uses_divergence())
     }
 
     fn evaluate(&self, example: usize, responses: &[Scored], _: f64) -> ExampleLoss {

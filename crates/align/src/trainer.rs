@@ -6,6 +6,7 @@
 
 pub(crate) mod batches;
 mod identity;
+pub(crate) mod memory;
 mod passes;
 mod policy;
 pub(crate) mod progress;
@@ -15,13 +16,15 @@ use std::path::Path;
 use std::time::Instant;
 
 use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions, Schedule, global_norm};
-use engine::{Error, LoraOptions, Precision, Result};
+use engine::{Error, LoraOptions, ModelConfig, Precision, Result};
 use identity::identity;
+use memory::{Footprint, Lengths};
 use passes::{Batch, Means, Passes};
 use progress::Progress;
 use serde::Serialize;
 
 pub use batches::BatchPlan;
+pub use memory::MemoryPlan;
 pub use policy::Policy;
 
 use crate::log::MetricsLog;
@@ -47,9 +50,9 @@ pub struct TrainOptions {
     pub epochs: usize,
     /// Examples per optimizer step.
     pub batch_size: usize,
-    /// Tokens per forward pass; changes memory and speed, not the result.
-    pub micro_batch_tokens: usize,
-    /// Bytes that training may use in all; decides whether blocks are recomputed. None: 80 % of what is available.
+    /// Tokens per forward pass; changes memory and speed, not the result. None: as many as fit, see [`MemoryPlan`].
+    pub micro_batch_tokens: Option<usize>,
+    /// Bytes that the process may hold while it trains. None: what it holds, and 90 % of what is available.
     pub memory_bytes: Option<usize>,
     /// Gradients are scaled down to this global norm.
     pub max_grad_norm: f64,
@@ -71,7 +74,7 @@ pub struct TrainOptions {
 impl TrainOptions {
     /// The options that decide the result of a training, as text. How the work is cut and when it is saved does not.
     pub fn course(&self) -> String {
-        format!("{:?}", Self { micro_batch_tokens: 0, memory_bytes: None, save_every: 0, ..self.clone() })
+        format!("{:?}", Self { micro_batch_tokens: None, memory_bytes: None, save_every: 0, ..self.clone() })
     }
 
     /// The batches of a training on this many examples, none with fewer than `least`.
@@ -107,6 +110,8 @@ pub struct StepRecord {
 
 /// Who watches the training and may end it.
 pub trait Monitor {
+    /// Called before the first optimizer step.
+    fn planned(&mut self, _plan: &MemoryPlan) {}
     /// Called as prompts are scored under the reference, before the first optimizer step.
     fn scored(&mut self, _done: usize, _total: usize) {}
     /// Called after each optimizer step.
@@ -123,10 +128,10 @@ pub trait Monitor {
 ///
 /// # Errors
 /// No examples, or fewer than the task's smallest batch ([`Error::Input`]); a loss, of validation too, or a gradient that
-/// is not finite ([`Error::Failed`], which names the rows); a file that cannot be written; [`Error::Interrupted`] after the state
+/// is not finite ([`Error::Failed`], which names the rows); less memory than is needed; a file that cannot be written; [`Error::Interrupted`] after the state
 /// was saved because the monitor asked to stop.
 pub fn train(
-    policy: &mut Policy<'_>,
+    policy: &mut Policy,
     task: &dyn Task,
     validation: Option<&dyn Task>,
     options: &TrainOptions,
@@ -136,15 +141,25 @@ pub fn train(
     check_size(task.len(), options.batch_size, task.smallest_batch())?;
     let validation = validation.filter(|task| options.validate_every > 0 && task.len() >= task.smallest_batch());
     let tasks: Vec<&dyn Task> = std::iter::once(task).chain(validation).collect();
+    let config = policy.base().config.clone();
+    let footprint = footprint(&config, &tasks, options);
+    let reference = task.divergence_from().map_or(0, |model| size_of_val(&*model.weights));
+    let others = memory::resident_besides(policy.bytes() + reference);
+    // what does not fit is refused before anything is allocated
+    let mut memory = footprint.plan(others)?;
     let identity = identity(policy, &tasks, options);
     let constants = OptimizerOptions { weight_decay: options.weight_decay, ..options.optimizer.defaults() };
     let mut optimizer = Optimizer::new(options.optimizer, constants, policy.specs());
     let mut progress = Progress::new(options, policy.weights());
     state(policy, &mut optimizer, &mut progress).load(folder, &identity)?;
+    if let (Some(tokens), None) = (progress.counts.micro_batch_tokens, options.micro_batch_tokens) {
+        memory = footprint.plan_with(tokens, others).unwrap_or(memory);
+    }
+    progress.counts.micro_batch_tokens = Some(memory.micro_batch_tokens);
+    monitor.planned(&memory);
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
     let mut gradient = vec![0.0; policy.weights().len()];
-    let state_bytes = state(policy, &mut optimizer, &mut progress).bytes();
-    let mut passes = Passes::new(policy, &tasks, options, state_bytes);
+    let mut passes = Passes::new(policy, options.dtype, footprint.lengths.longest, &memory);
 
     let plan = options.plan(task.len(), task.smallest_batch());
     let total = plan.batches.len() as u64;
@@ -208,12 +223,21 @@ pub fn train(
     Ok(records)
 }
 
+/// What decides the memory of a training of a model of this shape on the first task, validated on the second.
+fn footprint<'a>(config: &'a ModelConfig, tasks: &[&dyn Task], options: &'a TrainOptions) -> Footprint<'a> {
+    let mut of_tasks = tasks.iter().map(|task| (0..task.len()).map(|i| task.sequences(i)).collect::<Vec<_>>());
+    let (examples, validation) = (of_tasks.next().unwrap_or_default(), of_tasks.next().unwrap_or_default());
+    let least = tasks.first().map_or(1, |task| task.smallest_batch());
+    Footprint {
+        config,
+        options,
+        keeps_reference: tasks.iter().any(|task| task.divergence_from().is_some()),
+        lengths: Lengths::new(config, options, &examples, &validation, least),
+    }
+}
+
 /// What is saved of a training, and restored.
-fn state<'a>(
-    policy: &'a mut Policy<'_>,
-    optimizer: &'a mut Optimizer,
-    progress: &'a mut Progress,
-) -> TrainingState<'a> {
+fn state<'a>(policy: &'a mut Policy, optimizer: &'a mut Optimizer, progress: &'a mut Progress) -> TrainingState<'a> {
     TrainingState { weights: policy.weights_mut(), optimizer, progress }
 }
 
@@ -223,7 +247,7 @@ fn state<'a>(
 /// A loss that is not finite.
 fn validate(
     passes: &mut Passes,
-    policy: &mut Policy<'_>,
+    policy: &mut Policy,
     task: &dyn Task,
     progress: &mut Progress,
     step: u64,
@@ -231,7 +255,7 @@ fn validate(
     let all: Vec<usize> = (0..task.len()).collect();
     let running = progress.counts.running;
     // the average takes the place of the weights for as long as it is looked at
-    let exchange = |progress: &mut Progress, policy: &mut Policy<'_>| {
+    let exchange = |progress: &mut Progress, policy: &mut Policy| {
         if let Some(averaged) = progress.averaged() {
             std::mem::swap(averaged, policy.weights_mut());
         }

@@ -47,7 +47,7 @@ fn items(texts: &[(Vec<u32>, Vec<Vec<u32>>)]) -> Vec<Sequences<'_>> {
 }
 
 fn scores(judge: &Judge<'_>, items: &[Sequences<'_>], cache: Option<&Path>) -> Vec<Vec<f64>> {
-    judge.scores(items, 64, cache, &mut |_| Ok(())).unwrap()
+    judge.scores(items, Some(64), cache, &mut |_| Ok(())).unwrap()
 }
 
 /// The same bits as of each item by itself, since batches and the cache change no log-probability and the arithmetic on them
@@ -84,7 +84,7 @@ fn implicit_scores_are_scaled_log_ratios_of_each_item_alone() {
             seen.push(done);
             Ok(())
         };
-        assert_eq!(judge.scores(&items, 64, Some(folder.path()), &mut progress).unwrap(), expected);
+        assert_eq!(judge.scores(&items, Some(64), Some(folder.path()), &mut progress).unwrap(), expected);
         assert_eq!(seen, [0, 10, 20], "both blocks are read");
     }
 }
@@ -94,7 +94,7 @@ fn models_of_different_vocabularies_are_no_implicit_reward() {
     let [policy] = models();
     let start = Model::random(ModelConfig { vocab_size: 97, ..config() }, 0.3, 1);
     let judge = Judge::Implicit { policy: (&policy).into(), start: (&start).into(), temperature: 0.1 };
-    let error = judge.scores(&items(&texts()), 64, None, &mut |_| Ok(())).unwrap_err();
+    let error = judge.scores(&items(&texts()), Some(64), None, &mut |_| Ok(())).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("has 96 tokens"), "{error}");
 }
 
@@ -158,7 +158,7 @@ fn a_prompt_that_the_world_does_not_have_is_named() {
     let judge = Judge::Quickstart { world: &world, metric: Metric::Safety };
     let known = world.prompt_tokens(&world.train_prompts[0]);
     let item = |prompt, row| Sequences { prompt, responses: vec![&[EOS]], row };
-    let error = judge.scores(&[item(&known, 3), item(&known[1..], 4)], 64, None, &mut |_| Ok(())).unwrap_err();
+    let error = judge.scores(&[item(&known, 3), item(&known[1..], 4)], Some(64), None, &mut |_| Ok(())).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("row 4"), "{error}");
 }
 
@@ -195,7 +195,7 @@ fn implicit_margins_make_modpo_the_second_step() {
     let judge = Judge::Implicit { policy: (&helpful).into(), start: (&base).into(), temperature: beta };
     set_margins(&mut pairs, &margins(&[scores(&judge, &items, None)], &[1.0]));
 
-    let logps = |model: &Model| align::reference::logps(model, &items, 64, None, &mut |_| Ok(())).unwrap();
+    let logps = |model: &Model| align::reference::logps(model, &items, Some(64), None, &mut |_| Ok(())).unwrap();
     let [of_base, of_helpful, of_policy] = [&base, &helpful, &policy].map(logps);
     let (base_logps, helpful_logps) = (of_base.as_chunks::<2>().0, of_helpful.as_chunks::<2>().0);
     let modpo = Pairwise::Modpo { beta, weight: lambda };
@@ -237,6 +237,7 @@ fn scores_of_models_are_transformers() {
     assert!(rewards.iter().flatten().zip(costs.iter().flatten()).all(|(reward, cost)| *reward == -cost));
     assert_eq!(std::fs::read_dir(cache.path()).unwrap().count(), 1, "the scores are read, not computed again");
     let [policy] = models();
-    let error = Judge::Model { model: &policy, loss: ScoreLoss::Reward }.scores(&items, 64, None, &mut |_| Ok(()));
+    let error =
+        Judge::Model { model: &policy, loss: ScoreLoss::Reward }.scores(&items, Some(64), None, &mut |_| Ok(()));
     assert!(error.unwrap_err().to_string().contains("does not score"));
 }

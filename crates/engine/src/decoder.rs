@@ -6,6 +6,7 @@
 //! ```
 
 mod divergence;
+mod memory;
 mod packed;
 mod parameters;
 mod tape;
@@ -112,21 +113,6 @@ impl Decoder {
     /// The same decoder with products in another precision than f32.
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
-    }
-
-    /// Bytes of activations that a training pass over `rows` tokens keeps, scratch memory included.
-    pub fn activation_bytes(&self, rows: usize, keep: Keep) -> usize {
-        let (d, f, heads) = (self.hidden, self.intermediate, self.heads);
-        let (narrow, wide) = (2 + heads.query + d, heads.qkv_width() + heads.query_width() + 2 * f);
-        let scratch = 4 * d + f + heads.query_width() + heads.qkv_width();
-        let blocks = self.layout.blocks.len();
-        let tapes = match (keep, self.precision) {
-            (Keep::All, Precision::F32) => blocks * (narrow + wide),
-            (Keep::All, Precision::Bf16) => narrow + wide + blocks * (narrow + wide.div_ceil(2)),
-            (Keep::Inputs, _) => narrow + wide,
-        };
-        let per_row = blocks * d + scratch + tapes;
-        4 * (rows * per_row + logprob::chunk_rows(self.layout.head.len() / d) * (self.layout.head.len() / d + 5 * d))
     }
 
     /// The log-probability of each response of the batch, summed over its tokens; or its score.

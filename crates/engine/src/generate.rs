@@ -166,7 +166,7 @@ pub fn generate<'a>(
 ) -> Result<Vec<Answer>> {
     options.validate()?;
     let policy = policy.into();
-    check_prompts(&policy, prompts)?;
+    check_prompts(policy.vocab_size(), policy.context(), prompts)?;
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let positions = longest.saturating_add(options.max_new_tokens);
     let mut generator = Generator::new(policy, positions, options.batch_size, decode).with_dtype(options.dtype);
@@ -197,15 +197,14 @@ pub fn generate<'a>(
 /// # Errors
 /// [`Error::Input`] that gives the number, from 1, of the first prompt that is empty, that leaves no room in the
 /// model's context, or that holds a token which the model does not know.
-pub fn check_prompts(policy: &Mixture<'_>, prompts: &[Vec<u32>]) -> Result<()> {
+pub fn check_prompts(vocab_size: usize, context: usize, prompts: &[Vec<u32>]) -> Result<()> {
     prompts.iter().enumerate().try_for_each(|(index, prompt)| {
-        check_prompt(policy, prompt, policy.context())
-            .map_err(|fault| Error::input(format!("Prompt {} {fault}", index + 1)))
+        check_prompt(prompt, vocab_size, context).map_err(|fault| Error::input(format!("Prompt {} {fault}", index + 1)))
     })
 }
 
 /// What is wrong with a prompt, as a sentence without its subject.
-fn check_prompt(policy: &Mixture<'_>, prompt: &[u32], context: usize) -> std::result::Result<(), String> {
+fn check_prompt(prompt: &[u32], vocab_size: usize, context: usize) -> std::result::Result<(), String> {
     if prompt.is_empty() {
         return Err("has no tokens. Give a prompt of at least one token.".into());
     }
@@ -216,10 +215,9 @@ fn check_prompt(policy: &Mixture<'_>, prompt: &[u32], context: usize) -> std::re
             prompt.len()
         ));
     }
-    match prompt.iter().find(|&&t| t as usize >= policy.vocab_size()) {
+    match prompt.iter().find(|&&t| t as usize >= vocab_size) {
         Some(token) => Err(format!(
-            "contains token {token}, but the model knows only {} tokens. The tokenizer belongs to another model.",
-            policy.vocab_size()
+            "contains token {token}, but the model knows only {vocab_size} tokens. The tokenizer belongs to another model."
         )),
         None => Ok(()),
     }

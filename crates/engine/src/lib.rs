@@ -27,7 +27,7 @@ pub use checkpoint::Checkpoint;
 pub use config::{ModelConfig, OutputHead, RopeScaling};
 pub use decoder::{Decoder, Head, Keep, Parameters};
 pub use error::{Error, Result};
-pub use lora::{Adapter, LoraOptions, Projection};
+pub use lora::{Adapter, AdapterLayout, LoraOptions, Projection};
 pub use mixture::{Adapted, Mixture, Scorer};
 pub use model::{Layout, Model, ModelHash, ParamSpec};
 pub use precision::Precision;

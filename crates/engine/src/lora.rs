@@ -220,6 +220,20 @@ impl AdapterLayout {
         });
         Self { specs, len, sites, score_head }
     }
+
+    /// Bytes of the [`Scratch`](crate::ops::lora::Scratch) of passes over `rows` tokens.
+    pub(crate) fn scratch_bytes(&self, options: &LoraOptions, rows: usize) -> usize {
+        // inputs, width of all factors A, and outputs of every adapted product
+        let products = self.sites.iter().flatten().filter_map(|site| {
+            let (width, outputs) = (site.targets.len() * options.rank, site.targets.last()?.columns.end);
+            Some([site.a.len() / width, width, outputs, outputs * site.a.len() / width])
+        });
+        let [inputs, width, outputs, merged] =
+            products.fold([0; 4], |most, sizes| std::array::from_fn(|i| sizes[i].max(most[i])));
+        let dropped = if options.dropout > 0.0 { rows * inputs } else { 0 };
+        let dora = if options.dora { merged + rows * outputs } else { 0 };
+        size_of::<f32>() * (2 * rows * width + dropped + dora)
+    }
 }
 
 /// Adds the factors at one product of a block to `specs`.
@@ -416,20 +430,6 @@ impl Adapter {
             }
         }
         Ok(stacked)
-    }
-
-    /// About how many bytes of scratch memory a training pass over `rows` tokens needs for the adapter.
-    pub fn scratch_bytes(&self, rows: usize) -> usize {
-        let options = &self.options;
-        let floats = |site: &Site| {
-            let Some(last) = site.targets.last() else { return 0 };
-            let (width, outputs) = (site.targets.len() * options.rank, last.columns.end);
-            let inputs = site.a.len() / width;
-            let dropped = if options.dropout > 0.0 { rows * inputs } else { 0 };
-            let merged = if options.dora { outputs * inputs + rows * outputs } else { 0 };
-            2 * rows * width + dropped + merged
-        };
-        size_of::<f32>() * self.layout.sites.iter().flatten().map(floats).max().unwrap_or(0)
     }
 
     /// What adapts a product of a block, if anything does. `dropout` is the seed of the pass and the rows' keys.

@@ -4,7 +4,7 @@ use align::data::{self, Prompt};
 use engine::chat::Message;
 use engine::checkpoint::Checkpoint;
 use engine::generate::{Answer, SamplingOptions, check_prompts, generate};
-use engine::{Error, Mixture, Result, Tokenizer};
+use engine::{Error, Result, Tokenizer};
 
 use crate::interrupt;
 use crate::policy::Policy;
@@ -18,7 +18,7 @@ pub(crate) fn answer(
 ) -> Result<Vec<Answer>> {
     let Checkpoint { tokenizer, generation, .. } = &policy.first;
     let mixture = policy.mixture()?;
-    let tokens = tokenize(tokenizer, &mixture, prompts)?;
+    let tokens = tokenize(tokenizer, [mixture.vocab_size(), mixture.context()], prompts)?;
     let mut sampling = sampling.clone();
     sampling.end_tokens.extend(&generation.eos_token_ids);
     generate(mixture, &tokens, &sampling, &|ids| tokenizer.decode(ids), &mut |done| {
@@ -27,14 +27,18 @@ pub(crate) fn answer(
     })
 }
 
-/// The tokens of prompts, all of which the policy can answer.
-pub(crate) fn tokenize(tokenizer: &Tokenizer, policy: &Mixture<'_>, prompts: &[Prompt]) -> Result<Vec<Vec<u32>>> {
+/// The tokens of prompts, all of which a policy of this vocabulary and context can answer.
+pub(crate) fn tokenize(
+    tokenizer: &Tokenizer,
+    [vocab_size, context]: [usize; 2],
+    prompts: &[Prompt],
+) -> Result<Vec<Vec<u32>>> {
     let numbered = prompts.iter().enumerate().map(|(index, prompt)| {
         data::tokenize_prompt(prompt, tokenizer)
             .map_err(|error| Error::input(format!("Prompt {} cannot be tokenised. {error}", index + 1)))
     });
     let tokens = numbered.collect::<Result<Vec<_>>>()?;
-    check_prompts(policy, &tokens)?;
+    check_prompts(vocab_size, context, &tokens)?;
     Ok(tokens)
 }
 

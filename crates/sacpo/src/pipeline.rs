@@ -29,13 +29,14 @@ use std::path::{Path, PathBuf};
 
 use align::reference;
 use align::step::{self, PreferenceReport};
+use align::trainer::MemoryPlan;
 use blend::Between;
 pub(crate) use constraint::Outcome as ConstraintOutcome;
 pub(crate) use data::StepData;
 pub(crate) use data::load_scored_pairs;
 use data::{load_data, warn_of_objectives};
-use engine::checkpoint::{Checkpoint, StreamedModel, describe};
-use engine::{Error, LoraOptions, ModelConfig, Result};
+use engine::checkpoint::{Checkpoint, GenerationConfig, StreamedModel, describe};
+use engine::{Error, LoraOptions, ModelConfig, Result, Tokenizer};
 pub(crate) use evaluation::{AnsweredSet, Evaluation, Lengths};
 pub(crate) use folder::RunFolder;
 use record::KeptAdapter;
@@ -91,6 +92,9 @@ impl Policy {
         // q was checked in the recipe
         let extrapolate = matches!(self.source, PolicyName::Mix { .. });
         let loaded = policy::Policy::load(&self.source, extrapolate).map_err(|error| {
+            if matches!(self.provenance.made, Made::Given { .. }) {
+                return error;
+            }
             Error::input(format!(
                 "The policy `{}` was made, but cannot be read. {error} Put it back, or delete the folder above its checkpoint to \
                  make it again.",
@@ -112,10 +116,24 @@ impl Policy {
     }
 }
 
+/// The base model without its weights, which are read where they are needed and leave their memory to trainings.
+pub(crate) struct Base {
+    pub(crate) config: ModelConfig,
+    /// The hash of shape and weights.
+    pub(crate) hash: String,
+    pub(crate) tokenizer: Tokenizer,
+    pub(crate) generation: GenerationConfig,
+}
+
+impl From<Checkpoint> for Base {
+    fn from(Checkpoint { model, tokenizer, generation }: Checkpoint) -> Self {
+        Self { hash: model.hash(), config: model.config, tokenizer, generation }
+    }
+}
+
 /// What goes into a run.
 pub(crate) struct Inputs {
-    /// The base model.
-    pub(crate) base: Checkpoint,
+    pub(crate) base: Base,
     data: Vec<StepData>,
     /// The hashes of the reward and cost models that judge, by metric.
     scorers: BTreeMap<String, String>,
@@ -142,7 +160,7 @@ fn index_of(planned: Option<usize>) -> usize {
 struct Run<'r> {
     recipe: &'r Recipe,
     plan: Plan,
-    base: &'r Checkpoint,
+    base: &'r Base,
     data: &'r [StepData],
     scorers: &'r BTreeMap<String, String>,
     evaluation: &'r evaluation::Inputs,
@@ -173,7 +191,7 @@ pub(crate) fn load_inputs(recipe: &Recipe, base: Checkpoint, cache: &Path) -> Re
     let evaluation = evaluation::Inputs::load(recipe, &base)?;
     let load = |step| load_data(step, &base, recipe.run.seed, cache);
     let data = recipe.steps.iter().map(load).collect::<Result<Vec<_>>>()?;
-    Ok(Inputs { base, data, scorers, evaluation })
+    Ok(Inputs { base: base.into(), data, scorers, evaluation })
 }
 
 /// Checks that the adapters of all steps, each with what it is stacked on, suit the model.
@@ -224,8 +242,8 @@ fn check_merges(recipe: &Recipe) -> Result<()> {
 /// diverged training, or [`Error::Interrupted`].
 pub(crate) fn run(recipe: &Recipe, inputs: Inputs, folder: &RunFolder) -> Result<Outcome> {
     let mut run = Run::new(recipe, &inputs, folder);
-    // both are checked now rather than after hours of training
-    run.complete()?;
+    // all is checked now rather than after hours of training
+    run.plan_memory(&run.complete()?)?;
     let prompts = constraint::prompts(&run)?;
     // from here on the folder is this recipe's, and no other one's that was finished in it
     folder.remove("manifest.json")?;
@@ -259,7 +277,7 @@ impl<'r> Run<'r> {
             seconds: 0.0,
             provenance: Provenance {
                 policy: BASE.into(),
-                model: inputs.base.model.hash(),
+                model: inputs.base.hash.clone(),
                 made: Made::Given { path: location.given.clone(), commit: location.commit() },
                 from: Vec::new(),
             },
@@ -312,6 +330,27 @@ impl<'r> Run<'r> {
         let between = self.plan.blends.iter().map(of_between).collect::<Result<Vec<_>>>()?;
         hashes.extend(between);
         Ok(hashes)
+    }
+
+    /// For each step, how its trainings use the memory, if there are any to do: with `hashes` of what is
+    /// [complete](Self::complete).
+    ///
+    /// # Errors
+    /// A training that does not fit.
+    fn plan_memory(&self, hashes: &[Option<String>]) -> Result<Vec<Option<MemoryPlan>>> {
+        let of_step = |(number, step): (usize, &Step)| {
+            let mut planned = self.plan.steps.iter().zip(&hashes[1..]).filter(|(policy, _)| policy.step == number);
+            // a step without planned policies is one of which a constraint asks for some
+            if planned.clone().next().is_some() && planned.all(|(_, hash)| hash.is_some()) {
+                return Ok(None);
+            }
+            let StepData { train, validation, .. } = &self.data[number];
+            let options = train_options(step, self.recipe.run.seed, self.recipe.run.memory_gib);
+            step::plan_memory(&self.base.config, &step.objective_at(1.0)?, [train, validation], &options)
+                .map(Some)
+                .map_err(|error| Error::input(format!("In the step `{}`: {error}", step.name)))
+        };
+        self.recipe.steps.iter().enumerate().map(of_step).collect()
     }
 
     /// The hash of a policy that is made, by its index.

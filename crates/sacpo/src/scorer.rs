@@ -18,9 +18,6 @@ use crate::answer_files::shortened;
 use crate::answers::as_chat;
 use crate::ui;
 
-/// Tokens of a scoring pass, unless one prompt with its answers has more.
-const MICRO_BATCH_TOKENS: usize = 2048;
-
 /// Answers that are scored in one pass with their prompt.
 const SCORED_TOGETHER: usize = 16;
 
@@ -120,7 +117,7 @@ impl Scorer for TextScorer<'_> {
             }
             progress(told.1)
         };
-        let scored = self.judge.scores(&items, MICRO_BATCH_TOKENS, Some(&self.cache), &mut advance)?;
+        let scored = self.judge.scores(&items, None, Some(&self.cache), &mut advance)?;
         let mut scores = vec![0.0; answers.len()];
         for (index, score) in parts.iter().copied().flatten().zip(scored.iter().flatten()) {
             scores[*index] = *score;

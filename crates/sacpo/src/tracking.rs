@@ -5,7 +5,7 @@ mod mlflow;
 
 use std::path::{Path, PathBuf};
 
-use align::trainer::{Monitor, StepRecord};
+use align::trainer::{MemoryPlan, Monitor, StepRecord};
 use engine::{Error, Result};
 use serde_json::Value;
 
@@ -63,6 +63,10 @@ impl Tracking {
 }
 
 impl Monitor for Tracking {
+    fn planned(&mut self, plan: &MemoryPlan) {
+        self.bar.planned(plan);
+    }
+
     fn scored(&mut self, done: usize, total: usize) {
         self.bar.scored(done, total);
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use align::data::Progress;
-use align::trainer::{Monitor, StepRecord};
+use align::trainer::{MemoryPlan, Monitor, StepRecord};
 use engine::{Error, Result};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 
@@ -163,6 +163,10 @@ impl TrainingBar {
 }
 
 impl Monitor for TrainingBar {
+    fn planned(&mut self, plan: &MemoryPlan) {
+        self.bar.suspend(|| say(format!("  {plan}.")));
+    }
+
     fn scored(&mut self, done: usize, total: usize) {
         self.bar.set_length(total as u64);
         self.bar.set_position(done as u64);

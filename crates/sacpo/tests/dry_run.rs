@@ -37,7 +37,7 @@ fn it_says_what_is_there_and_writes_nothing() {
     assert!(!Path::new(&out(&folder)).exists(), "a dry run has made its folder");
     says(
         &done(&["run", &recipe, "--dry-run"]).stdout,
-        &["training   helpfulness (from base): to do, about", "Nothing was written"],
+        &["training   helpfulness (from base): to do, about", "tokens a pass, everything kept", "Nothing was written"],
     );
 
     done(&["run", &recipe]);

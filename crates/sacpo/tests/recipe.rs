@@ -90,7 +90,7 @@ fn every_key_arrives_where_it_belongs() {
     let train = &helpful.train;
     assert_eq!((train.learning_rate, train.epochs, train.batch_size), (1e-5, 3, 4));
     assert_eq!((train.schedule, train.warmup_ratio, train.weight_decay), (Schedule::Linear, 0.0, 0.01));
-    assert_eq!((train.max_grad_norm, train.micro_batch_tokens), (2.0, 4096));
+    assert_eq!((train.max_grad_norm, train.micro_batch_tokens), (2.0, Some(4096)));
     assert_eq!(train.save_every, 5);
     assert_eq!((helpful.name.as_str(), helpful.parameters.label_smoothing), ("helpful", Some(0.1)));
     assert_eq!(helpful.temperature, Temperature::Beta(vec![0.1]));

@@ -4,7 +4,7 @@ use super::{Policy, TrainOptions};
 use crate::task::{Scored, Task};
 
 /// A hash of all that decides the course of a training of `policy`, on the first task, validated on the others.
-pub(super) fn identity(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions) -> String {
+pub(super) fn identity(policy: &Policy, tasks: &[&dyn Task], options: &TrainOptions) -> String {
     let mut hasher = blake3::Hasher::new();
     hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
     for task in tasks {

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use engine::{Decoder, Head, Keep, Model, Parameters};
+use engine::{Decoder, Head, Keep, Model, Parameters, Precision};
 
-use super::{Policy, TrainOptions};
+use super::{MemoryPlan, Policy};
 use crate::objective::{Derivative, RunningMean};
 use crate::sequences::{Sequences, micro_batches, pack_keyed};
 use crate::task::{Scored, ShiftFrom, Task};
@@ -19,7 +19,7 @@ pub(super) struct Means {
 /// Runs the decoder over batches of a task.
 pub(super) struct Passes {
     decoder: Decoder,
-    pub(super) keep: Keep,
+    keep: Keep,
     micro_batch_tokens: usize,
     /// Whether the policy has a score head.
     for_scores: bool,
@@ -44,25 +44,14 @@ impl Batch<'_> {
 }
 
 impl Passes {
-    /// For batches of any of the tasks, which train `policy`. `state_bytes` is what the training state takes.
-    pub(super) fn new(policy: &Policy<'_>, tasks: &[&dyn Task], options: &TrainOptions, state_bytes: usize) -> Self {
-        let for_scores = policy.base().config.head.is_score();
-        let (mut longest, mut largest) = (0, 0);
-        for task in tasks {
-            for example in 0..task.len() {
-                let sequences = task.sequences(example);
-                longest = longest.max(sequences.longest());
-                largest = largest.max(sequences.computed(for_scores));
-            }
+    /// For batches of tasks with sequences of at most `longest` tokens, which train `policy`.
+    pub(super) fn new(policy: &Policy, dtype: Precision, longest: usize, plan: &MemoryPlan) -> Self {
+        Self {
+            decoder: Decoder::new(policy.base(), longest).with_precision(dtype),
+            keep: plan.keep(),
+            micro_batch_tokens: plan.micro_batch_tokens,
+            for_scores: policy.base().config.head.is_score(),
         }
-        let decoder = Decoder::new(policy.base(), longest).with_precision(options.dtype);
-        // beside the state, the gradient and the model that training starts from stay whatever the batch
-        let fixed = state_bytes + size_of::<f32>() * (policy.weights().len() + policy.base().layout.len);
-        let memory = options.memory_bytes.or_else(|| engine::memory::available().map(|bytes| bytes / 5 * 4));
-        let for_activations = memory.map_or(usize::MAX, |bytes| bytes.saturating_sub(fixed));
-        let rows = options.micro_batch_tokens.max(largest);
-        let keep = if decoder.activation_bytes(rows, Keep::All) <= for_activations { Keep::All } else { Keep::Inputs };
-        Self { decoder, keep, micro_batch_tokens: options.micro_batch_tokens, for_scores }
     }
 
     /// Adds the gradient of the batch's mean loss.

@@ -4,20 +4,19 @@ use engine::{Adapter, Model, ParamSpec, Parameters};
 
 /// A policy in training.
 #[derive(Debug, Clone)]
-pub enum Policy<'a> {
+pub enum Policy {
     /// All weights of a model.
     Whole(Model),
     /// An adapter on a model that stays as it is.
-    Adapted(&'a Model, Adapter),
+    Adapted(Model, Adapter),
 }
 
-impl Policy<'_> {
+impl Policy {
     /// The model that it has become, into which an adapter is folded; and that adapter, if there is one.
     pub fn into_model(self) -> (Model, Option<Adapter>) {
         match self {
             Self::Whole(model) => (model, None),
-            Self::Adapted(model, adapter) => {
-                let mut model = model.clone();
+            Self::Adapted(mut model, adapter) => {
                 adapter.fold_into(&mut model);
                 (model, Some(adapter))
             }
@@ -53,6 +52,14 @@ impl Policy<'_> {
         match self {
             Self::Whole(model) => &mut model.weights,
             Self::Adapted(_, adapter) => &mut adapter.weights,
+        }
+    }
+
+    /// Bytes of all weights, those that stay as they are too.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Whole(model) => size_of_val(&*model.weights),
+            Self::Adapted(model, adapter) => size_of_val(&*model.weights) + size_of_val(&*adapter.weights),
         }
     }
 

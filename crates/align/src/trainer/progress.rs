@@ -24,13 +24,16 @@ pub(crate) struct Counts {
     lowest: Option<f64>,
     /// Validations since then.
     since: u64,
+    /// Tokens per pass. A training goes on with them if they still fit: sums of another cut have other last bits.
+    #[serde(default)]
+    pub(crate) micro_batch_tokens: Option<usize>,
 }
 
 impl Progress {
     /// Before the first step, from these weights.
     pub(crate) fn new(options: &TrainOptions, weights: &[f32]) -> Self {
         Self {
-            counts: Counts { running: RunningMean::default(), lowest: None, since: 0 },
+            counts: Counts { running: RunningMean::default(), lowest: None, since: 0, micro_batch_tokens: None },
             ema: options.ema_decay.map(|decay| Ema::new(decay, weights.to_vec())),
             best: options.patience.map(|_| weights.to_vec()),
             patience: options.patience.unwrap_or(u64::MAX),

@@ -47,9 +47,34 @@ fn train_whole(
     Ok(records)
 }
 
+/// No sequence of the tests is longer.
+const LONGEST: usize = 64;
+
+/// How passes are made.
+struct Cut {
+    dtype: Precision,
+    plan: MemoryPlan,
+}
+
+/// Passes of so many tokens in f32.
+fn cut(micro_batch_tokens: usize, recompute: bool) -> Cut {
+    let plan = MemoryPlan { micro_batch_tokens, largest_pass: 0, recompute, peak_bytes: 0 };
+    Cut { dtype: Precision::F32, plan }
+}
+
+/// Passes of whole batches in f32.
+fn whole() -> Cut {
+    cut(10_000, false)
+}
+
+impl Cut {
+    fn passes(&self, policy: &Policy) -> Passes {
+        Passes::new(policy, self.dtype, LONGEST, &self.plan)
+    }
+}
+
 /// What one gradient pass gives.
 struct Pass {
-    keep: Keep,
     means: Means,
     broken: Vec<usize>,
     running: RunningMean,
@@ -57,13 +82,13 @@ struct Pass {
 }
 
 /// The gradient of a task's loss on some of its examples.
-fn gradient(policy: &Policy<'_>, task: &dyn Task, examples: &[usize], options: &TrainOptions) -> Pass {
+fn gradient(policy: &Policy, task: &dyn Task, examples: &[usize], cut: Cut) -> Pass {
     let mut gradient = vec![0.0; policy.weights().len()];
     let mut running = RunningMean::default();
-    let mut passes = Passes::new(policy, &[task], options, 0);
+    let mut passes = cut.passes(policy);
     let batch = Batch { task, step: 0, examples };
     let (means, _, broken) = passes.gradient(policy.parameters(Some(7)), &batch, &mut running, &mut gradient);
-    Pass { keep: passes.keep, means, broken, running, gradient }
+    Pass { means, broken, running, gradient }
 }
 
 fn never() -> StopAfter {
@@ -80,7 +105,7 @@ pub(super) fn options() -> TrainOptions {
         epochs: 1,
         batch_size: 4,
         dtype: Precision::F32,
-        micro_batch_tokens: 1000,
+        micro_batch_tokens: Some(1000),
         memory_bytes: None,
         max_grad_norm: 9.0,
         weight_decay: 0.1,
@@ -140,7 +165,7 @@ fn pairs(fixture: &Value) -> Vec<TokenizedPair> {
 }
 
 fn scores<'a>(policy: impl Into<Mixture<'a>>, sequences: &[Sequences<'_>]) -> Vec<f64> {
-    reference::logps(policy, sequences, 50, None, &mut |_| Ok(())).unwrap()
+    reference::logps(policy, sequences, Some(50), None, &mut |_| Ok(())).unwrap()
 }
 
 fn reference(model: &Model, pairs: &[TokenizedPair]) -> Vec<[f64; 2]> {
@@ -167,11 +192,11 @@ fn assert_close(gradient: &[f32], expected: &[f32]) {
 }
 
 /// Mean loss and metrics of all examples.
-fn evaluate(policy: &Model, task: &dyn Task, options: &TrainOptions) -> Means {
+fn evaluate(policy: &Model, task: &dyn Task, cut: Cut) -> Means {
     let all: Vec<usize> = (0..task.len()).collect();
     let whole = Policy::Whole(policy.clone());
     let batch = Batch { task, step: 0, examples: &all };
-    Passes::new(&whole, &[task], options, 0).means((&policy.weights).into(), &batch, RunningMean::default()).0
+    cut.passes(&whole).means((&policy.weights).into(), &batch, RunningMean::default()).0
 }
 
 #[test]
@@ -222,7 +247,7 @@ fn the_first_gradient_equals_pytorchs() {
         let task = Preferences::new(&pairs, &reference, &policy, &DPO);
         let order = epoch_order(pairs.len(), options().seed, 0);
         let policy = Policy::Whole(policy.clone());
-        let gradient = gradient(&policy, &task, &order[..4], &options()).gradient;
+        let gradient = gradient(&policy, &task, &order[..4], whole()).gradient;
         for spec in policy.specs() {
             let expected = &fixture["models"][name]["first_gradient"][&spec.name];
             let part = &gradient[spec.range.clone()];
@@ -243,7 +268,7 @@ fn the_first_margin_is_exactly_zero_whatever_the_cut() {
         let reference = reference_in(dtype, &policy, &pairs);
         let task = Preferences::new(&pairs, &reference, &policy, &DPO);
         for micro_batch_tokens in [1, 30, 10_000] {
-            let means = evaluate(&policy, &task, &TrainOptions { dtype, micro_batch_tokens, ..options() });
+            let means = evaluate(&policy, &task, Cut { dtype, ..cut(micro_batch_tokens, false) });
             assert_eq!(means.metrics["rewards/margins"], 0.0);
             assert!((means.loss - std::f64::consts::LN_2).abs() < 1e-14);
         }
@@ -258,13 +283,11 @@ fn loss_and_gradient_do_not_depend_on_the_cut_or_on_recomputing() {
     let task = Preferences::new(&pairs, &reference, &policy, &DPO);
     let all: Vec<usize> = (0..pairs.len()).collect();
     let whole_policy = Policy::Whole(policy.clone());
-    let run = |options: TrainOptions| gradient(&whole_policy, &task, &all, &options);
+    let run = |cut| gradient(&whole_policy, &task, &all, cut);
     for dtype in Precision::ALL {
-        let whole = run(TrainOptions { dtype, micro_batch_tokens: 10_000, ..options() });
-        assert_eq!(whole.keep, Keep::All);
-        for (micro_batch_tokens, memory_bytes) in [(1, None), (40, None), (10_000, Some(1))] {
-            let other = run(TrainOptions { dtype, micro_batch_tokens, memory_bytes, ..options() });
-            assert_eq!(other.keep == Keep::Inputs, memory_bytes.is_some());
+        let whole = run(Cut { dtype, ..whole() });
+        for (micro_batch_tokens, recompute) in [(1, false), (40, false), (10_000, true)] {
+            let other = run(Cut { dtype, ..cut(micro_batch_tokens, recompute) });
             assert_eq!(other.means, whole.means);
             assert_close(&other.gradient, &whole.gradient);
         }
@@ -358,13 +381,13 @@ fn demonstrations_are_learned_and_weighted_by_tokens() {
     ];
     let task = Demonstrations(&demonstrations);
     let options = TrainOptions { epochs: 60, batch_size: 2, weight_decay: 0.0, max_grad_norm: 1.0, ..options() };
-    let before = evaluate(&policy, &task, &options).loss;
+    let before = evaluate(&policy, &task, whole()).loss;
     let mut decoder = Decoder::new(&policy, 8);
     let logps = decoder.logps(&policy.weights, &pack(&[task.sequences(0), task.sequences(1)], false));
     assert!((before + (logps[0] + logps[1]) / 5.0).abs() < 1e-9);
     let folder = tempfile::tempdir().unwrap();
     train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();
-    assert!(evaluate(&policy, &task, &options).loss < 0.05);
+    assert!(evaluate(&policy, &task, whole()).loss < 0.05);
 }
 
 #[test]

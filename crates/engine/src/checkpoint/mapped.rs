@@ -29,6 +29,16 @@ impl Mapped {
         Ok(Self { path: path.to_owned(), bytes })
     }
 
+    /// Gives back the memory of a part of the bytes that was used. It can be used again, and is then read again.
+    #[allow(unsafe_code)]
+    pub fn release(&self, part: &[u8]) {
+        let start = part.as_ptr() as usize - self.bytes.as_ptr() as usize;
+        #[cfg(unix)]
+        // SAFETY: pages of a read-only mapping that are given up hold what the file holds when they are used again. What
+        // comes of the advice does not matter: without, the pages stay until the system takes them back.
+        let _ = unsafe { self.bytes.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len()) };
+    }
+
     /// The file's path.
     pub fn path(&self) -> &Path {
         &self.path

@@ -34,6 +34,17 @@ pub(super) struct CompactTape {
     gate_up: Vec<bf16>,
 }
 
+#[cfg(test)]
+impl CompactTape {
+    /// What it takes.
+    pub(super) fn bytes(&self) -> usize {
+        let narrow = [&self.narrow.r_attention, &self.narrow.lse, &self.narrow.middle, &self.narrow.r_feed_forward];
+        let narrow = narrow.map(|values| size_of_val(values.as_slice())).iter().sum::<usize>();
+        let wide = [&self.qkv, &self.attention, &self.gate_up];
+        narrow + wide.map(|values| size_of_val(values.as_slice())).iter().sum::<usize>()
+    }
+}
+
 impl CompactTape {
     /// Takes what a tape holds; the tape keeps memory for another block.
     pub(super) fn store(&mut self, tape: &mut BlockTape) {

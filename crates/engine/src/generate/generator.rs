@@ -114,7 +114,7 @@ impl<'a> Generator<'a> {
     ) -> Result<SequenceId> {
         let prompt = prompt.into();
         options.validate()?;
-        check_prompt(&self.policy, &prompt, self.positions)
+        check_prompt(&prompt, self.policy.vocab_size(), self.positions)
             .map_err(|fault| Error::input(format!("The prompt {fault}")))?;
         let id = SequenceId(self.added);
         self.added += 1;

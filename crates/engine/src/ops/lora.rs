@@ -58,6 +58,15 @@ pub(crate) struct Scratch {
     pub(super) y: Vec<f32>,
 }
 
+#[cfg(test)]
+impl Scratch {
+    /// What it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        let Self { u, d_u, dropped, weight, y } = self;
+        [u, d_u, dropped, weight, y].iter().map(|buffer| size_of_val(buffer.as_slice())).sum()
+    }
+}
+
 impl<'a> LowRank<'a> {
     /// y = x·Wᵀ with the adapted W, or y += with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
     ///

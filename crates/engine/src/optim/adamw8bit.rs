@@ -47,6 +47,11 @@ impl Quantised {
         Self { codes: vec![0; len], absmax: vec![0.0; len.div_ceil(BLOCK)] }
     }
 
+    /// Bytes that so many numbers take.
+    pub(super) fn bytes(len: usize) -> usize {
+        len + size_of::<f32>() * len.div_ceil(BLOCK)
+    }
+
     /// Codes and largest magnitudes, in runs of whole blocks.
     fn par_chunks_mut(&mut self) -> impl IndexedParallelIterator<Item = (&mut [u8], &mut [f32])> {
         self.codes.par_chunks_mut(CHUNK).zip(self.absmax.par_chunks_mut(CHUNK / BLOCK))

@@ -56,6 +56,13 @@ impl OptimizerKind {
         }
     }
 
+    /// Bytes that an optimizer of this kind takes for the tensors `specs`: what it keeps, and what its steps work in.
+    pub fn bytes(self, specs: &[ParamSpec]) -> usize {
+        let work =
+            specs.iter().filter(|spec| self == Self::Muon && muon::applies_to(spec)).map(muon::scratch_bytes).max();
+        specs.iter().map(|spec| Rule::bytes(self, spec)).sum::<usize>() + work.unwrap_or(0)
+    }
+
     /// The constants that its paper recommends, without weight decay.
     pub fn defaults(self) -> OptimizerOptions {
         let beta2 = if self == Self::Lion { 0.99 } else { 0.999 };
@@ -105,6 +112,17 @@ impl Rule {
             OptimizerKind::Lion => Self::Lion(lion::Momentum::new(len)),
             OptimizerKind::Muon if muon::applies_to(spec) => Self::Muon(muon::Momentum::new(len)),
             _ => Self::AdamW(adamw::Moments::new(len)),
+        }
+    }
+
+    /// Bytes of what [`new`](Self::new) makes.
+    fn bytes(kind: OptimizerKind, spec: &ParamSpec) -> usize {
+        let len = spec.range.len();
+        match kind {
+            OptimizerKind::AdamW8bit if adamw8bit::applies_to(spec) => 2 * adamw8bit::Quantised::bytes(len),
+            OptimizerKind::Lion => size_of::<f32>() * len,
+            OptimizerKind::Muon if muon::applies_to(spec) => size_of::<f32>() * len,
+            _ => 2 * size_of::<f32>() * len,
         }
     }
 
@@ -367,6 +385,11 @@ mod tests {
         assert_eq!(bytes(OptimizerKind::AdamW8bit), (2 << 20) + (8 << 20) / 256 + 8 * 64);
         assert_eq!(bytes(OptimizerKind::Lion), (4 << 20) + 4 * 64);
         assert_eq!(bytes(OptimizerKind::Muon), (4 << 20) + 8 * 64);
+        for kind in OptimizerKind::ALL {
+            // update and next update of the largest matrix, and two squares of its smaller side
+            let work = if kind == OptimizerKind::Muon { 2 * 4 * (1024 * 512 + 512 * 512) } else { 0 };
+            assert_eq!(kind.bytes(&specs), bytes(kind) + work, "{kind:?}");
+        }
     }
 
     #[test]

@@ -45,6 +45,12 @@ pub(super) struct Scratch {
     polynomial: Vec<f32>,
 }
 
+/// Bytes of the [`Scratch`] that a step of this matrix needs.
+pub(super) fn scratch_bytes(spec: &ParamSpec) -> usize {
+    let side = spec.shape.iter().min().map_or(0, |side| side * side);
+    size_of::<f32>() * 2 * (spec.range.len() + side)
+}
+
 impl Momentum {
     pub(super) fn new(len: usize) -> Self {
         Self(vec![0.0; len])
@@ -133,7 +139,9 @@ mod tests {
         for (rows, columns) in [(40, 100), (100, 40), (40, 40), (1, 30), (30, 1)] {
             let mut scratch = Scratch { x: random(rows * columns, 1), ..Scratch::default() };
             orthogonalise(&mut scratch, rows, columns);
-            let x = &scratch.x;
+            let Scratch { x, next, gram, polynomial } = &scratch;
+            let bytes = [x, next, gram, polynomial].map(|part| size_of_val(part.as_slice())).iter().sum::<usize>();
+            assert_eq!(scratch_bytes(&specs(&[&[rows, columns]])[0]), bytes);
             // the mean of the squared singular values, each of which should end between about 0.7² and 1.2²
             let mean_square = global_norm(x).powi(2) / rows.min(columns) as f64;
             assert!((0.45..1.45).contains(&mean_square), "{rows} × {columns}: {mean_square}");

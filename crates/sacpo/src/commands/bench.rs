@@ -44,7 +44,7 @@ pub(super) fn run(options: &Bench, global: Global) -> Result<()> {
     };
     // first, so that the peak memory is that of a training
     ui::say(format!("{name}: {} weights, {} threads.", model.layout.len, rayon::current_num_threads()));
-    let steps = training::measure(&model, &training::Pairs::new(options), options)?;
+    let (steps, model) = training::measure(model, &training::Pairs::new(options), options)?;
     check()?;
     let peak_f32 = roofline::peak(Precision::F32);
     let peak_bf16 = Precision::Bf16.is_native().then(|| roofline::peak(Precision::Bf16));

@@ -12,9 +12,6 @@ use crate::cli::{Global, Logps};
 use crate::policy::Policy;
 use crate::ui;
 
-/// Tokens per forward pass.
-const TOKENS: usize = 2048;
-
 #[derive(Serialize)]
 struct Output {
     rows: Vec<Row>,
@@ -49,7 +46,7 @@ pub(super) fn run(options: &Logps, global: Global) -> Result<()> {
     let pairs = tokenized.rows;
     let bar = ui::bar(pairs.len() as u64, "log-probabilities");
     let sequences: Vec<_> = pairs.iter().map(TokenizedPair::sequences).collect();
-    let logps = reference::logps(mixture, &sequences, TOKENS, None, &mut ui::advance(&bar))?;
+    let logps = reference::logps(mixture, &sequences, None, None, &mut ui::advance(&bar))?;
     bar.finish_and_clear();
     if tokenized.truncated_responses > 0 {
         ui::say(format!("{} responses were cut to {} tokens.", tokenized.truncated_responses, render.max_length));

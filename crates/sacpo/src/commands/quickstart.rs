@@ -227,7 +227,7 @@ fn train_base(world: &World, amounts: &Amounts, seed: u64, base: &Path, folder: 
         epochs: amounts.epochs,
         batch_size: 64,
         dtype: Precision::F32,
-        micro_batch_tokens: 2048,
+        micro_batch_tokens: None,
         memory_bytes: None,
         max_grad_norm: 1.0,
         weight_decay: 0.0,

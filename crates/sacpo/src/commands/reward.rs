@@ -161,10 +161,10 @@ fn train_and_judge(
         name: format!("{} model", loss.name()),
         parameters: pipeline::parameters(step, &options, recipe.model.base.to_string(), pairs.len()),
     };
-    let train = |monitor: &mut dyn Monitor| reward::train(&start.model, loss, sides, &options, &folder.path, monitor);
+    let Checkpoint { model, tokenizer, .. } = start;
+    let train = |monitor: &mut dyn Monitor| reward::train(model, loss, sides, &options, &folder.path, monitor);
     let made = tracked(&folder.path, &about, train)?;
     let checkpoint = folder.path.join("checkpoint");
-    let Checkpoint { tokenizer, .. } = start;
     let scorer = Checkpoint { model: made.policy, tokenizer, generation: GenerationConfig::default() };
     scorer.save(&checkpoint)?;
     let provenance = json!({

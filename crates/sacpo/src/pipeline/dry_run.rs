@@ -6,8 +6,8 @@ use align::data::Dataset;
 use align::reference;
 use align::sequences::Sequences;
 use align::step::Alignment;
-use align::trainer::TrainOptions;
-use engine::{Error, Mixture, Result, memory};
+use align::trainer::{MemoryPlan, TrainOptions};
+use engine::{Error, Mixture, Result};
 use serde::Serialize;
 
 use super::train::options;
@@ -21,7 +21,7 @@ pub(crate) struct Forecast {
     stages: Vec<Stage>,
     /// Of all trainings that are still to be done, as far as they are known.
     seconds: f64,
-    /// At most, by the two optimizer steps that were taken to measure; nothing if none were.
+    /// Of the largest of these trainings, foretold; nothing without any.
     peak_memory_bytes: Option<usize>,
 }
 
@@ -35,6 +35,8 @@ struct Stage {
     state: State,
     /// How long it would take; nothing if it is complete or not estimated.
     seconds: Option<f64>,
+    /// How a training would use the memory; nothing if it is complete.
+    memory: Option<MemoryPlan>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -57,11 +59,12 @@ struct Rates {
 /// training that is open are taken elsewhere, to measure.
 ///
 /// # Errors
-/// A folder that holds policies of another recipe; those of training.
+/// A folder that holds policies of another recipe; a training that does not fit in the memory; those of training.
 pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
     let folder = RunFolder::unlocked(&recipe.run.out);
     let run = Run::new(recipe, inputs, &folder);
     let hashes = run.complete()?;
+    let memory = run.plan_memory(&hashes)?;
     let mut complete = hashes[1..].iter().map(Option::is_some);
     constraint::prompts(&run)?;
     let mut measured: Vec<(String, Rates)> = Vec::new();
@@ -77,13 +80,14 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             false if training.folder(&run).join("training-state.safetensors").exists() => State::Begun,
             false => State::Open,
         };
-        let seconds = match state {
-            State::Complete => None,
-            _ => {
+        let memory = memory[planned.step].filter(|_| state != State::Complete);
+        let seconds = match memory {
+            None => None,
+            Some(memory) => {
                 let step = &recipe.steps[planned.step];
                 let train = &step.train;
                 let kind = format!(
-                    "{} {:?} {:?} {:?} {}",
+                    "{} {:?} {:?} {:?} {:?}",
                     step.objective,
                     train.lora(),
                     train.dtype,
@@ -93,7 +97,7 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
                 let rates = match measured.iter().find(|(other, _)| *other == kind) {
                     Some((_, rates)) => *rates,
                     None => {
-                        let rates = measure(&run, step, planned.step)?;
+                        let rates = measure(&run, step, planned.step, memory)?;
                         measured.push((kind, rates));
                         rates
                     }
@@ -106,13 +110,13 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             }
         };
         let from = vec![name(planned.parent)];
-        stages.push(Stage { name: planned.name.clone(), kind: "training", from, state, seconds });
+        stages.push(Stage { name: planned.name.clone(), kind: "training", from, state, seconds, memory });
     }
     for (planned, complete) in run.plan.blends.iter().zip(complete) {
         let kind = if planned.merging.is_some() { "merge" } else { "mix" };
         let state = if complete { State::Complete } else { State::Open };
         let from = planned.ends.map(name).to_vec();
-        stages.push(Stage { name: planned.name.clone(), kind, from, state, seconds: None });
+        stages.push(Stage { name: planned.name.clone(), kind, from, state, seconds: None, memory: None });
     }
     // what is not known before is there in a finished run
     let when_finished = if manifest::finished(&folder, &manifest::key(recipe, inputs)?).is_some() {
@@ -133,6 +137,7 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             from,
             state: when_finished,
             seconds: None,
+            memory: None,
         });
     }
     let own: Vec<String> = (0..hashes.len()).map(|index| name(index.checked_sub(1))).collect();
@@ -145,30 +150,30 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
             [0, _] => State::Open,
             _ => State::Begun,
         };
-        stages.push(Stage { name: set.name, kind: "answers", from, state, seconds: None });
+        stages.push(Stage { name: set.name, kind: "answers", from, state, seconds: None, memory: None });
     }
     for judge in &recipe.evaluate.judges {
         for set in &judge.sets {
             let (name, from) = (judge.name_on(set), vec![format!("answers to {set}")]);
-            stages.push(Stage { name, kind: "judging", from, state: when_finished, seconds: None });
+            stages.push(Stage { name, kind: "judging", from, state: when_finished, seconds: None, memory: None });
         }
     }
     Ok(Forecast {
         // the sum of nothing would be −0
         seconds: stages.iter().filter_map(|stage| stage.seconds).fold(0.0, |sum, seconds| sum + seconds),
-        peak_memory_bytes: memory::peak().filter(|_| !measured.is_empty()),
+        peak_memory_bytes: stages.iter().filter_map(|stage| Some(stage.memory?.peak_bytes)).max(),
         stages,
     })
 }
 
 /// Takes two optimizer steps on as many examples as fill a micro-batch, and scores these under the reference.
-fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
+fn measure(run: &Run<'_>, step: &Step, number: usize, memory: MemoryPlan) -> Result<Rates> {
     let data = &run.data[number].train;
     let all = data.sequences();
     let mut filled = 0;
     let enough = all.iter().position(|item| {
         filled += item.computed(false);
-        filled > step.train.micro_batch_tokens
+        filled > memory.micro_batch_tokens
     });
     // batches of fewer than two have no shift
     let batch = enough.unwrap_or(all.len() / 2).clamp(2, (all.len() / 2).max(2)).min(all.len());
@@ -178,9 +183,10 @@ fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
         Dataset::Pairs(pairs) => (Dataset::Pairs(pairs[..count].to_vec()), Dataset::Pairs(Vec::new())),
         Dataset::Examples(examples) => (Dataset::Examples(examples[..count].to_vec()), Dataset::Examples(Vec::new())),
     };
+    let base = run.policies[0].load()?.first.model;
     let start = Instant::now();
-    let base = Mixture::from(&run.base.model).with_precision(step.train.dtype);
-    reference::logps(base, &some.sequences(), step.train.micro_batch_tokens, None, &mut |_| Ok(()))?;
+    let policy = Mixture::from(&base).with_precision(step.train.dtype);
+    reference::logps(policy, &some.sequences(), step.train.micro_batch_tokens, None, &mut |_| Ok(()))?;
     let reference = start.elapsed().as_secs_f64() / tokens(&some.sequences());
     let folder = tempfile::tempdir().map_err(Error::io("create a folder in", &std::env::temp_dir()))?;
     let options = TrainOptions {
@@ -192,7 +198,7 @@ fn measure(run: &Run<'_>, step: &Step, number: usize) -> Result<Rates> {
         ..options(step, run.recipe.run.seed, run.recipe.run.memory_gib)
     };
     let alignment = Alignment {
-        start: &run.base.model,
+        start: base,
         data: &some,
         validation: &none,
         objective: &step.objective_at(1.0)?,
@@ -214,20 +220,18 @@ impl Forecast {
     /// The forecast for people.
     pub(crate) fn text(&self) -> String {
         let mut text = String::new();
-        for Stage { name, kind, from, state, seconds } in &self.stages {
+        for Stage { name, kind, from, state, seconds, memory } in &self.stages {
             let state = match state {
                 State::Complete => "complete",
                 State::Begun => "begun",
                 State::Open => "to do",
             };
             let seconds = seconds.map(|seconds| format!(", about {seconds:.0} s")).unwrap_or_default();
-            text += &format!("{kind:<10} {name} (from {}): {state}{seconds}\n", from.join(" and "));
+            let memory = memory.map(|plan| format!(", {plan}")).unwrap_or_default();
+            text += &format!("{kind:<10} {name} (from {}): {state}{seconds}{memory}\n", from.join(" and "));
         }
-        let memory =
-            self.peak_memory_bytes.map(|bytes| format!(", {:.2} GiB of memory", bytes as f64 / (1u64 << 30) as f64));
-        let memory = memory.unwrap_or_default();
         text += &format!(
-            "Open trainings: about {:.0} s{memory}, by two optimizer steps on this machine. Merging, judging, ranking, answers and \
+            "Open trainings: about {:.0} s, by two optimizer steps on this machine. Merging, judging, ranking, answers and \
              the trainings that a constraint asks for are not estimated. Nothing was written.",
             self.seconds
         );

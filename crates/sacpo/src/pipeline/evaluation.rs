@@ -207,7 +207,7 @@ fn tokens(
             PromptSource::Texts(_) => format!("`evaluate.prompts` of the recipe, set `{}`", set.name),
         };
         as_taken(set.rows.iter().map(|row| row.prompt.clone()), tokenizer, system)
-            .and_then(|prompts| tokenize(tokenizer, policy, &prompts))
+            .and_then(|prompts| tokenize(tokenizer, [policy.vocab_size(), policy.context()], &prompts))
             .map_err(|error| Error::input(format!("In {place}: {error}")))
     };
     sets.iter().zip(planned).map(of_set).collect()

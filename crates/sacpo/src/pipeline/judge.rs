@@ -65,9 +65,8 @@ pub(super) fn ask<T>(run: &Run<'_>, metric: &str, ask: impl FnOnce(Judge<'_>) ->
             };
             let &sacpo::recipe::PlannedStep { beta, parent, .. } = &run.plan.steps[planned];
             let model = run.policies[index_of(Some(planned))].load()?.first.model;
-            let start = parent.map(|parent| run.policies[index_of(Some(parent))].load()).transpose()?;
-            let start = start.as_ref().map_or(&run.base.model, |start| &start.first.model);
-            ask(Judge::Implicit { policy: (&model).into(), start: start.into(), temperature: beta })
+            let start = run.policies[index_of(parent)].load()?.first.model;
+            ask(Judge::Implicit { policy: (&model).into(), start: (&start).into(), temperature: beta })
         }
         JudgeSource::Model(location, loss) => {
             let model = scorer::load(location.path(), *loss)?.model;
@@ -89,7 +88,12 @@ pub(super) fn ask<T>(run: &Run<'_>, metric: &str, ask: impl FnOnce(Judge<'_>) ->
 ///
 /// # Errors
 /// Prompts that the judge does not know; those of [`ask`] and [`Judge::scores`].
-pub(super) fn scores(run: &Run<'_>, metric: &str, items: &[Sequences<'_>], micro_batch_tokens: usize) -> Result<Table> {
+pub(super) fn scores(
+    run: &Run<'_>,
+    metric: &str,
+    items: &[Sequences<'_>],
+    micro_batch_tokens: Option<usize>,
+) -> Result<Table> {
     let bar = ui::bar(items.len() as u64, &format!("{metric} judged"));
     let scores = ask(run, metric, |judge| {
         judge.scores(items, micro_batch_tokens, Some(&run.folder.cache()), &mut ui::advance(&bar))
@@ -108,7 +112,7 @@ pub(super) fn margins(
     run: &Run<'_>,
     weights: &BTreeMap<String, f64>,
     pairs: &[TokenizedPair],
-    micro_batch_tokens: usize,
+    micro_batch_tokens: Option<usize>,
 ) -> Result<Vec<f64>> {
     let items: Vec<Sequences<'_>> = pairs.iter().map(TokenizedPair::sequences).collect();
     let scores = weights.keys().map(|metric| scores(run, metric, &items, micro_batch_tokens));

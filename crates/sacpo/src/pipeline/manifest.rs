@@ -42,7 +42,7 @@ struct Made<'a> {
     provenance: &'a Provenance,
 }
 
-/// Names everything that a run's results depend on: the recipe but for where and how fast it runs, the base model, the data and
+/// Names everything that a run's results depend on: the recipe but for where, how fast and in what memory it runs, the base model, the data and
 /// prompts, and the arithmetic.
 ///
 /// # Errors
@@ -51,8 +51,9 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     let mut recipe = recipe.clone();
     recipe.run.out = PathBuf::new();
     (recipe.run.threads, recipe.run.memory_gib) = (None, None);
+    recipe.steps.iter_mut().for_each(|step| step.train.micro_batch_tokens = None);
     let mut hasher = blake3::Hasher::new();
-    for part in [env!("CARGO_PKG_VERSION"), &engine::instruction_set(), &recipe.to_toml()?, &inputs.base.model.hash()] {
+    for part in [env!("CARGO_PKG_VERSION"), &engine::instruction_set(), &recipe.to_toml()?, &inputs.base.hash] {
         hasher.update(part.as_bytes()).update(b"\n");
     }
     hasher.update(inputs.base.tokenizer.hash().as_bytes());

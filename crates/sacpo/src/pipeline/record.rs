@@ -26,6 +26,12 @@ impl Provenance {
         if hash == self.model {
             return Ok(());
         }
+        if matches!(self.made, Made::Given { .. }) {
+            return Err(Error::input(format!(
+                "The base model {} has changed since the run began. Put it back, and run the same command again.",
+                path.display()
+            )));
+        }
         Err(Error::input(format!(
             "The weights in {} are not those of the policy `{}` that was made there. Put them back, or delete the folder above \
              to make the policy again.",

@@ -25,9 +25,6 @@ const BATCH: usize = 64;
 /// Answers that are scored in one pass with their prompt.
 const SCORED_TOGETHER: usize = 16;
 
-/// Tokens of a scoring pass, unless one prompt with its answers has more.
-const MICRO_BATCH_TOKENS: usize = 2048;
-
 /// Tokens of answers with the token that ended them, `[prompt][answer]`.
 type Answers = Vec<Vec<Vec<u32>>>;
 
@@ -92,7 +89,8 @@ impl Prompts {
                     tokens.len()
                 )));
             }
-            engine::generate::check_prompts(&(&run.base.model).into(), &tokens)?;
+            let config = &run.base.config;
+            engine::generate::check_prompts(config.vocab_size, config.max_position_embeddings, &tokens)?;
             let options = SamplingOptions {
                 max_new_tokens: choice.max_new_tokens,
                 temperature: 1.0,
@@ -148,7 +146,7 @@ impl Prompts {
             let parts = responses.chunks(SCORED_TOGETHER);
             items.extend(parts.map(|part| Sequences { prompt, responses: part.to_vec(), row: row + 1 }));
         }
-        let scores = judge::scores(run, metric, &items, MICRO_BATCH_TOKENS)?;
+        let scores = judge::scores(run, metric, &items, None)?;
         let mut scores = scores.into_iter().flatten();
         let of_prompt = |(answers, different): (&Vec<Vec<u32>>, &Vec<&[u32]>)| {
             let own: Vec<f64> = scores.by_ref().take(different.len()).collect();
@@ -194,7 +192,8 @@ fn read(run: &Run<'_>, path: &Path, plain_text: bool) -> Result<Vec<Vec<u32>>> {
     let tokenizer = &run.base.tokenizer;
     let prompts = data::read_prompts(path)?;
     let prompts = if plain_text { prompts } else { as_taken(prompts, tokenizer, None)? };
-    tokenize(tokenizer, &(&run.base.model).into(), &prompts)
+    let config = &run.base.config;
+    tokenize(tokenizer, [config.vocab_size, config.max_position_embeddings], &prompts)
         .map_err(|error| Error::input(format!("In {}: {error}", path.display())))
 }
 

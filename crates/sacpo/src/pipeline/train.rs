@@ -183,15 +183,14 @@ impl Training {
         ui::say(format!("Policy {}: {} at temperature {}.", self.name, objective.name(), self.beta));
         let parent = &run.policies[self.parent];
         let base = run.base;
-        let config = &base.model.config;
+        let config = &base.config;
         let [data, validation] =
             [&run.data[self.step].train, &run.data[self.step].validation].map(|data| self.labelled(run, data));
         let (data, validation) = (data?, validation?);
-        let loaded = (self.parent != 0).then(|| parent.load()).transpose()?;
         let adapter_below = self.adapter_below(run, config)?;
         let folder = self.folder(run);
         let alignment = Alignment {
-            start: loaded.as_ref().map_or(&base.model, |loaded| &loaded.first.model),
+            start: parent.load()?.first.model,
             data: &data,
             validation: &validation,
             objective: &objective,

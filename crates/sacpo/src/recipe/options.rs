@@ -95,8 +95,8 @@ pub struct TrainOptions {
     /// The global gradient norm above which gradients are scaled down, > 0. Default 1.
     pub max_grad_norm: f64,
     /// Tokens per forward and backward pass, ≥ 1; a longer pair passes alone. It changes memory and speed,
-    /// not the result. Default 2048.
-    pub micro_batch_tokens: usize,
+    /// not the result. Default: what fits, 2048 at most.
+    pub micro_batch_tokens: Option<usize>,
     /// Optimizer steps between the states that a killed run continues from, ≥ 1. Default 20.
     pub save_every: usize,
     /// Optimizer steps between validations on the held-out rows, ≥ 1. Default: none.
@@ -187,7 +187,7 @@ impl Default for TrainOptions {
             warmup_ratio: 0.1,
             weight_decay: 0.0,
             max_grad_norm: 1.0,
-            micro_batch_tokens: 2048,
+            micro_batch_tokens: None,
             save_every: 20,
             validate_every: None,
             patience: None,
@@ -218,7 +218,7 @@ impl TrainOptions {
             warmup_ratio: section.number("warmup_ratio", 0.0..=1.0)?.unwrap_or(defaults.warmup_ratio),
             weight_decay: section.number("weight_decay", 0.0..)?.unwrap_or(defaults.weight_decay),
             max_grad_norm: section.number("max_grad_norm", POSITIVE)?.unwrap_or(defaults.max_grad_norm),
-            micro_batch_tokens: section.count("micro_batch_tokens", 1)?.unwrap_or(defaults.micro_batch_tokens),
+            micro_batch_tokens: section.count("micro_batch_tokens", 1)?.or(defaults.micro_batch_tokens),
             save_every: section.count("save_every", 1)?.unwrap_or(defaults.save_every),
             validate_every: section.count("validate_every", 1)?.or(defaults.validate_every),
             patience: section.count("patience", 1)?.or(defaults.patience),

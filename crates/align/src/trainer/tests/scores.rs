@@ -48,7 +48,7 @@ fn steps_on_scores_equal_pytorchs() {
             ..options()
         };
         let folder = folder.path().join(loss.name());
-        let made = reward::train(&scorer(), loss, [&pairs, &[]], &options, &folder, &mut never()).unwrap();
+        let made = reward::train(scorer(), loss, [&pairs, &[]], &options, &folder, &mut never()).unwrap();
         assert_eq!(made.records.len(), expected.len());
         for (record, expected) in made.records.iter().zip(expected) {
             for (own, name) in [(record.loss, "loss"), (record.grad_norm, "grad_norm")] {
@@ -71,7 +71,7 @@ fn a_stopped_training_of_scores_continues_bit_exactly() {
         for loss in [ScoreLoss::Reward, ScoreLoss::Cost] {
             let options = TrainOptions { lora: lora.clone(), epochs: 4, batch_size: 2, ..options() };
             let run = |folder: &Path, monitor: &mut dyn Monitor| {
-                reward::train(&start, loss, [&pairs, &[]], &options, folder, monitor)
+                reward::train(start.clone(), loss, [&pairs, &[]], &options, folder, monitor)
             };
             let [whole, stopped] = [(); 2].map(|()| tempfile::tempdir().unwrap());
             let expected = run(whole.path(), &mut never()).unwrap();

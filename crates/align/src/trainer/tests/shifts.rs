@@ -27,8 +27,7 @@ fn shifts_are_those_of_the_whole_batch_however_it_is_cut() {
     for (objective, name, expected) in [(KTO, "kl", kl), (BCO, "delta", delta)] {
         let task = LabelledResponses::new(&examples, &reference, &objective, &mismatched_reference);
         let policy = Policy::Whole(policy.clone());
-        let run =
-            |micro_batch_tokens| gradient(&policy, &task, &batch, &TrainOptions { micro_batch_tokens, ..options() });
+        let run = |micro_batch_tokens| gradient(&policy, &task, &batch, cut(micro_batch_tokens, false));
         let whole = run(10_000);
         assert!((whole.means.metrics[name] - expected).abs() < 1e-5, "{name}: {:?} {expected}", whole.means);
         assert_eq!(whole.running.count, if objective == BCO { batch.len() as u64 } else { 0 }, "the batch counts once");
@@ -52,7 +51,7 @@ fn no_derivative_flows_through_a_shift() {
     let mismatched_reference = [scores(&start, &others)];
     for objective in [KTO, BCO] {
         let task = LabelledResponses::new(&examples, &reference, &objective, &mismatched_reference);
-        let Pass { means, gradient, .. } = gradient(&Policy::Whole(policy.clone()), &task, &batch, &options());
+        let Pass { means, gradient, .. } = gradient(&Policy::Whole(policy.clone()), &task, &batch, whole());
         let shift = means.metrics[if objective == KTO { "kl" } else { "delta" }];
         // along the gradient of the loss the loss must change by the squared norm
         let loss = |by: f32| {

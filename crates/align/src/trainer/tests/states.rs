@@ -23,8 +23,8 @@ fn every_training_continues_bit_exactly() {
     for (objective, data, options) in &cases {
         let cache = tempfile::tempdir().unwrap();
         let run = |folder: &Path, stop: u64| {
-            let alignment =
-                Alignment { start: &start, data, validation: data, objective, options, folder, cache: cache.path() };
+            let (start, cache) = (start.clone(), cache.path());
+            let alignment = Alignment { start, data, validation: data, objective, options, folder, cache };
             alignment.run(&mut StopAfter(stop, 0))
         };
         let whole_folder = tempfile::tempdir().unwrap();
@@ -65,7 +65,7 @@ fn a_training_without_progress_ends_early_with_the_best_weights() {
     let best = losses.iter().copied().fold(f64::INFINITY, f64::min);
     let place = losses.iter().position(|&loss| loss == best).unwrap();
     assert_eq!((records.len(), losses.len()), (2 * (place + 4), place + 4), "{losses:?}");
-    assert_eq!(evaluate(&policy, &held_out, &options).loss, best, "the best weights are those that stay");
+    assert_eq!(evaluate(&policy, &held_out, whole()).loss, best, "the best weights are those that stay");
     assert!(records[1].validation.contains_key("eval_rewards/accuracies"));
     assert!(records[0].validation.is_empty());
 }
@@ -106,4 +106,24 @@ fn a_broken_loss_of_held_out_rows_names_them() {
     let error = train_whole(&mut start.clone(), &task, Some(&held_out), &options, folder.path(), &mut never());
     let error = error.unwrap_err().to_string();
     assert!(error.contains("step 2") && error.contains("held-out rows is NaN") && error.contains("rows 5."), "{error}");
+}
+
+/// Passes of another size would sum in another order.
+#[test]
+fn a_training_goes_on_with_the_passes_that_it_began_with() {
+    let data = Dataset::Pairs(pairs(&fixture()));
+    let start = tiny("tied");
+    let cut = |micro_batch_tokens| TrainOptions { micro_batch_tokens, batch_size: 8, ..options() };
+    let cache = tempfile::tempdir().unwrap();
+    let run = |options: &TrainOptions, folder: &Path, stop: u64| {
+        let (start, objective, cache) = (start.clone(), &Objective::Pairwise(DPO), cache.path());
+        let alignment = Alignment { start, data: &data, validation: &data, objective, options, folder, cache };
+        alignment.run(&mut StopAfter(stop, 0)).map(|aligned| aligned.policy.weights)
+    };
+    let folders = [(); 3].map(|()| tempfile::tempdir().unwrap());
+    let [whole, small, changed] = folders.each_ref().map(|folder| folder.path());
+    let expected = run(&cut(Some(20)), small, u64::MAX).unwrap();
+    assert_ne!(run(&cut(None), whole, u64::MAX).unwrap(), expected, "the cut shows in the last bits");
+    run(&cut(Some(20)), changed, 2).unwrap_err();
+    assert_eq!(run(&cut(None), changed, u64::MAX).unwrap(), expected);
 }

@@ -141,7 +141,9 @@ impl Container {
 
     /// Widens a tensor into `out`, which has its number of elements.
     pub(super) fn widen(&self, tensor: &Tensor, out: &mut [f32]) {
-        tensor.encoding.widen(&self.file[tensor.bytes.clone()], out);
+        let bytes = &self.file[tensor.bytes.clone()];
+        tensor.encoding.widen(bytes, out);
+        self.file.release(bytes);
     }
 
     /// A whole number ≥ 0, if there is one of that name.

@@ -137,8 +137,11 @@ impl Tensors {
     fn widen(&self, specs: &[ParamSpec], sources: &[(Encoding, &Stored)]) -> Vec<f32> {
         let mut weights = vec![0.0; specs.last().map_or(0, |spec| spec.range.end)];
         for (spec, (encoding, stored)) in specs.iter().zip(sources) {
-            let bytes = &self.files[stored.file][stored.bytes.clone()];
+            let file = &self.files[stored.file];
+            let bytes = &file[stored.bytes.clone()];
             encoding.widen(bytes, &mut weights[spec.range.clone()]);
+            // else the model would be in memory twice
+            file.release(bytes);
         }
         weights
     }

@@ -68,7 +68,7 @@ pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Res
 
 /// Measures training on the current pool of threads.
 fn point(model: &Model, pairs: &Pairs, roofline: Roofline, options: &Bench) -> Result<Point> {
-    let report = training::measure(model, pairs, options)?.report(options.dtype, roofline);
+    let report = training::measure(model.clone(), pairs, options)?.0.report(options.dtype, roofline);
     check()?;
     Ok(Point {
         parameters: model.layout.len,

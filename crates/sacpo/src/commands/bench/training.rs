@@ -81,8 +81,8 @@ pub(super) struct Steps {
     peak_memory_bytes: Option<usize>,
 }
 
-/// Trains on one batch of pairs again and again, and leaves the first step out.
-pub(super) fn measure(model: &Model, pairs: &Pairs, options: &Bench) -> Result<Steps> {
+/// Trains on one batch of pairs again and again, and leaves the first step out. Gives the trained model back.
+pub(super) fn measure(model: Model, pairs: &Pairs, options: &Bench) -> Result<(Steps, Model)> {
     let drawn = pairs.draw(model.config.vocab_size);
     let mut batch = PackedBatch::default();
     drawn.iter().for_each(|pair| batch.push(&pair.prompt, &[&pair.chosen, &pair.rejected]));
@@ -100,15 +100,17 @@ pub(super) fn measure(model: &Model, pairs: &Pairs, options: &Bench) -> Result<S
     };
     let aligned = alignment.run(&mut Timed(ui::TrainingBar::new("training")));
     let profile = profile::stop();
-    let timed = &aligned?.records[1..];
-    Ok(Steps {
+    let aligned = aligned?;
+    let timed = &aligned.records[1..];
+    let steps = Steps {
         pairs: pairs.count,
         tokens: timed[0].tokens,
         flops,
         seconds: timed.iter().map(|step| step.seconds).collect(),
         profile,
         peak_memory_bytes: memory::peak(),
-    })
+    };
+    Ok((steps, aligned.policy))
 }
 
 fn train_options(pairs: &Pairs, options: &Bench) -> TrainOptions {

@@ -140,7 +140,7 @@ fn by_own_judge(run: &Run<'_>, judge: &AnswerJudge, sets: &[&AnsweredSet]) -> Re
             let scorer = TextScorer {
                 judge: by,
                 tokenizer: &run.base.tokenizer,
-                context: run.base.model.config.max_position_embeddings,
+                context: run.base.config.max_position_embeddings,
                 template_tail: TemplateTail::Drop,
                 cache: run.folder.cache(),
             };

@@ -1,0 +1,137 @@
+//! What the memory that a decoder owns takes.
+
+use super::{Decoder, Keep};
+use crate::config::ModelConfig;
+use crate::lora::{AdapterLayout, LoraOptions};
+use crate::ops::{linear, logprob};
+use crate::precision::Precision;
+
+impl Decoder {
+    /// Bytes that a decoder for models of this shape, adapted by `lora` if at all, takes at most after passes over at most
+    /// `rows` tokens, in sequences of at most `longest`: passes that keep what `keep` says and train, or that keep nothing.
+    ///
+    /// A pass that gives divergences from a reference takes as much, besides the reference's rows that it is given.
+    pub fn bytes(
+        config: &ModelConfig,
+        precision: Precision,
+        lora: Option<&LoraOptions>,
+        [rows, longest]: [usize; 2],
+        keep: Option<Keep>,
+    ) -> usize {
+        let (d, f, blocks) = (config.hidden_size, config.intermediate_size, config.num_hidden_layers);
+        let (query, heads) = (config.query_width(), config.num_attention_heads);
+        let qkv = query + 2 * config.key_value_width();
+        // numbers per row of a `BlockTape`, of which a `CompactTape` halves the wide ones; of the residual stream, and of `Scratch`
+        let (narrow, wide) = (2 + heads + d, qkv + query + 2 * f);
+        let tape = narrow + wide;
+        let (stream, forward, backward) = (d, d + f, 2 * d + query + qkv);
+        let per_row = match keep {
+            Some(Keep::All) => {
+                let tapes = match precision {
+                    Precision::F32 => blocks * tape,
+                    Precision::Bf16 => blocks * (narrow + wide.div_ceil(2)) + tape,
+                };
+                blocks * d + tapes + stream + forward + backward
+            }
+            Some(Keep::Inputs) => blocks * d + tape + stream + forward + backward,
+            None => tape + stream + forward,
+        };
+        // as a prompt's last row predicts the first tokens of two responses, one row more may be scored than there are
+        let head = if config.head.is_score() {
+            rows * (4 * d + 1)
+        } else {
+            logprob::chunk_rows(config.vocab_size).min(rows + 1) * (config.vocab_size + 4 * d + 1)
+        };
+        // without instructions for it, a product in bf16 is that of rounded copies of its factors, of which the head's are largest
+        let copies =
+            if precision == Precision::Bf16 && !linear::bf16::is_native() { head + config.vocab_size * d } else { 0 };
+        let rope = longest * config.head_dim;
+        let adapter = lora.map_or(0, |lora| AdapterLayout::new(config, lora).scratch_bytes(lora, rows));
+        size_of::<f32>() * (rows * per_row + head + copies + rope) + adapter
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tape::CompactTape;
+    use super::*;
+    use crate::batch::PackedBatch;
+    use crate::lora::{Adapter, Projection};
+    use crate::model::Model;
+    use crate::model::tests::tiny_config;
+    use crate::ops::lora;
+    use crate::{OutputHead, Parameters};
+
+    /// Bytes of everything in a decoder that grows.
+    fn held(decoder: &Decoder) -> usize {
+        let super::super::Scratch {
+            normed,
+            activation,
+            logits,
+            reference_logits,
+            head,
+            dx,
+            d_normed,
+            d_attention,
+            d_qkv,
+            lora,
+        } = &decoder.scratch;
+        let tapes = decoder
+            .tapes
+            .iter()
+            .flat_map(|t| [&t.r_attention, &t.qkv, &t.lse, &t.attention, &t.middle, &t.r_feed_forward, &t.gate_up]);
+        let scratch = [normed, activation, logits, reference_logits, dx, d_normed, d_attention, d_qkv];
+        let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
+        let buffers = tapes.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x]);
+        buffers.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
+            + lora::Scratch::bytes(lora)
+            + decoder.compact.iter().map(CompactTape::bytes).sum::<usize>()
+    }
+
+    #[test]
+    fn a_decoder_takes_what_is_foretold() {
+        let lora = |dropout, dora| LoraOptions {
+            rank: 3,
+            alpha: 6.0,
+            dropout,
+            targets: Projection::ALL.to_vec(),
+            rank_stabilized: false,
+            dora,
+        };
+        let (prompt, responses) = ([1, 5, 3], [vec![4; 40], vec![9; 61]]);
+        for (precision, for_scores, lora) in [
+            (Precision::F32, false, None),
+            (Precision::Bf16, false, None),
+            (Precision::F32, true, None),
+            (Precision::F32, false, Some(lora(0.0, false))),
+            (Precision::F32, false, Some(lora(0.1, false))),
+            (Precision::F32, false, Some(lora(0.0, true))),
+        ] {
+            let head = if for_scores { OutputHead::Score { pad_token_id: None } } else { OutputHead::Vocabulary };
+            let model = Model::random(ModelConfig { head, ..tiny_config() }, 0.4, 1);
+            let mut batch = if for_scores { PackedBatch::for_scores() } else { PackedBatch::default() };
+            batch.push_keyed(0, &prompt, &responses.each_ref().map(Vec::as_slice));
+            let longest = 64;
+            let adapter = lora.clone().map(|lora| Adapter::new(&model, lora, 1).unwrap());
+            let parameters = Parameters { base: &model.weights, adapter: adapter.as_ref(), dropout_seed: Some(1) };
+            let mut gradient = vec![0.0; adapter.as_ref().map_or(model.layout.len, |adapter| adapter.layout.len)];
+            for keep in [None, Some(Keep::Inputs), Some(Keep::All)] {
+                let mut decoder = Decoder::new(&model, longest).with_precision(precision);
+                match keep {
+                    None => drop(decoder.logps(parameters, &batch)),
+                    Some(keep) => {
+                        decoder.forward(parameters, &batch, keep);
+                        decoder.backward(parameters, &batch, &[0.3, -0.3], &mut gradient);
+                    }
+                }
+                let held = held(&decoder) + size_of::<f32>() * longest * model.config.head_dim;
+                let foretold = Decoder::bytes(&model.config, precision, lora.as_ref(), [batch.rows(), longest], keep);
+                let slack = if keep.is_none() || for_scores || precision == Precision::Bf16 { 1.5 } else { 1.05 };
+                assert!(
+                    held <= foretold && foretold as f64 <= slack * held as f64,
+                    "{keep:?} {lora:?}: {held} bytes of {foretold} foretold"
+                );
+            }
+        }
+    }
+}
