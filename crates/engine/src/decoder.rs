@@ -289,23 +289,24 @@ impl Decoder {
         let r = fit(&mut tape.r_attention, n);
         rmsnorm::forward(x, pass.base(&block.attention_norm), self.eps, normed, r);
         let qkv = fit(&mut tape.qkv, n * heads.qkv_width());
-        pass.linear(block, index, Product::Qkv).forward(normed, qkv, d, false, lora);
+        pass.linear(block, index, Product::Qkv).forward(normed, qkv, d, false, &mut tape.lora, lora);
         self.rope.forward(qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
         round_kept(self.precision, qkv);
         let attended = fit(&mut tape.attention, n * heads.query_width());
         attention::forward(qkv, heads, spans, attended, fit(&mut tape.lse, n * heads.query));
         round_kept(self.precision, attended);
-        pass.linear(block, index, Product::Output).forward(attended, x, heads.query_width(), true, lora);
+        let output = pass.linear(block, index, Product::Output);
+        output.forward(attended, x, heads.query_width(), true, &mut tape.lora, lora);
 
         fit(&mut tape.middle, n * d).copy_from_slice(x);
         let r = fit(&mut tape.r_feed_forward, n);
         rmsnorm::forward(x, pass.base(&block.feed_forward_norm), self.eps, normed, r);
         let gate_up = fit(&mut tape.gate_up, n * 2 * f);
-        pass.linear(block, index, Product::GateUp).forward(normed, gate_up, d, false, lora);
+        pass.linear(block, index, Product::GateUp).forward(normed, gate_up, d, false, &mut tape.lora, lora);
         round_kept(self.precision, gate_up);
         let activation = fit(&mut scratch.activation, n * f);
         swiglu::forward(gate_up, activation, f);
-        pass.linear(block, index, Product::Down).forward(activation, x, f, true, lora);
+        pass.linear(block, index, Product::Down).forward(activation, x, f, true, &mut tape.lora, lora);
     }
 
     /// Takes `scratch.dx`, the gradient of the last block's output, through all blocks to the embedding.
@@ -332,7 +333,8 @@ impl Decoder {
         }
     }
 
-    /// Replaces `scratch.dx`, the gradient of the block's output, by that of its input. Uses up the tape.
+    /// Replaces `scratch.dx`, the gradient of the block's output, by that of its input, where anything trained lies
+    /// before it. Uses up the tape.
     fn block_backward(
         &mut self,
         pass: &Pass<'_>,
@@ -353,21 +355,21 @@ impl Decoder {
         let gate_up = &mut tape.gate_up[..n * 2 * f];
         let activation = fit(&mut scratch.activation, n * f);
         let down = pass.linear(block, index, Product::Down);
-        down.backward_input(dx, activation, f, lora);
+        down.backward_input(dx, Some(activation), f, lora);
         swiglu::backward_in_place(gate_up, activation, f);
-        down.backward_weight(dx, activation, f, gradient, lora);
+        down.backward_weight(dx, activation, f, gradient, &tape.lora, lora);
         let (norm, r) = (pass.base(&block.feed_forward_norm), &tape.r_feed_forward[..n]);
         rmsnorm::recompute(middle, norm, r, normed);
         let product = pass.linear(block, index, Product::GateUp);
-        product.backward_weight(gate_up, normed, d, gradient, lora);
-        product.backward_input(gate_up, d_normed, d, lora);
+        product.backward_input(gate_up, Some(d_normed), d, lora);
+        product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
         rmsnorm::backward(middle, norm, r, d_normed, dx, gradient.base(&block.feed_forward_norm));
 
         let (qkv, attended) = (&tape.qkv[..n * heads.qkv_width()], &tape.attention[..n * heads.query_width()]);
         let d_attended = fit(&mut scratch.d_attention, attended.len());
         let output = pass.linear(block, index, Product::Output);
-        output.backward_input(dx, d_attended, heads.query_width(), lora);
-        output.backward_weight(dx, attended, heads.query_width(), gradient, lora);
+        output.backward_input(dx, Some(d_attended), heads.query_width(), lora);
+        output.backward_weight(dx, attended, heads.query_width(), gradient, &tape.lora, lora);
         let d_qkv = fit(&mut scratch.d_qkv, qkv.len());
         attention::backward(qkv, heads, spans, attended, &tape.lse[..n * heads.query], d_attended, d_qkv);
         self.rope.backward(d_qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
@@ -375,9 +377,13 @@ impl Decoder {
         let (norm, r) = (pass.base(&block.attention_norm), &tape.r_attention[..n]);
         rmsnorm::recompute(x, norm, r, normed);
         let product = pass.linear(block, index, Product::Qkv);
-        product.backward_weight(d_qkv, normed, d, gradient, lora);
-        product.backward_input(d_qkv, d_normed, d, lora);
-        rmsnorm::backward(x, norm, r, d_normed, dx, gradient.base(&block.attention_norm));
+        // before the first block there is the embedding alone
+        let further = index > 0 || gradient.base(&self.layout.embedding).is_some();
+        product.backward_input(d_qkv, further.then_some(&mut *d_normed), d, lora);
+        product.backward_weight(d_qkv, normed, d, gradient, &tape.lora, lora);
+        if further {
+            rmsnorm::backward(x, norm, r, d_normed, dx, gradient.base(&block.attention_norm));
+        }
     }
 
     /// Log-probabilities, or scores, of the batch's responses from `self.x`.

@@ -221,8 +221,9 @@ impl AdapterLayout {
         Self { specs, len, sites, score_head }
     }
 
-    /// Bytes of the [`Scratch`](crate::ops::lora::Scratch) of passes over `rows` tokens.
-    pub(crate) fn scratch_bytes(&self, options: &LoraOptions, rows: usize) -> usize {
+    /// Bytes of the [`Scratch`](crate::ops::lora::Scratch) of passes over `rows` tokens, and of what as many blocks as `tapes`
+    /// keep.
+    pub(crate) fn pass_bytes(&self, options: &LoraOptions, rows: usize, tapes: usize) -> usize {
         // inputs, width of all factors A, and outputs of every adapted product
         let products = self.sites.iter().flatten().filter_map(|site| {
             let (width, outputs) = (site.targets.len() * options.rank, site.targets.last()?.columns.end);
@@ -231,8 +232,13 @@ impl AdapterLayout {
         let [inputs, width, outputs, merged] =
             products.fold([0; 4], |most, sizes| std::array::from_fn(|i| sizes[i].max(most[i])));
         let dropped = if options.dropout > 0.0 { rows * inputs } else { 0 };
-        let dora = if options.dora { merged + rows * outputs } else { 0 };
-        size_of::<f32>() * (2 * rows * width + dropped + dora)
+        let of_block = |block: &[Site; 4]| block.iter().map(|site| site.targets.len() * options.rank).sum::<usize>();
+        let (dora, kept) = if options.dora {
+            (merged + rows * (outputs + width), 0)
+        } else {
+            (0, tapes * self.sites.iter().map(of_block).max().unwrap_or(0))
+        };
+        size_of::<f32>() * (rows * (width + kept) + dropped + dora)
     }
 }
 
@@ -452,6 +458,7 @@ impl Adapter {
             scale: self.options.scale() as f32,
             dropout,
             precision: Precision::F32,
+            rowwise: false,
         })
     }
 

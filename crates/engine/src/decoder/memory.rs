@@ -46,7 +46,8 @@ impl Decoder {
         let copies =
             if precision == Precision::Bf16 && !linear::bf16::is_native() { head + config.vocab_size * d } else { 0 };
         let rope = longest * config.head_dim;
-        let adapter = lora.map_or(0, |lora| AdapterLayout::new(config, lora).scratch_bytes(lora, rows));
+        let tapes = if keep == Some(Keep::All) { blocks } else { 1 };
+        let adapter = lora.map_or(0, |lora| AdapterLayout::new(config, lora).pass_bytes(lora, rows, tapes));
         size_of::<f32>() * (rows * per_row + head + copies + rope) + adapter
     }
 }

@@ -107,12 +107,13 @@ impl<'a> Pass<'a> {
         let range = block.product(product).clone();
         let at = |adapter: &Option<&'a Adapter>| {
             let low_rank = adapter.and_then(|adapter| adapter.at(index, product, self.dropout))?;
-            Some(LowRank { precision: self.precision, ..low_rank })
+            Some(LowRank { precision: self.precision, rowwise: self.rowwise, ..low_rank })
         };
         Linear {
             w: &self.base[range.clone()],
             packed: self.packed.map(|packed| packed.product(index, product)),
             range,
+            product,
             low_ranks: self.adapters.iter().map(at).collect(),
             rowwise: self.rowwise,
             precision: self.precision,
@@ -156,12 +157,16 @@ fn only<T>(parts: &[Option<T>]) -> Option<&T> {
     only.as_ref()
 }
 
+/// What each product of a block keeps for the backward pass of what adapts it: x·Aᵀ.
+pub(super) type Kept = [Vec<f32>; Product::ALL.len()];
+
 /// A matrix product of a block, adapted or not. x `[n, inputs]`, y `[n, outputs]`.
 pub(super) struct Linear<'a> {
     w: &'a [f32],
     /// W in fewer bits, to read instead.
     packed: Option<&'a Packed>,
     range: Range<usize>,
+    product: Product,
     /// One for each part of the rows.
     low_ranks: Vec<Option<LowRank<'a>>>,
     /// As in [`Pass`].
@@ -176,13 +181,22 @@ impl Linear<'_> {
         profile::span(stage, || Work::Flops(2.0 * (x.len() / inputs * self.w.len()) as f64))
     }
 
-    /// y = x·Wᵀ, or y += x·Wᵀ with `add`.
+    /// y = x·Wᵀ, or y += x·Wᵀ with `add`. `kept` takes what the backward pass of what adapts W reads.
     ///
     /// Several parts of the rows share the product with W, and what adapts each comes on top.
-    pub(super) fn forward(&self, x: &[f32], y: &mut [f32], inputs: usize, add: bool, scratch: &mut Scratch) {
+    pub(super) fn forward(
+        &self,
+        x: &[f32],
+        y: &mut [f32],
+        inputs: usize,
+        add: bool,
+        kept: &mut Kept,
+        scratch: &mut Scratch,
+    ) {
         let _span = self.span(Stage::Forward, x, inputs);
+        let u = &mut kept[self.product as usize];
         if let [Some(low_rank)] = self.low_ranks.as_slice() {
-            return low_rank.forward(x, self.w, y, add, self.rowwise, scratch);
+            return low_rank.forward(x, self.w, y, add, u, scratch);
         }
         match self.packed {
             Some(packed) => packed.forward(x, y, add),
@@ -192,27 +206,30 @@ impl Linear<'_> {
         let parts = x.chunks_exact(x.len() / parts).zip(y.chunks_exact_mut(y.len() / parts)).zip(&self.low_ranks);
         for ((x, y), low_rank) in parts {
             if let Some(low_rank) = low_rank {
-                low_rank.add_forward(x, y, self.rowwise, scratch);
+                low_rank.add_forward(x, y, u, scratch);
             }
         }
     }
 
-    /// dx = dy·W.
-    pub(super) fn backward_input(&self, dy: &[f32], dx: &mut [f32], inputs: usize, scratch: &mut Scratch) {
-        let _span = self.span(Stage::BackwardInput, dx, inputs);
-        match only(&self.low_ranks) {
-            None => linear::backward_input(self.precision, dy, self.w, dx, inputs),
-            Some(low_rank) => low_rank.backward_input(dy, self.w, dx, scratch),
+    /// dx = dy·W, where anybody asks for it.
+    pub(super) fn backward_input(&self, dy: &[f32], dx: Option<&mut [f32]>, inputs: usize, scratch: &mut Scratch) {
+        let _span = dx.as_deref().map(|dx| self.span(Stage::BackwardInput, dx, inputs));
+        match (only(&self.low_ranks), dx) {
+            (Some(low_rank), dx) => low_rank.backward_input(dy, self.w, dx, scratch),
+            (None, Some(dx)) => linear::backward_input(self.precision, dy, self.w, dx, inputs),
+            (None, None) => {}
         }
     }
 
-    /// Adds the derivative for what is trained: W, or what adapts it, or nothing.
+    /// Adds the derivative for what is trained: W, or what adapts it, or nothing. `kept` is of
+    /// [`forward`](Self::forward), `scratch` as [`backward_input`](Self::backward_input) of the same dy has left it.
     pub(super) fn backward_weight(
         &self,
         dy: &[f32],
         x: &[f32],
         inputs: usize,
         gradient: &mut Gradient<'_>,
+        kept: &Kept,
         scratch: &mut Scratch,
     ) {
         match (gradient, only(&self.low_ranks)) {
@@ -221,7 +238,7 @@ impl Linear<'_> {
                 linear::backward_weight(self.precision, dy, x, &mut gradient[self.range.clone()], inputs);
             }
             (Gradient::Adapter(gradient), Some(low_rank)) => {
-                low_rank.backward_weight(dy, x, self.w, gradient, scratch);
+                low_rank.backward_weight(dy, x, self.w, gradient, &kept[self.product as usize], scratch);
             }
             (Gradient::Adapter(_), None) => {}
         }

@@ -3,6 +3,8 @@
 use half::bf16;
 use rayon::prelude::*;
 
+use super::parameters::Kept;
+
 /// Numbers per task.
 const CHUNK: usize = 1 << 14;
 
@@ -23,6 +25,8 @@ pub(super) struct BlockTape {
     pub(super) r_feed_forward: Vec<f32>,
     /// `[n, 2·intermediate]`.
     pub(super) gate_up: Vec<f32>,
+    /// What adapts its products keeps this.
+    pub(super) lora: Kept,
 }
 
 /// A tape whose wide arrays, which hold bf16 numbers, are kept in 16 bits.
@@ -79,5 +83,6 @@ impl CompactTape {
         std::mem::swap(&mut narrow.lse, &mut tape.lse);
         std::mem::swap(&mut narrow.middle, &mut tape.middle);
         std::mem::swap(&mut narrow.r_feed_forward, &mut tape.r_feed_forward);
+        std::mem::swap(&mut narrow.lora, &mut tape.lora);
     }
 }

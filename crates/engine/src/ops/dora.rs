@@ -29,11 +29,11 @@ pub(super) fn backward_weight(
 ) {
     let (inputs, rank, scale) = (low_rank.inputs(), low_rank.rank, low_rank.scale);
     let outputs = w.len() / inputs;
-    let Scratch { u, d_u, dropped, y, .. } = scratch;
+    let Scratch { u, d_u, y, .. } = scratch;
     let y = fit(y, dy.len());
     linear::forward(low_rank.precision, x, w, y, inputs, false);
     let dy_y = column_dots(dy, y, outputs);
-    let u = low_rank.down(x, false, u, dropped);
+    let u = View::rows(low_rank.down(x, u), low_rank.width());
     let mut scaled_b = Vec::with_capacity(low_rank.site.targets.len());
     for (index, target) in low_rank.site.targets.iter().enumerate() {
         let b = low_rank.b(index);

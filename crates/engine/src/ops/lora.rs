@@ -46,13 +46,17 @@ pub(crate) struct LowRank<'a> {
     pub(crate) dropout: Option<Dropout<'a>>,
     /// The arithmetic of its products.
     pub(crate) precision: Precision,
+    /// Whether a row is computed by itself, so that its bits do not depend on how many there are.
+    pub(crate) rowwise: bool,
 }
 
-/// Memory that holds nothing between operations.
+/// Memory that holds nothing between products, and of one product its `d_u` alone.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    pub(super) u: Vec<f32>,
+    /// What [`LowRank::backward_input`] leaves for [`LowRank::backward_weight`].
     pub(super) d_u: Vec<f32>,
+    /// DoRA's u: its forward pass has none.
+    pub(super) u: Vec<f32>,
     pub(super) dropped: Vec<f32>,
     pub(super) weight: Vec<f32>,
     pub(super) y: Vec<f32>,
@@ -68,29 +72,40 @@ impl Scratch {
 }
 
 impl<'a> LowRank<'a> {
-    /// y = x·Wᵀ with the adapted W, or y += with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
+    /// y = x·Wᵀ with the adapted W, or y += with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`; `u` keeps
+    /// drop(x)·Aᵀ for the backward pass, except with DoRA.
     ///
     /// With B = 0, and with DoRA's m as the norms of W besides, y has the bits that it has without an adapter.
-    pub(crate) fn forward(&self, x: &[f32], w: &[f32], y: &mut [f32], add: bool, rowwise: bool, scratch: &mut Scratch) {
-        let (inputs, product) = (self.inputs(), linear::forward_as(rowwise, self.precision));
+    pub(crate) fn forward(
+        &self,
+        x: &[f32],
+        w: &[f32],
+        y: &mut [f32],
+        add: bool,
+        u: &mut Vec<f32>,
+        scratch: &mut Scratch,
+    ) {
+        let (inputs, product) = (self.inputs(), linear::forward_as(self.rowwise, self.precision));
         if self.is_dora() {
             return product(x, self.merged(w, &mut scratch.weight), y, inputs, add);
         }
         product(x, w, y, inputs, add);
-        self.add_forward(x, y, rowwise, scratch);
+        self.add_forward(x, y, u, scratch);
     }
 
-    /// y += s·drop(x)·Aᵀ·Bᵀ. x `[n, inputs]`, y `[n, outputs]`. With `rowwise`, the bits of a row do not depend on n.
+    /// y += s·u·Bᵀ with u = drop(x)·Aᵀ, which is kept. x `[n, inputs]`, y `[n, outputs]`.
     ///
     /// # Panics
     /// With DoRA, whose W is no sum of this and another.
-    pub(crate) fn add_forward(&self, x: &[f32], y: &mut [f32], rowwise: bool, scratch: &mut Scratch) {
+    pub(crate) fn add_forward(&self, x: &[f32], y: &mut [f32], u: &mut Vec<f32>, scratch: &mut Scratch) {
         assert!(!self.is_dora(), "DoRA is no update that can be added");
         let outputs = y.len() / (x.len() / self.inputs());
-        let u = self.down(x, rowwise, &mut scratch.u, &mut scratch.dropped);
-        if rowwise {
-            return self.add_up_rowwise(&scratch.u, y, outputs);
+        let x = self.dropped(x, &mut scratch.dropped);
+        let u = self.down(x, u);
+        if self.rowwise {
+            return self.add_up_rowwise(u, y, outputs);
         }
+        let u = View::rows(u, self.width());
         for (index, target) in self.site.targets.iter().enumerate() {
             let b = View::rows(self.b(index), self.rank);
             let y = ViewMut::rows(y, outputs).columns(target.columns.clone());
@@ -116,15 +131,19 @@ impl<'a> LowRank<'a> {
         });
     }
 
-    /// dx = dy·W with the adapted W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
-    pub(crate) fn backward_input(&self, dy: &[f32], w: &[f32], dx: &mut [f32], scratch: &mut Scratch) {
+    /// dx = dy·W with the adapted W, where anybody asks for it. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
+    pub(crate) fn backward_input(&self, dy: &[f32], w: &[f32], dx: Option<&mut [f32]>, scratch: &mut Scratch) {
         let inputs = self.inputs();
+        let Scratch { d_u, dropped, weight, .. } = scratch;
         if self.is_dora() {
-            return linear::backward_input(self.precision, dy, self.merged(w, &mut scratch.weight), dx, inputs);
+            if let Some(dx) = dx {
+                linear::backward_input(self.precision, dy, self.merged(w, weight), dx, inputs);
+            }
+            return;
         }
-        linear::backward_input(self.precision, dy, w, dx, inputs);
-        let Scratch { d_u, dropped, .. } = scratch;
         let d_u = self.d_u(dy, w.len() / inputs, |index| self.b(index), d_u);
+        let Some(dx) = dx else { return };
+        linear::backward_input(self.precision, dy, w, dx, inputs);
         let a = View::rows(&self.weights[self.site.a.clone()], inputs);
         match self.dropout {
             None => product(self.precision, d_u, a, ViewMut::rows(dx, inputs), 1.0, true),
@@ -136,29 +155,31 @@ impl<'a> LowRank<'a> {
         }
     }
 
-    /// Adds to `gradient`, which has the adapter's layout, the derivatives for A and B (and DoRA's m).
+    /// Adds to `gradient`, which has the adapter's layout, the derivatives for A and B (and DoRA's m). `u` is what
+    /// [`forward`](Self::forward) kept, `scratch` what [`backward_input`](Self::backward_input) left for the same dy.
     pub(crate) fn backward_weight(
         &self,
         dy: &[f32],
         x: &[f32],
         w: &[f32],
         gradient: &mut [f32],
+        u: &[f32],
         scratch: &mut Scratch,
     ) {
         if self.is_dora() {
             return dora::backward_weight(self, dy, x, w, gradient, scratch);
         }
         let inputs = self.inputs();
-        let outputs = w.len() / inputs;
-        let Scratch { u, d_u, dropped, .. } = scratch;
-        let u = self.down(x, false, u, dropped);
+        let (outputs, width) = (w.len() / inputs, self.width());
+        let len = x.len() / inputs * width;
+        let u = View::rows(&u[..len], width);
         for (index, target) in self.site.targets.iter().enumerate() {
             let dy = View::rows(dy, outputs).columns(target.columns.clone());
             let d_b = ViewMut::rows(&mut gradient[target.b.clone()], self.rank);
             product(self.precision, dy.transposed(), u.columns(self.part(index)), d_b, self.scale, true);
         }
-        let d_u = self.d_u(dy, outputs, |index| self.b(index), d_u);
-        let x = if self.dropout.is_some() { &dropped[..x.len()] } else { x };
+        let d_u = View::rows(&scratch.d_u[..len], width);
+        let x = self.dropped(x, &mut scratch.dropped);
         let d_a = ViewMut::rows(&mut gradient[self.site.a.clone()], inputs);
         product(self.precision, d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true);
     }
@@ -211,24 +232,24 @@ impl<'a> LowRank<'a> {
     }
 
     /// Columns of u.
-    fn width(&self) -> usize {
+    pub(super) fn width(&self) -> usize {
         self.site.targets.len() * self.rank
     }
 
-    /// u = drop(x)·Aᵀ of all targets, `[n, targets·rank]`; leaves drop(x) in `dropped` if there is dropout.
-    pub(super) fn down<'u>(&self, x: &[f32], rowwise: bool, u: &'u mut Vec<f32>, dropped: &mut Vec<f32>) -> View<'u> {
-        let (inputs, width) = (self.inputs(), self.width());
-        let x = match self.dropout {
-            None => x,
-            Some(dropout) => {
-                let dropped = fit(dropped, x.len());
-                dropout.forward(x, dropped);
-                dropped
-            }
-        };
-        let u = fit(u, x.len() / inputs * width);
-        linear::forward_as(rowwise, self.precision)(x, &self.weights[self.site.a.clone()], u, inputs, false);
-        View::rows(u, width)
+    /// drop(x), in `dropped` if there is dropout.
+    fn dropped<'x>(&self, x: &'x [f32], dropped: &'x mut Vec<f32>) -> &'x [f32] {
+        let Some(dropout) = self.dropout else { return x };
+        let dropped = fit(dropped, x.len());
+        dropout.forward(x, dropped);
+        dropped
+    }
+
+    /// u = x·Aᵀ of all targets, `[n, targets·rank]`.
+    pub(super) fn down<'u>(&self, x: &[f32], u: &'u mut Vec<f32>) -> &'u [f32] {
+        let inputs = self.inputs();
+        let u = fit(u, x.len() / inputs * self.width());
+        linear::forward_as(self.rowwise, self.precision)(x, &self.weights[self.site.a.clone()], u, inputs, false);
+        u
     }
 
     /// The derivative for u: s·dy·B for each target, with B as `b` gives it, `[n, targets·rank]`.
@@ -289,6 +310,10 @@ mod tests {
         (Site { a: 0..28, targets }, random(43, 1))
     }
 
+    fn low_rank<'a>(site: &'a Site, weights: &'a [f32], dropout: Option<Dropout<'a>>) -> LowRank<'a> {
+        LowRank { site, weights, rank: 2, scale: 0.7, dropout, precision: Precision::F32, rowwise: false }
+    }
+
     #[test]
     fn gradients_match_finite_differences() {
         let (x, w, dy) = (random(5 * 7, 2), random(8 * 7, 3), random(5 * 8, 4));
@@ -296,17 +321,19 @@ mod tests {
         for (dora, rate) in [(false, 0.0), (false, 0.4), (true, 0.0)] {
             let (site, weights) = site(dora);
             let dropout = (rate > 0.0).then_some(Dropout { rate, seed: 6, row_keys: &KEYS });
-            let adapted =
-                LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout, precision: Precision::F32 };
+            let adapted = low_rank(&site, &weights, dropout);
             let run = |x: &[f32], weights: &[f32]| {
                 let mut y = vec![0.0; dy.len()];
-                LowRank { weights, ..adapted }.forward(x, &w, &mut y, false, false, &mut scratch.borrow_mut());
+                let scratch = &mut scratch.borrow_mut();
+                LowRank { weights, ..adapted }.forward(x, &w, &mut y, false, &mut Vec::new(), scratch);
                 y
             };
             let (mut dx, mut gradient) = (vec![0.0; x.len()], vec![0.0; weights.len()]);
-            adapted.backward_input(&dy, &w, &mut dx, &mut scratch.borrow_mut());
+            let (mut u, mut y) = (Vec::new(), vec![0.0; dy.len()]);
+            adapted.forward(&x, &w, &mut y, false, &mut u, &mut scratch.borrow_mut());
+            adapted.backward_input(&dy, &w, Some(&mut dx), &mut scratch.borrow_mut());
+            adapted.backward_weight(&dy, &x, &w, &mut gradient, &u, &mut scratch.borrow_mut());
             check(&x, &dx, &dy, |x| run(x, &weights));
-            adapted.backward_weight(&dy, &x, &w, &mut gradient, &mut scratch.borrow_mut());
             let held: Vec<_> = (0..2).map(|target| dora::norms(&adapted, target, &w)).collect();
             for range in [0..28, 28..38, if dora { 38..43 } else { 28..32 }] {
                 check(&weights[range.clone()], &gradient[range.clone()], &dy, |part| {
@@ -322,9 +349,10 @@ mod tests {
                     run(&x, &moved)
                 });
             }
-            // gradients add up
+            // gradients add up, and need no dx
             let once = gradient.clone();
-            adapted.backward_weight(&dy, &x, &w, &mut gradient, &mut scratch.borrow_mut());
+            adapted.backward_input(&dy, &w, None, &mut scratch.borrow_mut());
+            adapted.backward_weight(&dy, &x, &w, &mut gradient, &u, &mut scratch.borrow_mut());
             assert!(gradient.iter().zip(&once).all(|(g, once)| (g - 2.0 * once).abs() < 1e-5));
         }
     }
@@ -333,13 +361,12 @@ mod tests {
     fn a_row_of_zeros_stays_one_with_dora() {
         let (site, mut weights) = site(true);
         weights[28..38].fill(0.0);
-        let low_rank =
-            LowRank { site: &site, weights: &weights, rank: 2, scale: 0.7, dropout: None, precision: Precision::F32 };
+        let low_rank = low_rank(&site, &weights, None);
         let (x, w, dy) = (random(5 * 7, 2), vec![0.0; 8 * 7], random(5 * 8, 4));
         let (mut y, mut gradient) = (vec![1.0; dy.len()], vec![0.0; weights.len()]);
-        low_rank.forward(&x, &w, &mut y, false, false, &mut Scratch::default());
+        low_rank.forward(&x, &w, &mut y, false, &mut Vec::new(), &mut Scratch::default());
         assert_eq!(y, [0.0; 40]);
-        low_rank.backward_weight(&dy, &x, &w, &mut gradient, &mut Scratch::default());
+        low_rank.backward_weight(&dy, &x, &w, &mut gradient, &[], &mut Scratch::default());
         assert!(gradient.iter().all(|g| g.is_finite()));
     }
 }

@@ -57,19 +57,23 @@ pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f3
     let _span = elementwise(size_of_val(x) + size_of_val(dy) + 2 * size_of_val(dx));
     let width = w.len();
     assert!(x.len() == dy.len() && x.len() == dx.len() && x.len() == r.len() * width);
+    let trained = dw.is_some();
     let partial: Vec<Vec<f32>> = dx
         .par_chunks_mut(ROWS * width)
         .zip(x.par_chunks(ROWS * width))
         .zip(dy.par_chunks(ROWS * width))
         .zip(r.par_chunks(ROWS))
         .map(|(((dx, x), dy), r)| {
-            let mut dw = vec![0.0; width];
+            let mut dw = vec![0.0; if trained { width } else { 0 }];
             dispatch(
                 #[inline(always)]
                 || {
                     let rows = dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width));
                     for (((dx, x), dy), &r) in rows.zip(r) {
-                        backward_row(x, w, r, dy, dx, &mut dw);
+                        backward_row(x, w, r, dy, dx);
+                        if trained {
+                            gain_row(x, r, dy, &mut dw);
+                        }
                     }
                 },
             );
@@ -86,11 +90,17 @@ pub(crate) fn backward(x: &[f32], w: &[f32], r: &[f32], dy: &[f32], dx: &mut [f3
 }
 
 #[inline(always)]
-fn backward_row(x: &[f32], w: &[f32], r: f32, dy: &[f32], dx: &mut [f32], dw: &mut [f32]) {
+fn backward_row(x: &[f32], w: &[f32], r: f32, dy: &[f32], dx: &mut [f32]) {
     let s = dot3(dy, w, x) * r * r * r / x.len() as f32;
-    for ((((dx, dw), dy), w), x) in dx.iter_mut().zip(dw).zip(dy).zip(w).zip(x) {
-        *dw += dy * x * r;
+    for (((dx, dy), w), x) in dx.iter_mut().zip(dy).zip(w).zip(x) {
         *dx += dy * w * r - x * s;
+    }
+}
+
+#[inline(always)]
+fn gain_row(x: &[f32], r: f32, dy: &[f32], dw: &mut [f32]) {
+    for ((dw, dy), x) in dw.iter_mut().zip(dy).zip(x) {
+        *dw += dy * x * r;
     }
 }
 
