@@ -15,6 +15,7 @@ use crate::batch::PackedBatch;
 use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
+use crate::ops::logprob::Softmax;
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
 use crate::precision::Precision;
@@ -59,6 +60,10 @@ pub struct Decoder {
     tapes: Vec<BlockTape>,
     /// What each block keeps in bf16; `tapes` is then the one place.
     compact: Vec<CompactTape>,
+    /// The exponentials of the softmax of the first scored rows, as many as `inverse_sums` has.
+    exps: Vec<f32>,
+    /// What the last forward pass to be followed by a backward pass kept of the softmax.
+    inverse_sums: Vec<f32>,
     kept: Option<Keep>,
     scratch: Scratch,
 }
@@ -105,6 +110,8 @@ impl Decoder {
             inputs: Vec::new(),
             tapes: Vec::new(),
             compact: Vec::new(),
+            exps: Vec::new(),
+            inverse_sums: Vec::new(),
             kept: None,
             scratch: Scratch::default(),
         }
@@ -119,7 +126,7 @@ impl Decoder {
     pub fn logps<'a>(&mut self, parameters: impl Into<Parameters<'a>>, batch: &'a PackedBatch) -> Vec<f64> {
         let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, None);
-        self.head_forward(&pass, batch)
+        self.head_forward(&pass, batch, 0)
     }
 
     /// As [`logps`](Self::logps), keeping what [`backward`](Self::backward) needs.
@@ -131,7 +138,7 @@ impl Decoder {
     ) -> Vec<f64> {
         let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, Some(keep));
-        self.head_forward(&pass, batch)
+        self.head_forward(&pass, batch, logprob::kept_rows(batch.targets.len(), self.vocab()))
     }
 
     /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] with respect to every weight of what is trained:
@@ -150,11 +157,11 @@ impl Decoder {
         let Some(keep) = keep else { panic!("backward without a forward pass before it") };
         let pass = Pass::new(self.precision, parameters.into(), batch);
         let mut gradient = pass.gradient(gradient);
-        self.head_forward_backward(&pass, batch, d_logps, &mut gradient);
+        self.head_backward(&pass, batch, d_logps, &mut gradient);
         self.backward_blocks(&pass, batch, keep, &mut gradient);
     }
 
-    /// Forward and backward in one, for derivatives that are known beforehand: saves one pass of the head.
+    /// Forward and backward in one, for derivatives that are known beforehand: no logits are computed twice.
     /// Returns the log-probabilities.
     pub fn forward_backward<'a>(
         &mut self,
@@ -168,9 +175,10 @@ impl Decoder {
         let mut gradient = pass.gradient(gradient);
         self.run_blocks(&pass, batch, Some(keep));
         self.kept = None;
-        let logps = self.head_forward_backward(&pass, batch, d_logps, &mut gradient);
+        self.inverse_sums.clear();
+        let logps = self.head_backward(&pass, batch, d_logps, &mut gradient);
         self.backward_blocks(&pass, batch, keep, &mut gradient);
-        logps
+        batch.sum_responses(&logps)
     }
 
     /// The logits `[wanted, vocab]` of the wanted tokens, for tokens that continue the sequences of a cache: the weighted
@@ -212,9 +220,9 @@ impl Decoder {
         self.x = x;
         let of_part = |part: usize| wanted.iter().map(move |&row| (part * tokens.len() + row) as u32);
         self.gather_normed(&pass, &(0..parts).flat_map(of_part).collect::<Vec<_>>());
+        let vocab = self.vocab();
         let Scratch { logits, head, .. } = &mut self.scratch;
         let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
-        let vocab = self.layout.head.len() / d;
         let logits = fit(logits, wanted.len() * vocab);
         match packed {
             Some(packed) => packed.head.forward(normed, logits, false),
@@ -226,6 +234,11 @@ impl Decoder {
     /// Numbers and width of the attention heads.
     pub(crate) fn heads(&self) -> Heads {
         self.heads
+    }
+
+    /// Rows of the vocabulary head.
+    fn vocab(&self) -> usize {
+        self.layout.head.len() / self.hidden
     }
 
     fn check_weights(&self, pass: &Pass<'_>) {
@@ -386,64 +399,73 @@ impl Decoder {
         }
     }
 
-    /// Log-probabilities, or scores, of the batch's responses from `self.x`.
-    fn head_forward(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Vec<f64> {
+    /// Log-probabilities, or scores, of the batch's responses from `self.x`; keeps the softmax of the first `kept` scored
+    /// rows.
+    fn head_forward(&mut self, pass: &Pass<'_>, batch: &PackedBatch, kept: usize) -> Vec<f64> {
         if self.scores {
             self.gather_normed(pass, &batch.scored_rows);
             let normed = &self.scratch.head.normed[..batch.scored_rows.len() * self.hidden];
             return batch.sum_responses(&score::forward(normed, pass.score_head(&self.layout.head)));
         }
-        let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / self.hidden);
+        let (weights, vocab) = (pass.base(&self.layout.head), self.vocab());
+        self.inverse_sums.clear();
         let mut logps = Vec::with_capacity(batch.targets.len());
-        for (rows, targets) in batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)) {
-            self.gather_normed(pass, rows);
+        for rows in logprob::cut(batch.targets.len(), kept, vocab) {
+            self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
             let Scratch { head, logits, .. } = &mut self.scratch;
-            let normed = &head.normed[..rows.len() * self.hidden];
-            logps.extend(logprob::forward(self.precision, normed, pass.base(&self.layout.head), targets, logits));
+            let is_kept = rows.end <= kept;
+            let exps = fit(if is_kept { &mut self.exps } else { logits }, rows.len() * vocab);
+            let head = Head { rows: &head.normed[..rows.len() * self.hidden], weights };
+            let (chunk, inverse_sums) = logprob::forward(self.precision, head, &batch.targets[rows], exps);
+            logps.extend(chunk);
+            if is_kept {
+                self.inverse_sums = inverse_sums;
+            }
         }
         batch.sum_responses(&logps)
     }
 
-    /// As [`head_forward`](Self::head_forward); overwrites `scratch.dx` with the gradient of `self.x` and adds
-    /// the gradients of head and last norm, unless they are frozen.
-    fn head_forward_backward(
+    /// Overwrites `scratch.dx` with the gradient of `self.x` and adds the gradients of head and last norm, unless they are
+    /// frozen. Returns the log-probabilities of the scored tokens whose softmax was not kept; or the scores.
+    fn head_backward(
         &mut self,
         pass: &Pass<'_>,
         batch: &PackedBatch,
         d_logps: &[f64],
         gradient: &mut Gradient<'_>,
-    ) -> Vec<f64> {
-        let d = self.hidden;
+    ) -> Vec<f32> {
         let d_logps = batch.spread_responses(d_logps);
-        fit(&mut self.scratch.dx, batch.rows() * d).fill(0.0);
+        fit(&mut self.scratch.dx, batch.rows() * self.hidden).fill(0.0);
         if self.scores {
             return self.score_forward_backward(pass, batch, &d_logps, gradient);
         }
-        let chunk = logprob::even_chunk(batch.targets.len(), self.layout.head.len() / d);
-        let mut logps = Vec::with_capacity(batch.targets.len());
-        let chunks = batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk)).zip(d_logps.chunks(chunk));
-        for ((rows, targets), d_logps) in chunks {
-            self.gather_normed(pass, rows);
+        let (weights, vocab) = (pass.base(&self.layout.head), self.vocab());
+        let kept = self.inverse_sums.len();
+        let mut logps = Vec::new();
+        for rows in logprob::cut(batch.targets.len(), kept, vocab) {
+            self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
             let Scratch { head, logits, .. } = &mut self.scratch;
-            let len = rows.len() * d;
-            let d_normed = fit(&mut head.d_normed, len);
-            let (w, d_w) = (pass.base(&self.layout.head), gradient.base(&self.layout.head));
-            logps.extend(logprob::forward_backward(
-                self.precision,
-                &head.normed[..len],
-                w,
-                targets,
-                d_logps,
-                d_normed,
-                d_w,
-                logits,
-            ));
-            self.norm_backward(pass, rows, gradient);
+            let (len, targets) = (rows.len() * self.hidden, &batch.targets[rows.clone()]);
+            let policy = Head { rows: &head.normed[..len], weights };
+            let computed;
+            let softmax = if rows.end <= kept {
+                Softmax { exps: &mut self.exps[..rows.len() * vocab], inverse_sums: &self.inverse_sums }
+            } else {
+                let exps = fit(logits, rows.len() * vocab);
+                let chunk;
+                (chunk, computed) = logprob::forward(self.precision, policy, targets, exps);
+                logps.extend(chunk);
+                Softmax { exps, inverse_sums: &computed }
+            };
+            let (d_normed, d_w) = (fit(&mut head.d_normed, len), gradient.base(&self.layout.head));
+            let d_logps = &d_logps[rows.clone()];
+            logprob::backward(self.precision, policy, targets, d_logps, softmax, d_normed, d_w);
+            self.norm_backward(pass, &batch.scored_rows[rows], gradient);
         }
-        batch.sum_responses(&logps)
+        logps
     }
 
-    /// As [`head_forward_backward`](Self::head_forward_backward), of scores; `scratch.dx` is all zero before. The head is
+    /// As [`head_backward`](Self::head_backward), of scores; `scratch.dx` is all zero before. The head is
     /// trained even where the model is frozen.
     fn score_forward_backward(
         &mut self,
@@ -451,14 +473,14 @@ impl Decoder {
         batch: &PackedBatch,
         d_scores: &[f32],
         gradient: &mut Gradient<'_>,
-    ) -> Vec<f64> {
+    ) -> Vec<f32> {
         self.gather_normed(pass, &batch.scored_rows);
         let (range, head, len) = (&self.layout.head, &mut self.scratch.head, batch.scored_rows.len() * self.hidden);
         let (normed, w) = (&head.normed[..len], pass.score_head(range));
         let scores = score::forward(normed, w);
         score::backward(normed, w, d_scores, fit(&mut head.d_normed, len), pass.score_gradient(range, gradient));
         self.norm_backward(pass, &batch.scored_rows, gradient);
-        batch.sum_responses(&scores)
+        scores
     }
 
     /// Takes `scratch.head.d_normed` of the given rows through the last norm and adds it to `scratch.dx`.

@@ -40,7 +40,9 @@ impl Decoder {
         let head = if config.head.is_score() {
             rows * (4 * d + 1)
         } else {
-            logprob::chunk_rows(config.vocab_size).min(rows + 1) * (config.vocab_size + 4 * d + 1)
+            let kept = if keep.is_some() { logprob::kept_rows(rows + 1, config.vocab_size) } else { 0 };
+            let others = logprob::chunk_rows(config.vocab_size).min(rows + 1 - kept);
+            (kept + others) * config.vocab_size + kept.max(others) * (4 * d + 1)
         };
         // without instructions for it, a product in bf16 is that of rounded copies of its factors, of which the head's are largest
         let copies =
@@ -81,7 +83,7 @@ mod tests {
             .tapes
             .iter()
             .flat_map(|t| [&t.r_attention, &t.qkv, &t.lse, &t.attention, &t.middle, &t.r_feed_forward, &t.gate_up]);
-        let scratch = [normed, activation, logits, reference_logits, dx, d_normed, d_attention, d_qkv];
+        let scratch = [normed, activation, logits, reference_logits, dx, d_normed, d_attention, d_qkv, &decoder.exps];
         let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
         let buffers = tapes.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x]);
         buffers.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()

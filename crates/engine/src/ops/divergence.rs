@@ -5,9 +5,9 @@
 
 use rayon::prelude::*;
 
-use super::linear;
 use super::logprob::{self, compute_logits, log_softmax_at};
 use super::simd::{dispatch, exp_sums, max};
+use super::{fit, linear};
 use crate::precision::Precision;
 
 /// Normalised final hidden rows, and the vocabulary head that turns them into logits.
@@ -101,8 +101,11 @@ fn both_logits<'l>(
         reference.rows.len() == policy.rows.len() && reference.weights.len() == policy.weights.len(),
         "the reference has another shape than the policy"
     );
-    let logits = compute_logits(precision, policy.rows, policy.weights, width, vocab, logits);
-    (vocab, logits, compute_logits(precision, reference.rows, reference.weights, width, vocab, reference_logits))
+    let len = targets.len() * vocab;
+    let (logits, reference_logits) = (fit(logits, len), fit(reference_logits, len));
+    compute_logits(precision, policy.rows, policy.weights, width, logits);
+    compute_logits(precision, reference.rows, reference.weights, width, reference_logits);
+    (vocab, logits, reference_logits)
 }
 
 /// One row under both models.
@@ -166,7 +169,7 @@ mod tests {
             let policy = Head { rows: &x, weights: &w };
             let reference = Head { rows: &reference_x, weights: &reference_w };
             let (logps, divergences) = run(policy, reference);
-            assert_eq!(logps, logprob::forward(Precision::F32, &x, &w, &TARGETS, &mut Vec::new()));
+            assert_eq!(logps, logprob::forward(Precision::F32, policy, &TARGETS, &mut [0.0; 3 * VOCAB]).0);
             for ((p, r), divergence) in log_softmax(policy).iter().zip(log_softmax(reference)).zip(divergences) {
                 let expected: f64 = r.iter().zip(p).map(|(r, p)| r.exp() * (r - p)).sum();
                 assert!((f64::from(divergence) - expected).abs() < 2e-6 * expected.max(1.0), "{divergence} {expected}");
