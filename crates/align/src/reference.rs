@@ -15,7 +15,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use crate::sequences::{Sequences, micro_batches, pack};
 
 /// Changes whenever the engine's results may change.
-const ARITHMETIC: &str = "v4";
+const ARITHMETIC: &str = "v5";
 
 /// Tokens per forward pass where nothing else is asked for. Such a pass keeps little, so that it fits wherever its model
 /// does.

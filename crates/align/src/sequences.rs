@@ -55,18 +55,21 @@ pub(crate) fn micro_batches(items: &[Sequences<'_>], tokens: usize, for_scores: 
     parts
 }
 
-/// The items as one packed batch, with the number of each as its key for dropout.
-pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize], for_scores: bool) -> PackedBatch {
+/// The items as one packed batch, with the number of each as its key for dropout, and prompts apart or not.
+pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize], for_scores: bool, apart: bool) -> PackedBatch {
     let mut packed = empty(for_scores);
+    if apart {
+        packed = packed.with_prompts_apart();
+    }
     for (item, &key) in items.iter().zip(keys) {
         packed.push_keyed(key as u64, item.prompt, &item.responses);
     }
     packed
 }
 
-/// The items as one packed batch.
+/// The items as one packed batch, with prompts apart.
 pub(crate) fn pack(items: &[Sequences<'_>], for_scores: bool) -> PackedBatch {
-    let mut packed = empty(for_scores);
+    let mut packed = empty(for_scores).with_prompts_apart();
     for item in items {
         packed.push(item.prompt, &item.responses);
     }

@@ -36,8 +36,8 @@ pub enum ShiftFrom<'a> {
     Nothing,
     /// What the policy says of the batch's own responses.
     OwnResponses,
-    /// What the policy says of these, one response each.
-    Others(Vec<Sequences<'a>>),
+    /// What the policy says of these responses, one to the prompt of each example of the batch.
+    Others(Vec<&'a [u32]>),
 }
 
 /// A set of examples with a loss. The trainer minimises Σ loss / Σ weight over a batch.
@@ -245,7 +245,10 @@ impl Task for LabelledResponses<'_> {
 
     fn shift_from(&self, batch: &[usize]) -> ShiftFrom<'_> {
         match self.objective {
-            Unpaired::Kto { .. } => ShiftFrom::Others(mismatched(self.examples, batch, self.longest)),
+            Unpaired::Kto { .. } => {
+                let items = mismatched(self.examples, batch, self.longest);
+                ShiftFrom::Others(items.iter().map(|item| item.responses[0]).collect())
+            }
             Unpaired::Bco { .. } => ShiftFrom::OwnResponses,
             _ => ShiftFrom::Nothing,
         }

@@ -14,11 +14,15 @@ use crate::ops::dropout::mix;
 pub struct PackedBatch {
     /// Whether it is for a score head.
     pub(crate) for_scores: bool,
+    /// Whether a prompt is a segment of its own even if it has one response.
+    prompts_apart: bool,
     /// Tokens that the decoder computes, `[rows]`.
     pub tokens: Vec<u32>,
     /// Position of each token in its sequence, `[rows]`.
     pub positions: Vec<u32>,
     segments: Vec<Segment>,
+    /// The rows of each prompt, in the order of insertion.
+    prompts: Vec<Range<usize>>,
     /// For each scored token, the row that predicts it; for scores the row of the last token of each text.
     pub scored_rows: Vec<u32>,
     /// The scored tokens: every token of every response; none for scores.
@@ -41,6 +45,12 @@ impl PackedBatch {
         Self { for_scores: true, ..Self::default() }
     }
 
+    /// The same batch, still empty, with every prompt computed by itself: the bits of a response do not depend on how many
+    /// others its prompt has. Without, a prompt and its only response are one sequence, which is cheaper.
+    pub fn with_prompts_apart(self) -> Self {
+        Self { prompts_apart: true, ..self }
+    }
+
     /// Adds a prompt with its responses.
     ///
     /// # Panics
@@ -49,17 +59,30 @@ impl PackedBatch {
     pub fn push(&mut self, prompt: &[u32], responses: &[&[u32]]) {
         assert!(!prompt.is_empty(), "a prompt has at least one token");
         assert!(self.for_scores || responses.iter().all(|r| !r.is_empty()), "a response has at least one token");
-        if let [response] = responses {
-            // nothing to share: one segment is cheaper than two
-            let rows = self.add_segment(prompt.iter().chain(self.computed(response)), 0, None);
-            self.score(rows.start + prompt.len() - 1, rows.start + prompt.len(), response);
+        let start = self.rows();
+        self.prompts.push(start..start + prompt.len());
+        if let ([response], false) = (responses, self.prompts_apart) {
+            self.add_segment(prompt.iter().chain(self.computed(response)), 0, None);
+            self.score(start + prompt.len() - 1, start + prompt.len(), response);
             return;
         }
-        let prompt_rows = self.add_segment(prompt, 0, None);
+        self.add_segment(prompt, 0, None);
         for response in responses {
-            let rows = self.add_segment(self.computed(response), prompt.len(), Some(prompt_rows.clone()));
-            self.score(prompt_rows.end - 1, rows.start, response);
+            self.push_response(self.prompts.len() - 1, response);
         }
+    }
+
+    /// Adds a response to a prompt that is there already, the `prompt`-th from 0. Its rows come last and have no keys.
+    ///
+    /// A batch may so be computed together with responses of which no gradient is taken:
+    /// [`Decoder::backward`](crate::Decoder::backward) takes the batch as it was before.
+    ///
+    /// # Panics
+    /// If there is no such prompt.
+    pub fn push_response(&mut self, prompt: usize, response: &[u32]) {
+        let prompt = self.prompts[prompt].clone();
+        let rows = self.add_segment(self.computed(response), prompt.len(), Some(prompt.clone()));
+        self.score(prompt.end - 1, rows.start, response);
     }
 
     /// The tokens of a response that have rows.
@@ -115,7 +138,7 @@ impl PackedBatch {
 
     /// The same examples several times, all of them once before any of them again.
     pub(crate) fn repeated(&self, times: usize) -> Self {
-        let mut all = Self { for_scores: self.for_scores, ..Self::default() };
+        let mut all = Self { for_scores: self.for_scores, prompts_apart: self.prompts_apart, ..Self::default() };
         for _ in 0..times {
             let (row, target) = (all.rows(), all.scored_rows.len());
             let moved = |range: &Range<usize>, by: usize| range.start + by..range.end + by;
@@ -125,6 +148,7 @@ impl PackedBatch {
                 rows: moved(&segment.rows, row),
                 prompt: segment.prompt.as_ref().map(|prompt| moved(prompt, row)),
             }));
+            all.prompts.extend(self.prompts.iter().map(|prompt| moved(prompt, row)));
             all.scored_rows.extend(self.scored_rows.iter().map(|scored| scored + row as u32));
             all.targets.extend(&self.targets);
             all.responses.extend(self.responses.iter().map(|response| moved(response, target)));
@@ -184,6 +208,23 @@ mod tests {
         assert_eq!(packed_rows(2, &[3, 1], false) + packed_rows(1, &[2], false), batch.rows());
         assert_eq!(batch.sum_responses(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), [6.0, 4.0, 11.0]);
         assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 1.0, 2.0, 3.0, 3.0]);
+    }
+
+    #[test]
+    fn responses_are_added_behind_to_prompts_that_are_there() {
+        let mut batch = PackedBatch::default().with_prompts_apart();
+        batch.push(&[5, 6], &[&[7, 8, 2]]);
+        batch.push(&[4], &[&[3, 2]]);
+        assert_eq!(batch.spans().len(), 4);
+        let own = batch.clone();
+        batch.push_response(1, &[7, 8, 2]);
+        batch.push_response(0, &[3]);
+        assert_eq!(batch.tokens, [5, 6, 7, 8, 4, 3, 7, 8]);
+        assert_eq!(batch.positions, [0, 1, 2, 3, 0, 1, 1, 2]);
+        assert_eq!(batch.scored_rows, [1, 2, 3, 4, 5, 4, 6, 7, 1]);
+        assert_eq!(batch.targets, [7, 8, 2, 3, 2, 7, 8, 2, 3]);
+        assert_eq!(batch.responses, [0..3, 3..5, 5..8, 8..9]);
+        assert_eq!(batch.tokens[..own.rows()], own.tokens);
     }
 
     #[test]

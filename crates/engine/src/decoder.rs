@@ -145,7 +145,8 @@ impl Decoder {
     /// of the adapter if there is one, else of the model.
     ///
     /// # Panics
-    /// If the last call was not [`forward`](Self::forward) with the same parameters and batch.
+    /// If the last call was not [`forward`](Self::forward) with the same parameters and batch. The forward pass may have had
+    /// [further responses](PackedBatch::push_response) behind this batch, which cost nothing here.
     pub fn backward<'a>(
         &mut self,
         parameters: impl Into<Parameters<'a>>,
@@ -440,7 +441,7 @@ impl Decoder {
             return self.score_forward_backward(pass, batch, &d_logps, gradient);
         }
         let (weights, vocab) = (pass.base(&self.layout.head), self.vocab());
-        let kept = self.inverse_sums.len();
+        let kept = self.inverse_sums.len().min(batch.targets.len());
         let mut logps = Vec::new();
         for rows in logprob::cut(batch.targets.len(), kept, vocab) {
             self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
@@ -449,7 +450,7 @@ impl Decoder {
             let policy = Head { rows: &head.normed[..len], weights };
             let computed;
             let softmax = if rows.end <= kept {
-                Softmax { exps: &mut self.exps[..rows.len() * vocab], inverse_sums: &self.inverse_sums }
+                Softmax { exps: &mut self.exps[..rows.len() * vocab], inverse_sums: &self.inverse_sums[..kept] }
             } else {
                 let exps = fit(logits, rows.len() * vocab);
                 let chunk;

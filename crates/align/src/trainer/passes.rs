@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use engine::batch::packed_rows;
 use engine::{Decoder, Head, Keep, Model, Parameters, Precision};
 
 use super::{MemoryPlan, Policy};
@@ -66,31 +67,40 @@ impl Passes {
     ) -> (Means, usize, Vec<usize>) {
         let items = batch.sequences();
         let parts = micro_batches(&items, self.micro_batch_tokens, self.for_scores);
-        let mut tokens = self.computed(&items);
-        // what is kept of a forward pass ends with the next one, so other passes come before it
         let from = batch.task.shift_from(batch.examples);
-        let alone = parts.len() == 1 && from == ShiftFrom::OwnResponses;
-        let mut shift = None;
-        if !alone {
-            let (value, computed) = self.shift(parameters, batch, &items, from, running);
-            tokens += computed;
-            shift = Some(value);
+        let apart = is_compared(&from);
+        let (mut tokens, mut shift, mut behind) = (0, None, Vec::new());
+        // what is kept of a forward pass ends with the next one, so other passes come before it
+        match from {
+            ShiftFrom::OwnResponses if parts.len() == 1 => {}
+            ShiftFrom::Others(others) if !parameters.has_dropout() && self.fit_together(&items, &others) => {
+                behind = others;
+            }
+            from => {
+                let (value, computed) = self.shift(parameters, batch, &items, from, running);
+                (tokens, shift) = (computed, Some(value));
+            }
         }
         let total_weight = batch.weight();
         let reference = batch.task.divergence_from();
         let mut sums = Sums::default();
         for part in parts {
             let examples = &batch.examples[part.clone()];
-            let packed = pack_keyed(&items[part], examples, self.for_scores);
+            let packed = pack_keyed(&items[part], examples, self.for_scores, apart);
             let rows = reference.map(|model| self.decoder.head_rows(&model.weights, &packed));
             let head = reference.zip(rows.as_deref()).map(|(model, rows)| head(model, rows));
+            let mut whole = packed.clone();
+            behind.iter().enumerate().for_each(|(prompt, response)| whole.push_response(prompt, response));
+            tokens += whole.rows();
             let scored = match head {
-                None => logps(self.decoder.forward(parameters, &packed, self.keep)),
-                Some(head) => divergences(self.decoder.forward_with_divergence(parameters, head, &packed, self.keep)),
+                None => logps(self.decoder.forward(parameters, &whole, self.keep)),
+                Some(head) => divergences(self.decoder.forward_with_divergence(parameters, head, &whole, self.keep)),
             };
-            let shift = *shift.get_or_insert_with(|| batch.task.shift(batch.step, batch.examples, &scored, running));
+            let (scored, others) = scored.split_at(packed.responses.len());
+            let of_shift = if others.is_empty() { scored } else { others };
+            let shift = *shift.get_or_insert_with(|| batch.task.shift(batch.step, batch.examples, of_shift, running));
             let (mut d_logps, mut d_kls) = (Vec::new(), Vec::new());
-            sums.add(batch.task, examples, &scored, shift, |derivative| {
+            sums.add(batch.task, examples, scored, shift, |derivative| {
                 d_logps.push(derivative.logp / total_weight);
                 d_kls.push(derivative.kl / total_weight);
             });
@@ -114,12 +124,14 @@ impl Passes {
         running: RunningMean,
     ) -> (Means, Vec<usize>) {
         let items = batch.sequences();
-        let shift = match batch.task.shift_from(batch.examples) {
+        let from = batch.task.shift_from(batch.examples);
+        let apart = is_compared(&from);
+        let shift = match from {
             // a running mean is what training has seen
             ShiftFrom::OwnResponses => running.mean,
             from => self.shift(parameters, batch, &items, from, &mut running.clone()).0,
         };
-        let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from());
+        let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from(), apart);
         let mut sums = Sums::default();
         sums.add(batch.task, batch.examples, &scored, shift, |_| ());
         let broken = std::mem::take(&mut sums.broken);
@@ -135,18 +147,25 @@ impl Passes {
         from: ShiftFrom<'_>,
         running: &mut RunningMean,
     ) -> (f64, usize) {
-        let others;
+        let others: Vec<Sequences<'_>>;
         let (items, parameters) = match from {
             ShiftFrom::Nothing => return (0.0, 0),
             ShiftFrom::OwnResponses => (own, parameters),
-            ShiftFrom::Others(items) => {
-                others = items;
+            ShiftFrom::Others(responses) => {
+                let pairs = own.iter().zip(responses);
+                others = pairs.map(|(own, other)| Sequences { responses: vec![other], ..*own }).collect();
                 (others.as_slice(), Parameters { dropout_seed: None, ..parameters })
             }
         };
-        let scored = self.score(parameters, items, batch.examples, None);
+        let scored = self.score(parameters, items, batch.examples, None, true);
         let shift = batch.task.shift(batch.step, batch.examples, &scored, running);
         (shift, self.computed(items))
+    }
+
+    /// Whether items, and further responses to their prompts, are one micro-batch.
+    fn fit_together(&self, items: &[Sequences<'_>], others: &[&[u32]]) -> bool {
+        let lengths: Vec<usize> = others.iter().map(|other| other.len()).collect();
+        self.computed(items) + packed_rows(0, &lengths, self.for_scores) <= self.micro_batch_tokens
     }
 
     /// Number of tokens that are computed for items.
@@ -155,17 +174,18 @@ impl Passes {
     }
 
     /// What the policy says of every response, with the divergence from `reference` if there is one. `keys` tell the
-    /// items apart for dropout.
+    /// items apart for dropout; their prompts are packed `apart` or not.
     fn score(
         &mut self,
         parameters: Parameters<'_>,
         items: &[Sequences<'_>],
         keys: &[usize],
         reference: Option<&Model>,
+        apart: bool,
     ) -> Vec<Scored> {
         let mut all = Vec::new();
         for part in micro_batches(items, self.micro_batch_tokens, self.for_scores) {
-            let packed = pack_keyed(&items[part.clone()], &keys[part], self.for_scores);
+            let packed = pack_keyed(&items[part.clone()], &keys[part], self.for_scores, apart);
             all.extend(match reference {
                 None => logps(self.decoder.logps(parameters, &packed)),
                 Some(model) => {
@@ -177,6 +197,12 @@ impl Passes {
         }
         all
     }
+}
+
+/// Whether single responses are compared with the reference or with each other. To give the same bits whatever they are
+/// packed with, as the reference's do, their prompts are packed apart then.
+fn is_compared(from: &ShiftFrom<'_>) -> bool {
+    *from != ShiftFrom::Nothing
 }
 
 /// What a policy is compared with: a model's vocabulary head, and its last hidden rows.

@@ -14,7 +14,7 @@ use super::*;
 use crate::data::{Dataset, TokenizedExample, TokenizedPair, Tokens};
 use crate::objective::{Objective, Pairwise, RunningMean, Unpaired};
 use crate::reference;
-use crate::sequences::{Sequences, pack};
+use crate::sequences::{Sequences, pack, pack_keyed};
 use crate::step::Alignment;
 use crate::task::{Demonstration, Demonstrations, LabelledResponses, Preferences, Scored, longest, mismatched};
 
@@ -76,6 +76,7 @@ impl Cut {
 /// What one gradient pass gives.
 struct Pass {
     means: Means,
+    tokens: usize,
     broken: Vec<usize>,
     running: RunningMean,
     gradient: Vec<f32>,
@@ -87,8 +88,8 @@ fn gradient(policy: &Policy, task: &dyn Task, examples: &[usize], cut: Cut) -> P
     let mut running = RunningMean::default();
     let mut passes = cut.passes(policy);
     let batch = Batch { task, step: 0, examples };
-    let (means, _, broken) = passes.gradient(policy.parameters(Some(7)), &batch, &mut running, &mut gradient);
-    Pass { means, broken, running, gradient }
+    let (means, tokens, broken) = passes.gradient(policy.parameters(Some(7)), &batch, &mut running, &mut gradient);
+    Pass { means, tokens, broken, running, gradient }
 }
 
 fn never() -> StopAfter {
@@ -383,7 +384,8 @@ fn demonstrations_are_learned_and_weighted_by_tokens() {
     let options = TrainOptions { epochs: 60, batch_size: 2, weight_decay: 0.0, max_grad_norm: 1.0, ..options() };
     let before = evaluate(&policy, &task, whole()).loss;
     let mut decoder = Decoder::new(&policy, 8);
-    let logps = decoder.logps(&policy.weights, &pack(&[task.sequences(0), task.sequences(1)], false));
+    let packed = pack_keyed(&[task.sequences(0), task.sequences(1)], &[0, 1], false, false);
+    let logps = decoder.logps(&policy.weights, &packed);
     assert!((before + (logps[0] + logps[1]) / 5.0).abs() < 1e-9);
     let folder = tempfile::tempdir().unwrap();
     train_whole(&mut policy, &task, None, &options, folder.path(), &mut never()).unwrap();

@@ -22,6 +22,13 @@ pub struct Parameters<'a> {
     pub dropout_seed: Option<u64>,
 }
 
+impl Parameters<'_> {
+    /// Whether a pass drops anything.
+    pub fn has_dropout(&self) -> bool {
+        self.dropout_seed.is_some() && self.adapter.is_some_and(|adapter| adapter.options.dropout > 0.0)
+    }
+}
+
 impl<'a> From<&'a [f32]> for Parameters<'a> {
     fn from(base: &'a [f32]) -> Self {
         Self { base, adapter: None, dropout_seed: None }
@@ -56,8 +63,7 @@ impl<'a> Pass<'a> {
     /// If the adapter has dropout and the batch's examples no keys, or if it has DoRA besides.
     pub(super) fn new(precision: Precision, parameters: Parameters<'a>, batch: &'a PackedBatch) -> Self {
         let Parameters { base, adapter, dropout_seed } = parameters;
-        let drops = adapter.is_some_and(|adapter| adapter.options.dropout > 0.0);
-        let dropout = dropout_seed.filter(|_| drops).map(|seed| (seed, batch.row_keys.as_slice()));
+        let dropout = dropout_seed.filter(|_| parameters.has_dropout()).map(|seed| (seed, batch.row_keys.as_slice()));
         if let Some((_, keys)) = dropout {
             assert_eq!(keys.len(), batch.rows(), "dropout needs examples with keys");
             assert!(!adapter.is_some_and(|adapter| adapter.options.dora), "DoRA cannot be trained with dropout");

@@ -3,7 +3,7 @@
 use super::*;
 
 /// An adapter that is no longer 0, on a model that is the reference.
-fn adapted(start: &Model, dropout: f64) -> Policy {
+pub(super) fn adapted(start: &Model, dropout: f64) -> Policy {
     let mut adapter = Adapter::new(start, lora(dropout), 1).unwrap();
     adapter.weights.iter_mut().enumerate().for_each(|(i, weight)| *weight += 0.02 * ((i % 7) as f32 - 3.0));
     Policy::Adapted(start.clone(), adapter)

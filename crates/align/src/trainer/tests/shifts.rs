@@ -1,5 +1,6 @@
 //! KTO's z₀ and BCO's δ.
 
+use super::adapters::adapted;
 use super::*;
 
 /// The shift of the whole batch, from sequences scored one at a time.
@@ -37,6 +38,38 @@ fn shifts_are_those_of_the_whole_batch_however_it_is_cut() {
             assert_eq!((cut.means, cut.running), (whole.means.clone(), whole.running));
             assert_close(&cut.gradient, &whole.gradient);
         }
+    }
+}
+
+/// Mismatched responses are packed behind the batch, whose prompts they share, unless it has to be cut or the batch's own
+/// responses are scored with dropout.
+#[test]
+fn mismatched_responses_cost_no_prompts_where_the_batch_is_one_pass() {
+    let examples = examples(&fixture());
+    let start = moved("untied_gqa");
+    let reference = example_scores(&start, &examples);
+    let batch: Vec<usize> = (0..examples.len()).collect();
+    let others = mismatched(&examples, &batch, longest(&examples));
+    // so much less that z₀ is not cut at 0
+    let mismatched_reference = [scores(&start, &others).iter().map(|logp| logp - 1.0).collect::<Vec<_>>()];
+    let task = LabelledResponses::new(&examples, &reference, &KTO, &mismatched_reference);
+    let run = |dropout: f64, micro_batch_tokens: usize| {
+        let policy = adapted(&start, dropout);
+        gradient(&policy, &task, &batch, &TrainOptions { micro_batch_tokens, ..options() })
+    };
+    let own: usize = batch.iter().map(|&example| task.sequences(example).computed(false)).sum();
+    let apart: usize = others.iter().map(|item| item.computed(false)).sum();
+    let prompts: usize = others.iter().map(|item| item.prompt.len()).sum();
+    let together = own + apart - prompts;
+    for (dropout, micro_batch_tokens, tokens) in
+        [(0.0, together, together), (0.0, together - 1, own + apart), (0.4, together, own + apart)]
+    {
+        let pass = run(dropout, micro_batch_tokens);
+        assert_eq!(pass.tokens, tokens);
+        let whole = run(0.0, 10_000);
+        assert_eq!(pass.means.metrics["kl"], whole.means.metrics["kl"]);
+        assert!(whole.means.metrics["kl"] > 0.1);
+        assert_eq!(pass.means.loss == whole.means.loss, dropout == 0.0, "the batch's own responses are dropped from");
     }
 }
 
