@@ -155,6 +155,20 @@ mod tests {
         assert_eq!(cached, whole, "the cut does not matter");
     }
 
+    /// As with labelled responses that come from pairs.
+    #[test]
+    fn neighbours_with_one_prompt_share_it_and_keep_their_bits() {
+        let model = model();
+        let item = |prompt, response| Sequences { prompt, responses: vec![response], row: 0 };
+        let (first, second): (&[u32], &[u32]) = (&[1, 5, 9], &[1, 5]);
+        let items = [item(first, &[7, 2]), item(first, &[8, 9, 10, 2]), item(second, &[9, 7, 2]), item(first, &[6, 2])];
+        assert_eq!(pack(&items, false).rows(), 3 + 1 + 3 + 2 + 2 + 3 + 1);
+        let score = |items: &[Sequences<'_>], tokens| logps(&model, items, tokens, None, &mut |_| Ok(())).unwrap();
+        let alone: Vec<f64> = items.iter().flat_map(|item| score(std::slice::from_ref(item), 100)).collect();
+        assert_eq!(score(&items, 100), alone);
+        assert_eq!(score(&items, 9), alone, "a cut between them does not matter");
+    }
+
     #[test]
     fn the_key_sees_weights_and_tokens_and_damage_is_computed_again() {
         let (model, mut tokens, folder) = (model(), tokens(20), tempfile::tempdir().unwrap());

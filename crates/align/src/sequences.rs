@@ -67,11 +67,12 @@ pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize], for_scores: bo
     packed
 }
 
-/// The items as one packed batch, with prompts apart.
+/// The items as one packed batch, with prompts apart; neighbours share a prompt that is the same.
 pub(crate) fn pack(items: &[Sequences<'_>], for_scores: bool) -> PackedBatch {
     let mut packed = empty(for_scores).with_prompts_apart();
-    for item in items {
-        packed.push(item.prompt, &item.responses);
+    for same in items.chunk_by(|a, b| a.prompt == b.prompt) {
+        let responses: Vec<&[u32]> = same.iter().flat_map(|item| &item.responses).copied().collect();
+        packed.push(same[0].prompt, &responses);
     }
     packed
 }
