@@ -163,7 +163,8 @@ mod tests {
         let (first, second): (&[u32], &[u32]) = (&[1, 5, 9], &[1, 5]);
         let items = [item(first, &[7, 2]), item(first, &[8, 9, 10, 2]), item(second, &[9, 7, 2]), item(first, &[6, 2])];
         assert_eq!(pack(&items, false).rows(), 3 + 1 + 3 + 2 + 2 + 3 + 1);
-        let score = |items: &[Sequences<'_>], tokens| logps(&model, items, tokens, None, &mut |_| Ok(())).unwrap();
+        let score =
+            |items: &[Sequences<'_>], tokens| logps(&model, items, Some(tokens), None, &mut |_| Ok(())).unwrap();
         let alone: Vec<f64> = items.iter().flat_map(|item| score(std::slice::from_ref(item), 100)).collect();
         assert_eq!(score(&items, 100), alone);
         assert_eq!(score(&items, 9), alone, "a cut between them does not matter");

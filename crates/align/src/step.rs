@@ -172,11 +172,11 @@ pub fn plan_memory(
     options: &TrainOptions,
 ) -> Result<MemoryPlan> {
     let validation = if options.validate_every > 0 { validation.sequences() } else { Vec::new() };
-    let (keeps_reference, least) = match objective {
-        Objective::Pairwise(objective) => (objective.uses_divergence(), 1),
-        Objective::Unpaired(objective) => (false, objective.smallest_batch()),
+    let (keeps_reference, least, mismatched) = match objective {
+        Objective::Pairwise(objective) => (objective.uses_divergence(), 1, false),
+        Objective::Unpaired(objective) => (false, objective.smallest_batch(), objective.uses_mismatched()),
     };
-    let lengths = Lengths::new(config, options, &data.sequences(), &validation, least);
+    let lengths = Lengths::new(config, options, &data.sequences(), &validation, least, mismatched);
     Footprint { config, options, keeps_reference, lengths }.plan(resident_besides(0))
 }
 

@@ -66,6 +66,10 @@ pub trait Task: Sync {
     fn smallest_batch(&self) -> usize {
         1
     }
+    /// Whether the shift of a batch is made of what the policy says of other responses to its prompts.
+    fn uses_mismatched(&self) -> bool {
+        false
+    }
     /// What the shift of a batch is made of.
     fn shift_from(&self, _batch: &[usize]) -> ShiftFrom<'_> {
         ShiftFrom::Nothing
@@ -241,6 +245,10 @@ impl Task for LabelledResponses<'_> {
 
     fn smallest_batch(&self) -> usize {
         self.objective.smallest_batch()
+    }
+
+    fn uses_mismatched(&self) -> bool {
+        self.objective.uses_mismatched()
     }
 
     fn shift_from(&self, batch: &[usize]) -> ShiftFrom<'_> {

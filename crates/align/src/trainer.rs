@@ -228,11 +228,12 @@ fn footprint<'a>(config: &'a ModelConfig, tasks: &[&dyn Task], options: &'a Trai
     let mut of_tasks = tasks.iter().map(|task| (0..task.len()).map(|i| task.sequences(i)).collect::<Vec<_>>());
     let (examples, validation) = (of_tasks.next().unwrap_or_default(), of_tasks.next().unwrap_or_default());
     let least = tasks.first().map_or(1, |task| task.smallest_batch());
+    let mismatched = tasks.iter().any(|task| task.uses_mismatched());
     Footprint {
         config,
         options,
         keeps_reference: tasks.iter().any(|task| task.divergence_from().is_some()),
-        lengths: Lengths::new(config, options, &examples, &validation, least),
+        lengths: Lengths::new(config, options, &examples, &validation, least, mismatched),
     }
 }
 

@@ -74,25 +74,29 @@ pub(crate) struct Footprint<'a> {
 pub(crate) struct Lengths {
     /// Of the largest example.
     largest: usize,
-    /// Of the largest batch.
+    /// Of the largest batch, with what is computed beside it.
     batch: usize,
     /// Of the longest sequence.
     pub(super) longest: usize,
 }
 
 impl Lengths {
-    /// Of a training on some examples in batches of at least `least`, validated on others.
+    /// Of a training on some examples in batches of at least `least`, validated on others. With `mismatched`, the responses of a
+    /// batch are computed a second time, behind other prompts of it.
     pub(crate) fn new(
         config: &ModelConfig,
         options: &TrainOptions,
         examples: &[Sequences<'_>],
         validation: &[Sequences<'_>],
         least: usize,
+        mismatched: bool,
     ) -> Self {
         let computed = |item: &Sequences<'_>| item.computed(config.head.is_score());
         let all = || examples.iter().chain(validation);
         let plan = options.plan(examples.len(), least);
-        let of_batch = |batch: &Vec<usize>| batch.iter().map(|&example| computed(&examples[example])).sum();
+        let again = |item: &Sequences<'_>| if mismatched { computed(item) - item.prompt.len() } else { 0 };
+        let of_example = |&example: &usize| computed(&examples[example]) + again(&examples[example]);
+        let of_batch = |batch: &Vec<usize>| batch.iter().map(of_example).sum();
         Self {
             largest: all().map(computed).max().unwrap_or(0),
             batch: plan.batches.iter().map(of_batch).max().unwrap_or(0),
@@ -363,11 +367,11 @@ mod tests {
         let item = |response: usize| Sequences { prompt: &tokens[..10], responses: vec![&tokens[..response]], row: 1 };
         let examples: Vec<_> = (1..=10).map(|i| item(9 * i)).collect();
         let options = TrainOptions { batch_size: 10, epochs: 2, ..free() };
-        let lengths = Lengths::new(&config, &options, &examples, &[item(95)], 1);
+        let lengths = Lengths::new(&config, &options, &examples, &[item(95)], 1, false);
         // the last token of a response is not computed
         assert_eq!(lengths, Lengths { largest: 104, batch: 10 * 9 + 9 * 55, longest: 105 });
         let pairs = TrainOptions { batch_size: 2, ..options };
-        let lengths = Lengths::new(&config, &pairs, &examples, &[], 1);
+        let lengths = Lengths::new(&config, &pairs, &examples, &[], 1, false);
         let largest = pairs.plan(10, 1).batches.iter().map(|b| b.iter().map(|i| 9 * i + 18).sum::<usize>()).max();
         assert_eq!((lengths.largest, Some(lengths.batch), lengths.longest), (99, largest, 100));
     }

@@ -83,9 +83,11 @@ mod tests {
             .tapes
             .iter()
             .flat_map(|t| [&t.r_attention, &t.qkv, &t.lse, &t.attention, &t.middle, &t.r_feed_forward, &t.gate_up]);
+        let tapes = tapes.chain(decoder.tapes.iter().flat_map(|tape| &tape.lora));
         let scratch = [normed, activation, logits, reference_logits, dx, d_normed, d_attention, d_qkv, &decoder.exps];
         let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
-        let buffers = tapes.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x]);
+        let buffers =
+            tapes.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x, &decoder.inverse_sums]);
         buffers.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
             + lora::Scratch::bytes(lora)
             + decoder.compact.iter().map(CompactTape::bytes).sum::<usize>()

@@ -43,7 +43,8 @@ impl CompactTape {
     /// What it takes.
     pub(super) fn bytes(&self) -> usize {
         let narrow = [&self.narrow.r_attention, &self.narrow.lse, &self.narrow.middle, &self.narrow.r_feed_forward];
-        let narrow = narrow.map(|values| size_of_val(values.as_slice())).iter().sum::<usize>();
+        let narrow = narrow.into_iter().chain(&self.narrow.lora);
+        let narrow = narrow.map(|values| size_of_val(values.as_slice())).sum::<usize>();
         let wide = [&self.qkv, &self.attention, &self.gate_up];
         narrow + wide.map(|values| size_of_val(values.as_slice())).iter().sum::<usize>()
     }

@@ -55,7 +55,7 @@ fn mismatched_responses_cost_no_prompts_where_the_batch_is_one_pass() {
     let task = LabelledResponses::new(&examples, &reference, &KTO, &mismatched_reference);
     let run = |dropout: f64, micro_batch_tokens: usize| {
         let policy = adapted(&start, dropout);
-        gradient(&policy, &task, &batch, &TrainOptions { micro_batch_tokens, ..options() })
+        gradient(&policy, &task, &batch, cut(micro_batch_tokens, false))
     };
     let own: usize = batch.iter().map(|&example| task.sequences(example).computed(false)).sum();
     let apart: usize = others.iter().map(|item| item.computed(false)).sum();
