@@ -164,7 +164,7 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32]
     let n = qkv.len() / width;
     assert!(qkv.len() == n * width && out.len() == n * out_width && lse.len() == n * heads.query);
     check(heads, spans);
-    if single::applies_to(spans) {
+    if single::applies_to(heads, spans) {
         return single::forward(qkv, heads, spans, out, lse);
     }
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
