@@ -27,19 +27,22 @@ pub(super) fn forward(qkv: &[f32], heads: Heads, spans: &[Span<'_>], out: &mut [
 /// As [`forward`], for heads of width `D`.
 fn forward_of<const D: usize>(qkv: &[f32], heads: Heads, spans: &[Span<'_>], out: &mut [f32], lse: &mut [f32]) {
     let shared = heads.query / heads.key_value;
-    // all heads of a row together read its cache from one end to the other; few rows are cut so that every thread has work
-    let together = if spans.len() >= 2 * rayon::current_num_threads() { heads.key_value } else { 1 };
-    let parts = heads.key_value / together;
-    let tasks = out.par_chunks_exact_mut(together * shared * D).zip(lse.par_chunks_exact_mut(together * shared));
-    tasks.enumerate().for_each_init(Vec::new, |scores: &mut Vec<f32>, (task, (out, lse))| {
-        let (row, first) = (task / parts, task % parts * together);
+    // all heads of a row together read its cache from one end to the other; of few rows each head is by itself, so that every
+    // thread has work
+    let (queries, shared) =
+        if spans.len() >= 2 * rayon::current_num_threads() { (heads.query, shared) } else { (1, 1) };
+    let parts = heads.query / queries;
+    let tasks = out.par_chunks_exact_mut(queries * D).zip(lse.par_chunks_exact_mut(queries)).enumerate();
+    tasks.for_each_init(Vec::new, |scores: &mut Vec<f32>, (task, (out, lse))| {
+        let (row, first) = (task / parts, task % parts * queries);
         let Prefix::Cache { keys, values } = &spans[row].prefix else { return };
         let row = &qkv[row * heads.qkv_width()..(row + 1) * heads.qkv_width()];
-        let queries = row[first * shared * D..][..out.len()].as_chunks::<D>().0;
+        let queries = row[first * D..][..out.len()].as_chunks::<D>().0;
+        let offset = first / (heads.query / heads.key_value) * D;
         let (own_keys, own_values) = row[heads.query_width()..].split_at(heads.key_value_width());
         let tokens = keys.len() / heads.key_value_width() + 1;
         scores.resize(lse.len() * tokens, 0.0);
-        let of_heads = |rows| OfHeads { rows, width: heads.key_value_width(), offset: first * D, shared };
+        let of_heads = |rows| OfHeads { rows, width: heads.key_value_width(), offset, shared };
         let (arch, out) = (pulp::Arch::new(), out.as_chunks_mut::<D>().0);
         for (keys, first) in [(*keys, 0), (own_keys, tokens - 1)] {
             arch.dispatch(Dots { queries, keys: of_heads(keys), scores, tokens, first });
