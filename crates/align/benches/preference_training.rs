@@ -84,17 +84,18 @@ fn arranged<T: Clone>(rows: &[T], batches: &[Vec<usize>]) -> Vec<T> {
     arranged
 }
 
-/// Useful floating-point operations of a step on the batch, all weights trained.
+/// Useful floating-point operations of a step on the batch, all weights trained. KTO's mismatched responses are scored behind the
+/// prompts that are there.
 fn useful_flops(config: &engine::ModelConfig, data: &Dataset) -> f64 {
-    let mut trained = PackedBatch::default();
-    data.sequences().iter().for_each(|sequences| trained.push(sequences.prompt, &sequences.responses));
-    let mut scored = PackedBatch::default();
+    let mut batch = PackedBatch::default().with_prompts_apart();
+    data.sequences().iter().for_each(|sequences| batch.push(sequences.prompt, &sequences.responses));
+    let trained = roofline::forward_flops(config, &batch);
     if let Dataset::Examples(examples) = data {
         let all: Vec<usize> = (0..examples.len()).collect();
         let others = mismatched(examples, &all, longest(examples));
-        others.iter().for_each(|sequences| scored.push(sequences.prompt, &sequences.responses));
+        others.iter().enumerate().for_each(|(prompt, other)| batch.push_response(prompt, other.responses[0]));
     }
-    3.0 * roofline::forward_flops(config, &trained) + roofline::forward_flops(config, &scored)
+    2.0 * trained + roofline::forward_flops(config, &batch)
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -14,9 +14,6 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use crate::sequences::{Sequences, micro_batches, pack};
 
-/// Changes whenever the engine's results may change.
-const ARITHMETIC: &str = "v5";
-
 /// Tokens per forward pass where nothing else is asked for. Such a pass keeps little, so that it fits wherever its model
 /// does.
 pub(crate) const TOKENS: usize = 2048;
@@ -81,7 +78,7 @@ fn check_finite(items: &[Sequences<'_>], logps: &[f64]) -> Result<()> {
 /// `policy` names the policy and its precision.
 fn cache_file(folder: &Path, policy: &str, items: &[Sequences<'_>]) -> PathBuf {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{ARITHMETIC} {} {policy}", engine::instruction_set()).as_bytes());
+    hasher.update(format!("{} {policy}", engine::arithmetic()).as_bytes());
     items.iter().for_each(|item| item.hash_into(&mut hasher));
     folder.join(format!("{}.safetensors", hasher.finalize().to_hex()))
 }

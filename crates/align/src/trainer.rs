@@ -50,7 +50,7 @@ pub struct TrainOptions {
     pub epochs: usize,
     /// Examples per optimizer step.
     pub batch_size: usize,
-    /// Tokens per forward pass; changes memory and speed, not the result. None: as many as fit, see [`MemoryPlan`].
+    /// Tokens per forward pass; changes memory and speed, and the result by rounding at most. None: as many as fit, see [`MemoryPlan`].
     pub micro_batch_tokens: Option<usize>,
     /// Bytes that the process may hold while it trains. None: what it holds, and 90 % of what is available.
     pub memory_bytes: Option<usize>,

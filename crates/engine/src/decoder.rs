@@ -176,7 +176,6 @@ impl Decoder {
         let mut gradient = pass.gradient(gradient);
         self.run_blocks(&pass, batch, Some(keep));
         self.kept = None;
-        self.inverse_sums.clear();
         let logps = self.head_backward(&pass, batch, d_logps, &mut gradient);
         self.backward_blocks(&pass, batch, keep, &mut gradient);
         batch.sum_responses(&logps)
@@ -260,6 +259,8 @@ impl Decoder {
     fn run_blocks(&mut self, pass: &Pass<'_>, batch: &PackedBatch, keep: Option<Keep>) {
         self.check_weights(pass);
         assert_eq!(batch.for_scores, self.scores, "the batch is not for this head");
+        // what was kept of the softmax is of another batch
+        self.inverse_sums.clear();
         let blocks = self.layout.blocks.len();
         let (apart, compact) = (self.has_tapes(keep), self.has_compact_tapes(keep));
         self.tapes.resize_with(if apart { blocks } else { 1 }, BlockTape::default);

@@ -33,8 +33,14 @@ pub use model::{Layout, Model, ModelHash, ParamSpec};
 pub use precision::Precision;
 pub use tokenizer::Tokenizer;
 
-/// The processor's instruction set as the engine uses it. Results may differ in the last bits between instruction sets, so
-/// what is cached on disk names it.
+/// What decides the last bits of results besides what they are results of: how the engine computes, and the processor's
+/// instruction set. What is kept on disk names it.
+pub fn arithmetic() -> String {
+    // changes whenever results may change
+    format!("v5 {}", instruction_set())
+}
+
+/// The processor's instruction set as the engine uses it.
 pub fn instruction_set() -> String {
     format!("{}{}", ops::simd::instruction_set(), if ops::linear::bf16::is_native() { " bf16" } else { "" })
 }

@@ -110,12 +110,13 @@ impl<'a> Mixture<'a> {
         Ok(Self { passes, precision: Precision::F32 })
     }
 
-    /// The same policy, computed in another precision than f32.
+    /// The same policy, scored in another precision than f32. What its answers are generated in, [`Dtype`](crate::generate::Dtype)
+    /// says.
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
     }
 
-    /// The precision in which it is computed.
+    /// The precision in which it is scored.
     pub fn precision(&self) -> Precision {
         self.precision
     }

@@ -50,14 +50,14 @@ fn check(result: &Value) {
     assert_eq!(stages.len(), 9, "{stages:?}");
     assert!(stages.iter().all(|stage| number(stage, "/seconds") > 0.0), "{stages:?}");
     close(stages.iter().map(|stage| number(stage, "/share")).sum(), 1.0);
-    // nothing is recomputed in a model this small, so the products do the useful work and the head's second forward pass
+    // nothing is recomputed in a model this small, so the products do the useful work and no other
     let done: f64 = stages
         .iter()
         .filter(|stage| stage.get("gflops").is_some())
         .map(|stage| 1e9 * number(stage, "/gflops") * number(stage, "/seconds"))
         .sum();
     let useful = number(result, "/train/useful_flops_per_step");
-    assert!(done > useful * (1.0 - 1e-9) && done < 4.0 / 3.0 * useful, "{done} {useful}");
+    close(done / useful, 1.0);
 }
 
 #[test]

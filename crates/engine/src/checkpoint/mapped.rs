@@ -30,11 +30,17 @@ impl Mapped {
     }
 
     /// Gives back the memory of a part of the bytes that was used. It can be used again, and is then read again.
+    ///
+    /// # Panics
+    /// If it is not a part of these bytes.
     #[allow(unsafe_code)]
     pub fn release(&self, part: &[u8]) {
-        let start = part.as_ptr() as usize - self.bytes.as_ptr() as usize;
+        let (own, part_of_them) = (self.bytes.as_ptr_range(), part.as_ptr_range());
+        assert!(own.start <= part_of_them.start && part_of_them.end <= own.end, "the bytes are not of {:?}", self.path);
         #[cfg(unix)]
-        // SAFETY: pages of a read-only mapping that are given up hold what the file holds when they are used again. What
+        let start = part_of_them.start as usize - own.start as usize;
+        #[cfg(unix)]
+        // SAFETY: the range lies within the mapping (above). Pages of a read-only mapping that are given up hold what the file holds when they are used again. What
         // comes of the advice does not matter: without, the pages stay until the system takes them back.
         let _ = unsafe { self.bytes.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, part.len()) };
     }

@@ -257,7 +257,6 @@ pub(crate) fn backward(
     });
 }
 
-/// Checks what the tasks rely on: that heads divide, and that no row is in two spans.
 /// Floating-point operations of the products of a forward pass: of every row's queries with the keys that it attends to, its own
 /// included, and of the weights with the values. The gradients need twice as many.
 pub(crate) fn flops(heads: Heads, spans: &[Span]) -> f64 {
@@ -275,6 +274,7 @@ pub(crate) fn flops(heads: Heads, spans: &[Span]) -> f64 {
     4.0 * (heads.query_width() * spans.iter().map(attended).sum::<usize>()) as f64
 }
 
+/// Checks what the tasks rely on: that heads divide, and that no row is in two spans.
 fn check(heads: Heads, spans: &[Span]) {
     assert!(heads.query.is_multiple_of(heads.key_value), "query heads are not a multiple of key and value heads");
     assert!(spans.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "spans overlap or are out of order");

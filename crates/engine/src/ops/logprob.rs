@@ -1,6 +1,7 @@
 //! The vocabulary head as log-probabilities of given tokens: log p(t|x) = (x·Wᵀ)ₜ − logsumexp(x·Wᵀ).
 //!
-//! Only rows that predict a token of a response come here, in chunks; logits of all rows never exist at once.
+//! Only rows that predict a token of a response come here, in chunks; of their softmax as much is kept for the backward pass as [`KEPT`]
+//! says.
 
 use std::ops::Range;
 

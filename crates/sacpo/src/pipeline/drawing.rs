@@ -74,8 +74,8 @@ impl<'a> Drawing<'a> {
 fn file_name(policy: &str, prompts: &[Vec<u32>], block: usize, options: &SamplingOptions) -> String {
     // answers do not depend on how many are drawn at once
     let options = SamplingOptions { batch_size: 1, ..options.clone() };
-    let (version, instructions) = (env!("CARGO_PKG_VERSION"), engine::instruction_set());
-    let text = format!("{version} {instructions} {policy} {prompts:?} {block} {options:?}");
+    let (version, arithmetic) = (env!("CARGO_PKG_VERSION"), engine::arithmetic());
+    let text = format!("{version} {arithmetic} {policy} {prompts:?} {block} {options:?}");
     format!("answers-{}.json", blake3::hash(text.as_bytes()).to_hex())
 }
 

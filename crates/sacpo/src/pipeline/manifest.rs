@@ -53,7 +53,7 @@ pub(crate) fn key(recipe: &Recipe, inputs: &Inputs) -> Result<String> {
     (recipe.run.threads, recipe.run.memory_gib) = (None, None);
     recipe.steps.iter_mut().for_each(|step| step.train.micro_batch_tokens = None);
     let mut hasher = blake3::Hasher::new();
-    for part in [env!("CARGO_PKG_VERSION"), &engine::instruction_set(), &recipe.to_toml()?, &inputs.base.hash] {
+    for part in [env!("CARGO_PKG_VERSION"), &engine::arithmetic(), &recipe.to_toml()?, &inputs.base.hash] {
         hasher.update(part.as_bytes()).update(b"\n");
     }
     hasher.update(inputs.base.tokenizer.hash().as_bytes());

@@ -95,7 +95,7 @@ pub struct TrainOptions {
     /// The global gradient norm above which gradients are scaled down, > 0. Default 1.
     pub max_grad_norm: f64,
     /// Tokens per forward and backward pass, ≥ 1; a longer pair passes alone. It changes memory and speed,
-    /// not the result. Default: what fits, 2048 at most.
+    /// and the result by rounding at most. Default: what fits, 2048 at most.
     pub micro_batch_tokens: Option<usize>,
     /// Optimizer steps between the states that a killed run continues from, ≥ 1. Default 20.
     pub save_every: usize,

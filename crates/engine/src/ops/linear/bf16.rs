@@ -38,7 +38,15 @@ fn product_of_rounded(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, ad
         round(&mut copy);
         copy
     });
-    product_f32(View { data: &a_data, ..a }, View { data: &b_data, ..b }, out, scale, add);
+    let (a, b) = (View { data: &a_data, ..a }, View { data: &b_data, ..b });
+    if a.shape[0] != 1 {
+        return product_f32(a, b, out, scale, add);
+    }
+    // one row by itself is summed in another order than one of several, so it comes twice
+    let (row, n) = (a.to_rows(), out.shape[1]);
+    let mut twice = out.data[..n].repeat(2);
+    product_f32(View::rows(&row.repeat(2), row.len()), b, ViewMut::rows(&mut twice, n), scale, add);
+    out.data[..n].copy_from_slice(&twice[..n]);
 }
 
 /// Rounds every number to the nearest bf16.
@@ -114,9 +122,19 @@ mod tests {
                 product(x, View::rows(&w, k).transposed(), ViewMut::rows(&mut y, n), 1.0, false);
                 y
             };
-            let all = of_rows(0, 100);
+            let of_rounded = |from: usize, to: usize| {
+                let mut y = vec![0.5; (to - from) * n];
+                let x = View::rows(&x[from * k..to * k], k);
+                product_of_rounded(x, View::rows(&w, k).transposed(), ViewMut::rows(&mut y, n), 1.5, true);
+                y
+            };
+            let (all, all_rounded) = (of_rows(0, 100), of_rounded(0, 100));
             for (from, to) in [(0, 1), (5, 18), (99, 100), (1, 100)] {
                 assert!(of_rows(from, to) == all[from * n..to * n], "rows {from}..{to} of {n} columns, sums of {k}");
+                assert!(
+                    of_rounded(from, to) == all_rounded[from * n..to * n],
+                    "rows {from}..{to} of {n} columns, rounded"
+                );
             }
         }
     }

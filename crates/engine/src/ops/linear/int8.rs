@@ -6,6 +6,8 @@
 use half::f16;
 use rayon::prelude::*;
 
+use crate::ops::simd::dispatch;
+
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
@@ -46,11 +48,14 @@ struct Codes {
     shift: i32,
 }
 
-/// The scale of up to 32 numbers, and their codes in [−127, 127].
+/// The scale of up to 32 numbers, and their codes in [−127, 127]. Numbers of which one is none have a scale that is none, so
+/// that it shows in the results.
 fn encode(x: &[f32]) -> (f32, [i8; BLOCK]) {
-    let largest = x.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let numbers = x.iter().all(|x| x.is_finite());
+    let largest = if numbers { x.iter().fold(0f32, |m, x| m.max(x.abs())) } else { f32::NAN };
     let scale = largest / 127.0;
-    let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    // numbers too small for an inverse are zero
+    let inverse = Some(1.0 / scale).filter(|inverse| inverse.is_finite()).unwrap_or(0.0);
     let mut codes = [0; BLOCK];
     codes.iter_mut().zip(x).for_each(|(code, x)| *code = (x * inverse).round() as i8);
     (scale, codes)
@@ -61,8 +66,6 @@ impl Codes {
         let (scale, codes) = encode(x);
         let mut words = [[0; QUAD]; WORDS];
         words.as_flattened_mut().copy_from_slice(&codes);
-        // a number that is none must show in the results
-        let scale = if x.iter().all(|x| x.is_finite()) { scale } else { f32::NAN };
         Self { words, scale, shift: -128 * codes.iter().map(|&code| i32::from(code)).sum::<i32>() }
     }
 }
@@ -130,19 +133,24 @@ fn best_kernel() -> Kernel {
 
 /// The [`Kernel`] of any processor.
 fn add_products(rows: &[Codes], panels: &[Panel], sums: &mut [[f32; COLUMNS]]) {
-    for (row, sums) in rows.chunks_exact(panels.len()).zip(sums) {
-        for (codes, panel) in row.iter().zip(panels) {
-            let mut block = [codes.shift; COLUMNS];
-            for (x, words) in codes.words.iter().zip(&panel.words) {
-                for (sum, w) in block.iter_mut().zip(words) {
-                    *sum += w.iter().zip(x).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum::<i32>();
+    dispatch(
+        #[inline(always)]
+        || {
+            for (row, sums) in rows.chunks_exact(panels.len()).zip(sums) {
+                for (codes, panel) in row.iter().zip(panels) {
+                    let mut block = [codes.shift; COLUMNS];
+                    for (x, words) in codes.words.iter().zip(&panel.words) {
+                        for (sum, w) in block.iter_mut().zip(words) {
+                            *sum += w.iter().zip(x).map(|(&w, &x)| i32::from(w) * i32::from(x)).sum::<i32>();
+                        }
+                    }
+                    for ((sum, block), scale) in sums.iter_mut().zip(block).zip(panel.scales) {
+                        *sum = (block as f32).mul_add(codes.scale * scale.to_f32(), *sum);
+                    }
                 }
             }
-            for ((sum, block), scale) in sums.iter_mut().zip(block).zip(panel.scales) {
-                *sum = (block as f32).mul_add(codes.scale * scale.to_f32(), *sum);
-            }
-        }
-    }
+        },
+    );
 }
 
 #[cfg(test)]
@@ -184,11 +192,19 @@ mod tests {
     #[test]
     fn what_is_no_number_shows() {
         let packed = Int8::new(&[1.0; 64], 64);
+        let mut y = [0.0];
         for bad in [f32::NAN, f32::INFINITY] {
-            let (mut x, mut y) = ([1.0; 64], [0.0]);
+            let mut x = [1.0; 64];
             x[40] = bad;
             packed.forward(&x, &mut y, false);
             assert!(y[0].is_nan());
+            let mut w = [1.0; 64];
+            w[7] = bad;
+            Int8::new(&w, 64).forward(&[1.0; 64], &mut y, false);
+            assert!(y[0].is_nan());
         }
+        // and what is too small for a scale is zero
+        Int8::new(&[-1e-44; 64], 64).forward(&[1.0; 64], &mut y, false);
+        assert_eq!(y, [0.0]);
     }
 }

@@ -44,7 +44,7 @@ struct Output {
     start: *mut f32,
     row_stride: usize,
 }
-// SAFETY: the pointer is used only within `product`, whose tasks write to disjoint tiles while the slice is borrowed.
+// SAFETY: the pointer is used only within `multiply`, whose tasks write to disjoint tiles while the slice is borrowed.
 unsafe impl Send for Output {}
 // SAFETY: as above.
 unsafe impl Sync for Output {}
@@ -233,7 +233,7 @@ unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2],
                 }
             }
         } else {
-            debug_assert!(row_stride == 1 || rows <= 1);
+            assert!(row_stride == 1 || rows <= 1, "no elements of the matrix lie next to each other");
             for pair in 0..pairs {
                 let start = matrix.start.wrapping_add(2 * pair * stride + group * row_stride);
                 let second = if 2 * pair + 1 < summed { mask(here) } else { 0 };
