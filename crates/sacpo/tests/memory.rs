@@ -6,23 +6,10 @@ mod common;
 
 use std::fmt::Write as _;
 use std::fs;
-use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use common::*;
 use serde_json::Value;
-
-/// The folder of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
-fn smollm2() -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/SmolLM2-135M-Instruct");
-    let path = std::env::var_os("SACPO_SMOLLM2").map_or_else(|| PathBuf::from(default), PathBuf::from);
-    if !path.exists() {
-        // not `eprintln!`, which a passing test hides
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {} is not there; run scripts/fetch_smollm2.sh.", path.display());
-        return None;
-    }
-    Some(path)
-}
 
 /// What a training says it takes, in bytes; the number is rounded up.
 fn foretold(stderr: &str) -> f64 {

@@ -215,14 +215,24 @@ pub(crate) fn weights(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
 pub(crate) fn shared(name: &str) -> Option<PathBuf> {
     let root = std::env::var_os("SACPO_DATA")
         .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")), PathBuf::from);
-    let path = root.join(name);
-    if !path.exists() {
-        // not `eprintln!`, which a passing test hides
-        let remedy = "set SACPO_DATA to the folder of the shared test data";
-        let _ = writeln!(std::io::stderr(), "SKIPPED: {} is not there; {remedy}.", path.display());
-        return None;
+    present(root.join(name), "set SACPO_DATA to the folder of the shared test data")
+}
+
+/// The GGUF file of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
+pub(crate) fn smollm2() -> Option<PathBuf> {
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/SmolLM2-135M-Instruct.Q4_1.gguf");
+    let path = std::env::var_os("SACPO_SMOLLM2").map_or_else(|| PathBuf::from(default), PathBuf::from);
+    present(path, "run scripts/fetch_smollm2.sh")
+}
+
+/// The path if something is there, or nothing, and a loud line that says so.
+fn present(path: PathBuf, remedy: &str) -> Option<PathBuf> {
+    if path.exists() {
+        return Some(path);
     }
-    Some(path)
+    // not `eprintln!`, which a passing test hides
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {} is not there; {remedy}.", path.display());
+    None
 }
 
 /// A copy of the base model, to damage.
