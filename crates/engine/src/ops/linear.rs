@@ -233,6 +233,12 @@ pub(crate) fn forward_rowwise(x: &[f32], w: &[f32], y: &mut [f32], inputs: usize
             },
         );
     });
+    write_columns(&columns, y, outputs, add);
+}
+
+/// y = columns, or y += columns with `add`. columns `[outputs, n]`, y `[n, outputs]`.
+fn write_columns(columns: &[f32], y: &mut [f32], outputs: usize, add: bool) {
+    let n = y.len() / outputs;
     for (row, y) in y.chunks_exact_mut(outputs).enumerate() {
         for (y, column) in y.iter_mut().zip(columns.chunks_exact(n)) {
             *y = column[row] + if add { *y } else { 0.0 };

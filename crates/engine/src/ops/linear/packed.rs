@@ -5,8 +5,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::int8::Int8;
-use super::{View, ViewMut, bf16 as rounded};
-use crate::ops::simd::dispatch;
+use super::{View, ViewMut, bf16 as rounded, write_columns};
+use crate::ops::simd::{dispatch, dot};
 
 /// Rows of W that a task takes.
 const TOGETHER: usize = 32;
@@ -90,17 +90,13 @@ impl Packed {
                     for (column, w) in columns.chunks_exact_mut(n).zip(w.chunks_exact(inputs)) {
                         wide.iter_mut().zip(w).for_each(|(wide, w)| *wide = w.to_f32());
                         for (y, x) in column.iter_mut().zip(x.chunks_exact(inputs)) {
-                            *y = crate::ops::simd::dot(x, &wide);
+                            *y = dot(x, &wide);
                         }
                     }
                 },
             );
         });
-        for (row, y) in y.chunks_exact_mut(self.outputs).enumerate() {
-            for (y, column) in y.iter_mut().zip(columns.chunks_exact(n)) {
-                *y = column[row] + if add { *y } else { 0.0 };
-            }
-        }
+        write_columns(&columns, y, self.outputs, add);
     }
 }
 

@@ -8,7 +8,7 @@ use super::{Roofline, check, drawn};
 use crate::cli::{Bench, Scaling, Shape};
 use crate::ui;
 
-/// Copies of the weights that a training keeps at least: the reference, the policy, its gradient and two moments.
+/// Copies of the weights that there are at least: the policy, its gradient, two moments, and the model that is measured first.
 const COPIES: usize = 5;
 
 /// The tables that were asked for.
@@ -43,12 +43,13 @@ pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Res
         for shape in others {
             ui::say(format!("{} is left out: there is not enough memory to train it.", shape.name()));
         }
-        let points = fitting.into_iter().map(|shape| point(&drawn(shape, options.seed), &pairs, roofline, options));
+        let points = fitting.into_iter().map(|shape| point(drawn(shape, options.seed), &pairs, roofline, options));
         report.size = points.collect::<Result<_>>()?;
     }
     if options.scaling.contains(&Scaling::Length) {
         let stretched = [1, 4, 16].map(|stretch| pairs.stretched(stretch));
-        report.length = stretched.iter().map(|pairs| point(model, pairs, roofline, options)).collect::<Result<_>>()?;
+        report.length =
+            stretched.iter().map(|pairs| point(model.clone(), pairs, roofline, options)).collect::<Result<_>>()?;
     }
     if options.scaling.contains(&Scaling::Threads) {
         let most = rayon::current_num_threads();
@@ -58,7 +59,7 @@ pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Res
             let pool = pool.map_err(|e| Error::Failed(format!("Could not start {threads} threads: {e}.")))?;
             pool.install(|| {
                 let of_threads = Roofline { flops: roofline::peak(options.dtype), ..roofline };
-                point(model, &pairs, of_threads, options)
+                point(model.clone(), &pairs, of_threads, options)
             })
         });
         report.threads = points.collect::<Result<_>>()?;
@@ -67,11 +68,12 @@ pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Res
 }
 
 /// Measures training on the current pool of threads.
-fn point(model: &Model, pairs: &Pairs, roofline: Roofline, options: &Bench) -> Result<Point> {
-    let report = training::measure(model.clone(), pairs, options)?.0.report(options.dtype, roofline);
+fn point(model: Model, pairs: &Pairs, roofline: Roofline, options: &Bench) -> Result<Point> {
+    let parameters = model.layout.len;
+    let report = training::measure(model, pairs, options)?.0.report(options.dtype, roofline);
     check()?;
     Ok(Point {
-        parameters: model.layout.len,
+        parameters,
         length: pairs.mean_length(),
         threads: rayon::current_num_threads(),
         tokens_per_second: report.tokens_per_second,
