@@ -87,7 +87,7 @@ fn arranged<T: Clone>(rows: &[T], batches: &[Vec<usize>]) -> Vec<T> {
 /// Useful floating-point operations of a step on the batch, all weights trained. KTO's mismatched responses are scored behind the
 /// prompts that are there.
 fn useful_flops(config: &engine::ModelConfig, data: &Dataset) -> f64 {
-    let mut batch = PackedBatch::default().with_prompts_apart();
+    let mut batch = PackedBatch::default();
     data.sequences().iter().for_each(|sequences| batch.push(sequences.prompt, &sequences.responses));
     let trained = roofline::forward_flops(config, &batch);
     if let Dataset::Examples(examples) = data {

@@ -12,7 +12,7 @@ use engine::{Error, Mixture, Result, Scorer};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::sequences::{Sequences, micro_batches, pack};
+use crate::sequences::{Packing, Sequences};
 
 /// Tokens per forward pass where nothing else is asked for. Such a pass keeps little, so that it fits wherever its model
 /// does.
@@ -37,7 +37,7 @@ pub fn logps<'p>(
     progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<f64>> {
     let policy = policy.into();
-    let for_scores = policy.is_scorer();
+    let packing = Packing { for_scores: policy.is_scorer(), dropout: false };
     let name = cache.map(|_| format!("{} {}", policy.precision().name(), policy.hash()));
     let tokens = micro_batch_tokens.unwrap_or(TOKENS);
     let mut scorer = Scorer::new(policy, items.iter().map(Sequences::longest).max().unwrap_or(0));
@@ -50,8 +50,8 @@ pub fn logps<'p>(
             all.extend(kept);
         } else {
             let start = all.len();
-            for part in micro_batches(block, tokens, for_scores) {
-                all.extend(scorer.logps(&pack(&block[part.clone()], for_scores)));
+            for part in packing.micro_batches(block, tokens) {
+                all.extend(scorer.logps(&packing.pack_neighbours(&block[part.clone()])));
                 progress(done + part.end)?;
             }
             check_finite(block, &all[start..])?;
@@ -159,7 +159,8 @@ mod tests {
         let item = |prompt, response| Sequences { prompt, responses: vec![response], row: 0 };
         let (first, second): (&[u32], &[u32]) = (&[1, 5, 9], &[1, 5]);
         let items = [item(first, &[7, 2]), item(first, &[8, 9, 10, 2]), item(second, &[9, 7, 2]), item(first, &[6, 2])];
-        assert_eq!(pack(&items, false).rows(), 3 + 1 + 3 + 2 + 2 + 3 + 1);
+        let packing = Packing { for_scores: false, dropout: false };
+        assert_eq!(packing.pack_neighbours(&items).rows(), 3 + 1 + 3 + 2 + 2 + 3 + 1);
         let score =
             |items: &[Sequences<'_>], tokens| logps(&model, items, Some(tokens), None, &mut |_| Ok(())).unwrap();
         let alone: Vec<f64> = items.iter().flat_map(|item| score(std::slice::from_ref(item), 100)).collect();

@@ -37,46 +37,114 @@ impl Sequences<'_> {
     }
 }
 
-/// Cuts a list into runs that compute at most `tokens` tokens each (at least one item).
-pub(crate) fn micro_batches(items: &[Sequences<'_>], tokens: usize, for_scores: bool) -> Vec<Range<usize>> {
-    let mut parts: Vec<Range<usize>> = Vec::new();
-    let mut used = 0;
-    for (at, item) in items.iter().enumerate() {
-        let rows = item.computed(for_scores);
-        match parts.last_mut() {
-            Some(part) if used + rows <= tokens => part.end = at + 1,
-            _ => {
-                parts.push(at..at + 1);
-                used = 0;
+/// With fewer common tokens than these a pass does not compute them apart.
+const WORTH_SHARING: usize = 8;
+
+/// How passes compute items.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Packing {
+    /// Whether for scores of responses or for their log-probabilities.
+    pub(crate) for_scores: bool,
+    /// Whether with dropout, which is another one for every item, so that items share nothing.
+    pub(crate) dropout: bool,
+}
+
+impl Packing {
+    /// The tokens with which the prompts of all items begin, which a pass computes once: a system prompt, as a rule. At least one
+    /// token of every prompt is not among them.
+    fn common<'a>(self, items: &[Sequences<'a>]) -> &'a [u32] {
+        let [first, others @ ..] = items else { return &[] };
+        let shared = |len: usize, other: &Sequences<'_>| {
+            let pairs = first.prompt[..len].iter().zip(&other.prompt[..other.prompt.len() - 1]);
+            pairs.take_while(|(a, b)| a == b).count()
+        };
+        match others.iter().fold(first.prompt.len() - 1, shared) {
+            len if len >= WORTH_SHARING && !others.is_empty() && !self.dropout => &first.prompt[..len],
+            _ => &[],
+        }
+    }
+
+    /// Number of tokens that a pass computes for items.
+    pub(crate) fn computed(self, items: &[Sequences<'_>]) -> usize {
+        let each: usize = items.iter().map(|item| item.computed(self.for_scores)).sum();
+        each - items.len().saturating_sub(1) * self.common(items).len()
+    }
+
+    /// Cuts a list into runs that compute at most `tokens` tokens each (at least one item).
+    pub(crate) fn micro_batches(self, items: &[Sequences<'_>], tokens: usize) -> Vec<Range<usize>> {
+        let mut parts: Vec<Range<usize>> = Vec::new();
+        // a part may have more in common than all have
+        let (common, mut used) = (self.common(items).len(), 0);
+        for (at, item) in items.iter().enumerate() {
+            let rows = item.computed(self.for_scores) - common;
+            match parts.last_mut() {
+                Some(part) if used + rows <= tokens => part.end = at + 1,
+                _ => {
+                    parts.push(at..at + 1);
+                    used = common;
+                }
+            }
+            used += rows;
+        }
+        parts
+    }
+
+    /// The items as one packed batch, with the number of each as its key for dropout.
+    pub(crate) fn pack(self, items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
+        let mut packed = self.empty().with_common(self.common(items));
+        for (item, &key) in items.iter().zip(keys) {
+            match self.dropout {
+                true => packed.push_keyed(key as u64, item.prompt, &item.responses),
+                false => packed.push(item.prompt, &item.responses),
             }
         }
-        used += rows;
+        packed
     }
-    parts
+
+    /// The items as one packed batch, in which neighbours share a prompt that is the same.
+    pub(crate) fn pack_neighbours(self, items: &[Sequences<'_>]) -> PackedBatch {
+        let mut packed = self.empty().with_common(self.common(items));
+        for same in items.chunk_by(|a, b| a.prompt == b.prompt) {
+            let responses: Vec<&[u32]> = same.iter().flat_map(|item| &item.responses).copied().collect();
+            packed.push(same[0].prompt, &responses);
+        }
+        packed
+    }
+
+    fn empty(self) -> PackedBatch {
+        if self.for_scores { PackedBatch::for_scores() } else { PackedBatch::default() }
+    }
 }
 
-/// The items as one packed batch, with the number of each as its key for dropout, and prompts apart or not.
-pub(crate) fn pack_keyed(items: &[Sequences<'_>], keys: &[usize], for_scores: bool, apart: bool) -> PackedBatch {
-    let mut packed = empty(for_scores);
-    if apart {
-        packed = packed.with_prompts_apart();
-    }
-    for (item, &key) in items.iter().zip(keys) {
-        packed.push_keyed(key as u64, item.prompt, &item.responses);
-    }
-    packed
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The items as one packed batch, with prompts apart; neighbours share a prompt that is the same.
-pub(crate) fn pack(items: &[Sequences<'_>], for_scores: bool) -> PackedBatch {
-    let mut packed = empty(for_scores).with_prompts_apart();
-    for same in items.chunk_by(|a, b| a.prompt == b.prompt) {
-        let responses: Vec<&[u32]> = same.iter().flat_map(|item| &item.responses).copied().collect();
-        packed.push(same[0].prompt, &responses);
+    #[test]
+    fn a_system_prompt_is_computed_once_a_pass() {
+        let system = [1, 3, 3, 3, 3, 3, 3, 3, 4];
+        let prompts: Vec<Vec<u32>> = (5..9).map(|token| [&system[..], &[token, 9]].concat()).collect();
+        let items: Vec<Sequences<'_>> =
+            prompts.iter().map(|prompt| Sequences { prompt, responses: vec![&[7, 2], &[8, 8, 2]], row: 0 }).collect();
+        let packing = Packing { for_scores: false, dropout: false };
+        // two tokens of each prompt, and the responses but their last tokens
+        assert_eq!(packing.computed(&items), 9 + 4 * (2 + 3));
+        assert_eq!(packing.pack(&items, &[0, 1, 2, 3]).rows(), packing.computed(&items));
+        assert_eq!(packing.pack_neighbours(&items).rows(), packing.computed(&items));
+        assert_eq!(packing.micro_batches(&items, 9 + 2 * 5), [0..2, 2..4]);
+        assert_eq!(packing.micro_batches(&items, 9 + 2 * 5 - 1), [0..1, 1..2, 2..3, 3..4]);
+        let apart = Packing { dropout: true, ..packing };
+        assert_eq!((apart.computed(&items), apart.pack(&items, &[0, 1, 2, 3]).rows()), (4 * (11 + 3), 4 * (11 + 3)));
     }
-    packed
-}
 
-fn empty(for_scores: bool) -> PackedBatch {
-    if for_scores { PackedBatch::for_scores() } else { PackedBatch::default() }
+    #[test]
+    fn no_prompt_is_common_to_its_end() {
+        let (long, short) = ([1; 20], [1; 12]);
+        let item = |prompt| Sequences { prompt, responses: vec![&[7, 2]], row: 0 };
+        let packing = Packing { for_scores: false, dropout: false };
+        assert_eq!(packing.common(&[item(&long), item(&short)]).len(), 11);
+        assert_eq!(packing.common(&[item(&short), item(&short)]).len(), 11);
+        assert_eq!(packing.common(&[item(&long), item(&short[..WORTH_SHARING])]).len(), 0, "not worth it");
+        assert_eq!(packing.common(&[item(&long)]).len(), 0);
+    }
 }

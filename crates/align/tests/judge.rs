@@ -59,7 +59,7 @@ fn implicit_scores_are_scaled_log_ratios_of_each_item_alone() {
     let items = items(&texts);
     for policy in [Mixture::from(&a), Mixture::new(&a, &b, 0.3).unwrap()] {
         let logps = |item: &Sequences<'_>, responses: &[&[u32]]| {
-            let mut batch = PackedBatch::default().with_prompts_apart();
+            let mut batch = PackedBatch::default();
             batch.push(item.prompt, responses);
             [policy.clone(), (&start).into()].map(|policy| Scorer::new(policy, 16).logps(&batch))
         };

@@ -14,14 +14,14 @@ use crate::ops::dropout::mix;
 pub struct PackedBatch {
     /// Whether it is for a score head.
     pub(crate) for_scores: bool,
-    /// Whether a prompt is a segment of its own even if it has one response.
-    prompts_apart: bool,
+    /// Number of tokens with which every prompt begins; the first rows.
+    common: usize,
     /// Tokens that the decoder computes, `[rows]`.
     pub tokens: Vec<u32>,
     /// Position of each token in its sequence, `[rows]`.
     pub positions: Vec<u32>,
     segments: Vec<Segment>,
-    /// The rows of each prompt, in the order of insertion.
+    /// The rows of each prompt after the common ones, in the order of insertion.
     prompts: Vec<Range<usize>>,
     /// For each scored token, the row that predicts it; for scores the row of the last token of each text.
     pub scored_rows: Vec<u32>,
@@ -36,7 +36,8 @@ pub struct PackedBatch {
 #[derive(Debug, Clone)]
 struct Segment {
     rows: Range<usize>,
-    prompt: Option<Range<usize>>,
+    /// What it continues: the common rows, and those of its prompt. Either may be empty.
+    prefix: [Range<usize>; 2],
 }
 
 impl PackedBatch {
@@ -45,28 +46,31 @@ impl PackedBatch {
         Self { for_scores: true, ..Self::default() }
     }
 
-    /// The same batch, still empty, with every prompt computed by itself: the bits of a response do not depend on how many
-    /// others its prompt has. Without, a prompt and its only response are one sequence, which is cheaper.
-    pub fn with_prompts_apart(self) -> Self {
-        Self { prompts_apart: true, ..self }
+    /// The same batch, still empty, of prompts that all begin with these tokens, which are computed once.
+    pub fn with_common(mut self, tokens: &[u32]) -> Self {
+        self.add_segment(tokens, 0..0);
+        self.common = tokens.len();
+        self
     }
 
     /// Adds a prompt with its responses.
     ///
     /// # Panics
     /// If the prompt is empty: the first token of a sequence is predicted by nothing. Nor may a response be, unless the batch
-    /// is for scores.
+    /// is for scores. If the prompt has not the batch's [common](Self::with_common) tokens and at least one more.
     pub fn push(&mut self, prompt: &[u32], responses: &[&[u32]]) {
-        assert!(!prompt.is_empty(), "a prompt has at least one token");
+        let (common, prompt) = prompt.split_at_checked(self.common).unwrap_or_default();
+        assert!(common == &self.tokens[..self.common], "a prompt does not begin as all others do");
+        assert!(!prompt.is_empty(), "a prompt has at least one token, after those that are common");
         assert!(self.for_scores || responses.iter().all(|r| !r.is_empty()), "a response has at least one token");
         let start = self.rows();
         self.prompts.push(start..start + prompt.len());
-        if let ([response], false) = (responses, self.prompts_apart) {
-            self.add_segment(prompt.iter().chain(self.computed(response)), 0, None);
+        if let [response] = responses {
+            self.add_segment(prompt.iter().chain(self.computed(response)), 0..0);
             self.score(start + prompt.len() - 1, start + prompt.len(), response);
             return;
         }
-        self.add_segment(prompt, 0, None);
+        self.add_segment(prompt, 0..0);
         for response in responses {
             self.push_response(self.prompts.len() - 1, response);
         }
@@ -81,7 +85,7 @@ impl PackedBatch {
     /// If there is no such prompt.
     pub fn push_response(&mut self, prompt: usize, response: &[u32]) {
         let prompt = self.prompts[prompt].clone();
-        let rows = self.add_segment(self.computed(response), prompt.len(), Some(prompt.clone()));
+        let rows = self.add_segment(self.computed(response), prompt.clone());
         self.score(prompt.end - 1, rows.start, response);
     }
 
@@ -94,7 +98,8 @@ impl PackedBatch {
     /// not depend on what it is packed with.
     ///
     /// # Panics
-    /// As [`push`](Self::push), or if an example before it has no key.
+    /// As [`push`](Self::push), or if an example before it has no key, or tokens are common: what is dropped of them would be
+    /// dropped of all examples.
     pub fn push_keyed(&mut self, key: u64, prompt: &[u32], responses: &[&[u32]]) {
         assert_eq!(self.row_keys.len(), self.rows(), "either every example of a batch has a key or none");
         self.push(prompt, responses);
@@ -105,18 +110,14 @@ impl PackedBatch {
         }
     }
 
-    fn add_segment<'t>(
-        &mut self,
-        tokens: impl IntoIterator<Item = &'t u32>,
-        offset: usize,
-        prompt: Option<Range<usize>>,
-    ) -> Range<usize> {
-        let start = self.tokens.len();
+    /// Adds rows that continue the common ones and a prompt's.
+    fn add_segment<'t>(&mut self, tokens: impl IntoIterator<Item = &'t u32>, prompt: Range<usize>) -> Range<usize> {
+        let (start, offset) = (self.tokens.len(), self.common + prompt.len());
         self.tokens.extend(tokens);
         let rows = start..self.tokens.len();
         self.positions.extend((0..rows.len()).map(|i| (offset + i) as u32));
         if !rows.is_empty() {
-            self.segments.push(Segment { rows: rows.clone(), prompt });
+            self.segments.push(Segment { rows: rows.clone(), prefix: [0..self.common, prompt] });
         }
         rows
     }
@@ -138,7 +139,7 @@ impl PackedBatch {
 
     /// The same examples several times, all of them once before any of them again.
     pub(crate) fn repeated(&self, times: usize) -> Self {
-        let mut all = Self { for_scores: self.for_scores, prompts_apart: self.prompts_apart, ..Self::default() };
+        let mut all = Self { for_scores: self.for_scores, ..Self::default() };
         for _ in 0..times {
             let (row, target) = (all.rows(), all.scored_rows.len());
             let moved = |range: &Range<usize>, by: usize| range.start + by..range.end + by;
@@ -146,7 +147,7 @@ impl PackedBatch {
             all.positions.extend(&self.positions);
             all.segments.extend(self.segments.iter().map(|segment| Segment {
                 rows: moved(&segment.rows, row),
-                prompt: segment.prompt.as_ref().map(|prompt| moved(prompt, row)),
+                prefix: segment.prefix.each_ref().map(|rows| if rows.is_empty() { 0..0 } else { moved(rows, row) }),
             }));
             all.prompts.extend(self.prompts.iter().map(|prompt| moved(prompt, row)));
             all.scored_rows.extend(self.scored_rows.iter().map(|scored| scored + row as u32));
@@ -164,8 +165,7 @@ impl PackedBatch {
 
     /// What each segment attends to.
     pub(crate) fn spans(&self) -> Vec<Span<'static>> {
-        let prefix = |s: &Segment| s.prompt.clone().map_or(Prefix::None, Prefix::Rows);
-        self.segments.iter().map(|s| Span { rows: s.rows.clone(), prefix: prefix(s) }).collect()
+        self.segments.iter().map(|s| Span { rows: s.rows.clone(), prefix: Prefix::Rows(s.prefix.clone()) }).collect()
     }
 
     /// Sums one value per scored token into one per response, in f64.
@@ -180,7 +180,8 @@ impl PackedBatch {
     }
 }
 
-/// Number of rows that [`PackedBatch::push`] computes for a prompt and responses of these lengths, `for_scores` or not.
+/// Number of rows that [`PackedBatch::push`] computes for a prompt and responses of these lengths, `for_scores` or not, those of
+/// common tokens included.
 pub fn packed_rows(prompt: usize, responses: &[usize], for_scores: bool) -> usize {
     prompt + responses.iter().map(|&r| computed_tokens(r, for_scores)).sum::<usize>()
 }
@@ -212,10 +213,10 @@ mod tests {
 
     #[test]
     fn responses_are_added_behind_to_prompts_that_are_there() {
-        let mut batch = PackedBatch::default().with_prompts_apart();
+        let mut batch = PackedBatch::default();
         batch.push(&[5, 6], &[&[7, 8, 2]]);
         batch.push(&[4], &[&[3, 2]]);
-        assert_eq!(batch.spans().len(), 4);
+        assert_eq!(batch.spans().len(), 2);
         let own = batch.clone();
         batch.push_response(1, &[7, 8, 2]);
         batch.push_response(0, &[3]);
@@ -225,6 +226,25 @@ mod tests {
         assert_eq!(batch.targets, [7, 8, 2, 3, 2, 7, 8, 2, 3]);
         assert_eq!(batch.responses, [0..3, 3..5, 5..8, 8..9]);
         assert_eq!(batch.tokens[..own.rows()], own.tokens);
+    }
+
+    #[test]
+    fn what_all_prompts_begin_with_is_computed_once() {
+        let mut batch = PackedBatch::default().with_common(&[1, 3]);
+        batch.push(&[1, 3, 5, 6], &[&[7, 8, 2], &[9, 2]]);
+        batch.push(&[1, 3, 4], &[&[3, 2]]);
+        batch.push_response(0, &[3, 2]);
+        assert_eq!(batch.tokens, [1, 3, 5, 6, 7, 8, 9, 4, 3, 3]);
+        assert_eq!(batch.positions, [0, 1, 2, 3, 4, 5, 4, 2, 3, 4]);
+        assert_eq!(batch.scored_rows, [3, 4, 5, 3, 6, 7, 8, 3, 9]);
+        let prefixes: Vec<_> = batch.segments.iter().map(|segment| segment.prefix.clone()).collect();
+        assert_eq!(prefixes, [[0..0, 0..0], [0..2, 0..0], [0..2, 2..4], [0..2, 2..4], [0..2, 0..0], [0..2, 2..4]]);
+    }
+
+    #[test]
+    #[should_panic(expected = "does not begin as all others do")]
+    fn a_prompt_that_begins_otherwise_is_refused() {
+        PackedBatch::default().with_common(&[1, 3]).push(&[1, 4, 5], &[&[2]]);
     }
 
     #[test]

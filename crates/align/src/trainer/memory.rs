@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::TrainOptions;
 use crate::reference;
-use crate::sequences::Sequences;
+use crate::sequences::{Packing, Sequences};
 
 /// Tokens of a pass, and what is kept of it, from the fastest to the one that takes least. Below a thousand tokens or so the
 /// time that each pass takes for the weights shows; computing every block twice costs more than a pass of a few hundred.
@@ -91,12 +91,16 @@ impl Lengths {
         least: usize,
         mismatched: bool,
     ) -> Self {
-        let computed = |item: &Sequences<'_>| item.computed(config.head.is_score());
+        let for_scores = config.head.is_score();
+        let packing = Packing { for_scores, dropout: options.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0) };
+        let computed = |item: &Sequences<'_>| item.computed(for_scores);
         let all = || examples.iter().chain(validation);
         let plan = options.plan(examples.len(), least);
         let again = |item: &Sequences<'_>| if mismatched { computed(item) - item.prompt.len() } else { 0 };
-        let of_example = |&example: &usize| computed(&examples[example]) + again(&examples[example]);
-        let of_batch = |batch: &Vec<usize>| batch.iter().map(of_example).sum();
+        let of_batch = |batch: &Vec<usize>| {
+            let items: Vec<Sequences<'_>> = batch.iter().map(|&example| examples[example].clone()).collect();
+            packing.computed(&items) + items.iter().map(again).sum::<usize>()
+        };
         Self {
             largest: all().map(computed).max().unwrap_or(0),
             batch: plan.batches.iter().map(of_batch).max().unwrap_or(0),
@@ -363,8 +367,12 @@ mod tests {
     #[test]
     fn lengths_are_those_of_the_batches_that_are_drawn() {
         let config = config();
-        let tokens = [7; 100];
-        let item = |response: usize| Sequences { prompt: &tokens[..10], responses: vec![&tokens[..response]], row: 1 };
+        let tokens: Vec<u32> = (0..200).collect();
+        let item = |response: usize| Sequences {
+            prompt: &tokens[response..response + 10],
+            responses: vec![&tokens[..response]],
+            row: 1,
+        };
         let examples: Vec<_> = (1..=10).map(|i| item(9 * i)).collect();
         let options = TrainOptions { batch_size: 10, epochs: 2, ..free() };
         let lengths = Lengths::new(&config, &options, &examples, &[item(95)], 1, false);

@@ -7,7 +7,7 @@ use engine::{Decoder, Head, Keep, Model, Parameters, Precision};
 
 use super::{MemoryPlan, Policy};
 use crate::objective::{Derivative, RunningMean};
-use crate::sequences::{Sequences, micro_batches, pack_keyed};
+use crate::sequences::{Packing, Sequences};
 use crate::task::{Scored, ShiftFrom, Task};
 
 /// Mean loss and metrics of some examples.
@@ -66,14 +66,14 @@ impl Passes {
         gradient: &mut [f32],
     ) -> (Means, usize, Vec<usize>) {
         let items = batch.sequences();
-        let parts = micro_batches(&items, self.micro_batch_tokens, self.for_scores);
+        let packing = self.packing(parameters);
+        let parts = packing.micro_batches(&items, self.micro_batch_tokens);
         let from = batch.task.shift_from(batch.examples);
-        let apart = is_compared(&from);
         let (mut tokens, mut shift, mut behind) = (0, None, Vec::new());
         // what is kept of a forward pass ends with the next one, so other passes come before it
         match from {
             ShiftFrom::OwnResponses if parts.len() == 1 => {}
-            ShiftFrom::Others(others) if !parameters.has_dropout() && self.fit_together(&items, &others) => {
+            ShiftFrom::Others(others) if !packing.dropout && self.fit_together(packing, &items, &others) => {
                 behind = others;
             }
             from => {
@@ -86,7 +86,7 @@ impl Passes {
         let mut sums = Sums::default();
         for part in parts {
             let examples = &batch.examples[part.clone()];
-            let packed = pack_keyed(&items[part], examples, self.for_scores, apart);
+            let packed = packing.pack(&items[part], examples);
             let rows = reference.map(|model| self.decoder.head_rows(&model.weights, &packed));
             let head = reference.zip(rows.as_deref()).map(|(model, rows)| head(model, rows));
             let mut whole = packed.clone();
@@ -125,13 +125,12 @@ impl Passes {
     ) -> (Means, Vec<usize>) {
         let items = batch.sequences();
         let from = batch.task.shift_from(batch.examples);
-        let apart = is_compared(&from);
         let shift = match from {
             // a running mean is what training has seen
             ShiftFrom::OwnResponses => running.mean,
             from => self.shift(parameters, batch, &items, from, &mut running.clone()).0,
         };
-        let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from(), apart);
+        let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from());
         let mut sums = Sums::default();
         sums.add(batch.task, batch.examples, &scored, shift, |_| ());
         let broken = std::mem::take(&mut sums.broken);
@@ -157,35 +156,35 @@ impl Passes {
                 (others.as_slice(), Parameters { dropout_seed: None, ..parameters })
             }
         };
-        let scored = self.score(parameters, items, batch.examples, None, true);
+        let scored = self.score(parameters, items, batch.examples, None);
         let shift = batch.task.shift(batch.step, batch.examples, &scored, running);
-        (shift, self.computed(items))
+        (shift, self.packing(parameters).computed(items))
     }
 
     /// Whether items, and further responses to their prompts, are one micro-batch.
-    fn fit_together(&self, items: &[Sequences<'_>], others: &[&[u32]]) -> bool {
+    fn fit_together(&self, packing: Packing, items: &[Sequences<'_>], others: &[&[u32]]) -> bool {
         let lengths: Vec<usize> = others.iter().map(|other| other.len()).collect();
-        self.computed(items) + packed_rows(0, &lengths, self.for_scores) <= self.micro_batch_tokens
+        packing.computed(items) + packed_rows(0, &lengths, self.for_scores) <= self.micro_batch_tokens
     }
 
-    /// Number of tokens that are computed for items.
-    fn computed(&self, items: &[Sequences<'_>]) -> usize {
-        items.iter().map(|item| item.computed(self.for_scores)).sum()
+    /// How a pass of these parameters computes items.
+    fn packing(&self, parameters: Parameters<'_>) -> Packing {
+        Packing { for_scores: self.for_scores, dropout: parameters.has_dropout() }
     }
 
     /// What the policy says of every response, with the divergence from `reference` if there is one. `keys` tell the
-    /// items apart for dropout; their prompts are packed `apart` or not.
+    /// items apart for dropout.
     fn score(
         &mut self,
         parameters: Parameters<'_>,
         items: &[Sequences<'_>],
         keys: &[usize],
         reference: Option<&Model>,
-        apart: bool,
     ) -> Vec<Scored> {
         let mut all = Vec::new();
-        for part in micro_batches(items, self.micro_batch_tokens, self.for_scores) {
-            let packed = pack_keyed(&items[part.clone()], &keys[part], self.for_scores, apart);
+        let packing = self.packing(parameters);
+        for part in packing.micro_batches(items, self.micro_batch_tokens) {
+            let packed = packing.pack(&items[part.clone()], &keys[part]);
             all.extend(match reference {
                 None => logps(self.decoder.logps(parameters, &packed)),
                 Some(model) => {
@@ -197,12 +196,6 @@ impl Passes {
         }
         all
     }
-}
-
-/// Whether single responses are compared with the reference or with each other. To give the same bits whatever they are
-/// packed with, as the reference's do, their prompts are packed apart then.
-fn is_compared(from: &ShiftFrom<'_>) -> bool {
-    *from != ShiftFrom::Nothing
 }
 
 /// What a policy is compared with: a model's vocabulary head, and its last hidden rows.

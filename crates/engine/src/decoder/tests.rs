@@ -153,7 +153,7 @@ fn the_softmax_of_rows_beyond_the_kept_ones_is_computed_again() {
 
 #[test]
 fn responses_behind_a_batch_change_nothing_before_them() {
-    let (mut own, d_logps) = (PackedBatch::default().with_prompts_apart(), [0.7, -0.4, 1.1]);
+    let (mut own, d_logps) = (PackedBatch::default(), [0.7, -0.4, 1.1]);
     own.push(&[1, 5, 3], &[&[4, 2], &[9, 9, 10, 2]]);
     own.push(&[1, 7], &[&[8, 2]]);
     let mut whole = own.clone();
@@ -175,6 +175,32 @@ fn responses_behind_a_batch_change_nothing_before_them() {
             decoder.backward(&model.weights, &own, &d_logps, &mut before);
             assert_eq!(logps, [0, 1, 3, 4, 2].map(|response| expected[response]));
             assert_eq!(alone, before);
+        }
+    }
+}
+
+#[test]
+fn what_all_prompts_begin_with_may_be_computed_once() {
+    let (system, d_logps) = ([1, 3, 4, 6, 5, 8, 2, 9, 7, 3], [0.7, -0.4, 1.1]);
+    let prompts = [[5, 3], [7, 7]].map(|own| [&system[..], &own].concat());
+    let push = |mut batch: PackedBatch| {
+        batch.push(&prompts[0], &[&[4, 2], &[9, 9, 10, 2]]);
+        batch.push(&prompts[1], &[&[8, 2, 4]]);
+        batch
+    };
+    let (apart, once) = (push(PackedBatch::default()), push(PackedBatch::default().with_common(&system)));
+    assert_eq!(apart.rows() - once.rows(), system.len());
+    for (model, precision) in in_both_precisions() {
+        let mut decoder = Decoder::new(&model, 16).with_precision(precision);
+        for keep in [Keep::All, Keep::Inputs] {
+            let [mut expected, mut got] = [(); 2].map(|()| vec![0.0; model.layout.len]);
+            let logps = decoder.forward(&model.weights, &apart, keep);
+            decoder.backward(&model.weights, &apart, &d_logps, &mut expected);
+            assert_eq!(decoder.forward(&model.weights, &once, keep), logps, "the bits are the same");
+            decoder.backward(&model.weights, &once, &d_logps, &mut got);
+            let largest = expected.iter().fold(0f32, |m, g| m.max(g.abs()));
+            let tolerance = if precision == Precision::F32 { 1e-5 } else { 2e-2 } * largest;
+            assert!(expected.iter().zip(&got).all(|(a, b)| (a - b).abs() < tolerance), "{precision:?}");
         }
     }
 }

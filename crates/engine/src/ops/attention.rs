@@ -3,22 +3,36 @@
 //! Each span of rows attends to an optional prefix (the prompt that it continues, or cached keys and
 //! values) and causally to itself. Scores exist for one tile of rows at a time; the backward pass
 //! computes them again from the log-sum-exp of each row (arXiv 2205.14135).
+//!
+//! The result of a row depends on its queries, and on the keys and values that it sees in their order, to the last bit, and on
+//! nothing else: not on how they are cut into spans, nor on what is computed beside it.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
-use gemm::Parallelism;
+use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
-use super::linear::{Matrix, multiply};
-use super::simd::{dispatch, dot, exp_sum, max};
+use super::fit;
+use super::linear::Matrix;
+use super::simd::{LANES, dot, exp};
 use crate::config::ModelConfig;
 use crate::profile::{self, Stage, Work};
 
+mod kernel;
 mod single;
 
-/// Query rows per tile.
-const TILE: usize = 64;
+use kernel::product;
+
+/// Query rows per tile: two vectors. A tile of scores is transposed, `[keys, TILE]`, so that a vector holds one key's score with
+/// each of some rows, and no sum goes across a vector.
+const TILE: usize = 2 * LANES;
+
+/// Rows of a tile for which the products with later keys are left out together.
+const STRIP: usize = 8;
+
+/// Keys whose exponentials are added up before they are added to the sum of all.
+const SUMMED: usize = 64;
 
 /// Numbers of heads, and their width.
 #[derive(Debug, Clone, Copy)]
@@ -55,15 +69,28 @@ impl Heads {
     fn scale(&self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
+
+    /// The key and value head of a query head.
+    fn key_head(&self, head: usize) -> usize {
+        head / (self.query / self.key_value)
+    }
+
+    /// Where the keys of a head start in a row of queries, keys and values.
+    fn key_column(&self, key_head: usize) -> usize {
+        self.query_width() + key_head * self.dim
+    }
+
+    /// Where its values start.
+    fn value_column(&self, key_head: usize) -> usize {
+        self.key_column(key_head) + self.key_value_width()
+    }
 }
 
 /// What the rows of a span attend to besides themselves.
 #[derive(Debug, Clone)]
 pub(crate) enum Prefix<'a> {
-    /// Nothing.
-    None,
-    /// Other rows of the same batch.
-    Rows(Range<usize>),
+    /// Other rows of the same batch, those of the first range before those of the second. Either may be empty.
+    Rows([Range<usize>; 2]),
     /// Keys and values of earlier tokens, each `[tokens, key_value_width]`.
     Cache {
         /// Rotated keys.
@@ -99,59 +126,137 @@ impl Shared {
 
 /// Keys and values of consecutive tokens for one head.
 #[derive(Clone, Copy)]
-struct KeysValues {
+struct Piece {
     keys: Matrix,
     values: Matrix,
     tokens: usize,
 }
 
-/// The two runs of tokens that a span's head attends to: its prefix (may be empty) and itself.
-fn sources(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [KeysValues; 2] {
+impl Piece {
+    /// The first of its tokens, as many as lie below `end` when it starts at `start`.
+    fn until(&self, start: usize, end: usize) -> usize {
+        self.tokens.min(end.saturating_sub(start))
+    }
+}
+
+/// What a span's head attends to, in order: the two parts of its prefix, each of which may be empty, and itself.
+fn pieces(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [Piece; 3] {
     let width = heads.qkv_width();
-    let key_column = heads.query_width() + head * heads.dim;
-    let value_column = key_column + heads.key_value_width();
     let within = |rows: &Range<usize>| {
         assert!(rows.start <= rows.end && rows.end * width <= qkv.len(), "a span reaches beyond the batch");
         let start = qkv.as_ptr().wrapping_add(rows.start * width);
-        KeysValues {
-            keys: Matrix::rows(start.wrapping_add(key_column), width),
-            values: Matrix::rows(start.wrapping_add(value_column), width),
+        Piece {
+            keys: Matrix::rows(start.wrapping_add(heads.key_column(head)), width),
+            values: Matrix::rows(start.wrapping_add(heads.value_column(head)), width),
             tokens: rows.len(),
         }
     };
-    let prefix = match &span.prefix {
-        Prefix::None => within(&(0..0)),
-        Prefix::Rows(rows) => within(rows),
+    let own = within(&span.rows);
+    match &span.prefix {
+        Prefix::Rows([first, second]) => [within(first), within(second), own],
         Prefix::Cache { keys, values } => {
             let width = heads.key_value_width();
             assert_eq!(keys.len(), values.len());
-            KeysValues {
+            let cached = Piece {
                 keys: Matrix::rows(keys.as_ptr().wrapping_add(head * heads.dim), width),
                 values: Matrix::rows(values.as_ptr().wrapping_add(head * heads.dim), width),
                 tokens: keys.len() / width,
-            }
+            };
+            [within(&(0..0)), cached, own]
         }
-    };
-    [prefix, within(&span.rows)]
+    }
 }
 
-/// scores = q·kᵀ for `rows` query rows against the prefix and the first `own` tokens of the span.
-///
-/// # Safety
-/// `q` and the matrices of `sources` must be valid to read, `scores` valid to write for `rows` rows of
-/// prefix + own columns, and no other thread may use it meanwhile.
-unsafe fn score_tile(q: Matrix, rows: usize, sources: &[KeysValues; 2], own: usize, dim: usize, scores: *mut f32) {
-    let prefix = sources[0].tokens;
-    for (source, tokens, column) in [(&sources[0], prefix, 0), (&sources[1], own, prefix)] {
-        if tokens > 0 {
-            // SAFETY: the caller's promise; the two calls write to disjoint columns.
-            unsafe {
-                let out = scores.add(column);
-                let shape = [rows, tokens, dim];
-                multiply(shape, q, source.keys.transposed(), out, prefix + own, 1.0, false, Parallelism::None);
+/// One tile: some rows of a span under one query head.
+#[derive(Clone, Copy)]
+struct Tile<'p> {
+    pieces: &'p [Piece; 3],
+    /// The first row in the batch.
+    row: usize,
+    rows: usize,
+    /// Keys before those of the tile's own rows.
+    before: usize,
+}
+
+impl Tile<'_> {
+    /// The tiles of a span.
+    fn of<'p>(span: &Span, pieces: &'p [Piece; 3]) -> impl Iterator<Item = Tile<'p>> {
+        let (start, len) = (span.rows.start, span.rows.len());
+        let prefix = pieces[0].tokens + pieces[1].tokens;
+        (0..len).step_by(TILE).map(move |first| Tile {
+            pieces,
+            row: start + first,
+            rows: TILE.min(len - first),
+            before: prefix + first,
+        })
+    }
+
+    /// Keys that the last of its rows sees.
+    fn keys(&self) -> usize {
+        self.before + self.rows
+    }
+
+    /// The pieces, each with the number of its first key, and how many of its keys lie before `end`.
+    fn pieces_until(&self, end: usize) -> impl Iterator<Item = (usize, &Piece, usize)> {
+        let mut start = 0;
+        self.pieces.iter().map(move |piece| {
+            let first = start;
+            start += piece.tokens;
+            (first, piece, piece.until(first, end))
+        })
+    }
+
+    /// Vectors of rows.
+    fn vectors(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    /// Writes the tile's rows, which are `stride` apart, as columns to `out` `[dim, TILE]`; zero in the place of rows that it lacks.
+    #[inline(always)]
+    fn transpose(&self, rows: &[f32], stride: usize, dim: usize, out: &mut Vec<f32>) {
+        let out = fit(out, dim * TILE).as_chunks_mut::<TILE>().0;
+        for row in 0..LANES * self.vectors() {
+            if row < self.rows {
+                let values = &rows[row * stride..row * stride + dim];
+                out.iter_mut().zip(values).for_each(|(out, &value)| out[row] = value);
+            } else {
+                out.iter_mut().for_each(|out| out[row] = 0.0);
             }
         }
     }
+
+    /// Writes the products of all keys (or values) with the transposed rows to `out` `[keys, TILE]`.
+    #[inline(always)]
+    fn scores<S: Simd>(
+        &self,
+        simd: S,
+        of: impl Fn(&Piece) -> Matrix,
+        transposed: &[f32],
+        dim: usize,
+        out: &mut Vec<f32>,
+    ) {
+        let out = fit(out, self.keys() * TILE).as_mut_ptr();
+        assert!(transposed.len() >= dim * TILE);
+        for (first, piece, tokens) in self.pieces_until(self.keys()) {
+            let shape = [tokens, LANES * self.vectors(), dim];
+            let columns = Matrix::rows(transposed.as_ptr(), TILE);
+            // SAFETY: the piece was checked in `pieces`; the columns and the keys of `out` are those that were sized above.
+            unsafe { product(simd, shape, of(piece), columns, out.wrapping_add(first * TILE), TILE, false) };
+        }
+    }
+
+    /// Sets the scores that rows have with keys of later rows.
+    #[inline(always)]
+    fn hide(&self, scores: &mut [[[f32; LANES]; 2]], value: f32) {
+        for (later, scores) in scores[self.before..self.keys()].iter_mut().enumerate() {
+            scores.as_flattened_mut()[..later].fill(value);
+        }
+    }
+}
+
+/// `[keys, TILE]` numbers, vector by vector.
+fn by_vector(scores: &mut [f32], keys: usize) -> &mut [[[f32; LANES]; 2]] {
+    scores[..keys * TILE].as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0
 }
 
 /// Attention of every span.
@@ -160,70 +265,122 @@ unsafe fn score_tile(q: Matrix, rows: usize, sources: &[KeysValues; 2], own: usi
 /// keeps the log-sum-exp of each row's scaled scores for the backward pass.
 pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32], lse: &mut [f32]) {
     let _span = profile::span(Stage::Attention, || Work::Flops(flops(heads, spans)));
-    let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
-    let n = qkv.len() / width;
-    assert!(qkv.len() == n * width && out.len() == n * out_width && lse.len() == n * heads.query);
+    let n = qkv.len() / heads.qkv_width();
+    assert!(qkv.len() == n * heads.qkv_width() && out.len() == n * heads.query_width() && lse.len() == n * heads.query);
     check(heads, spans);
     if single::applies_to(heads, spans) {
         return single::forward(qkv, heads, spans, out, lse);
     }
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..heads.query).map(move |h| (s, h))).collect();
-    tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (span, head)| {
-        let sources = sources(qkv, heads, span, head / (heads.query / heads.key_value));
-        let prefix = sources[0].tokens;
-        for first in (0..span.rows.len()).step_by(TILE) {
-            let rows = TILE.min(span.rows.len() - first);
-            let own = first + rows;
-            let columns = prefix + own;
-            if scores.len() < rows * columns {
-                scores.resize(rows * columns, 0.0);
-            }
-            let row = span.rows.start + first;
-            let q = Matrix::rows(qkv.as_ptr().wrapping_add(row * width + head * dim), width);
-            // SAFETY: `q` and the sources lie inside `qkv` or the caches (checked in `sources`); `scores`
-            // was sized above and belongs to this task.
-            unsafe { score_tile(q, rows, &sources, own, dim, scores.as_mut_ptr()) };
-            let mut inverse_sums = [0f32; TILE];
-            dispatch(
-                #[inline(always)]
-                || {
-                    for (r, scores) in scores[..rows * columns].chunks_exact_mut(columns).enumerate() {
-                        let (seen, hidden) = scores.split_at_mut(prefix + first + r + 1);
-                        let highest = max(seen) * heads.scale();
-                        let sum = exp_sum(seen, heads.scale(), highest);
-                        hidden.fill(0.0);
-                        inverse_sums[r] = 1.0 / sum;
-                        // SAFETY: this (row, head) belongs to this task alone.
-                        unsafe { *lse.at((row + r) * heads.query + head) = highest + sum.ln() };
-                    }
-                },
-            );
-            let target = out.at(row * out_width + head * dim);
-            for (source, tokens, column) in [(&sources[0], prefix, 0), (&sources[1], own, prefix)] {
-                if tokens > 0 {
-                    let p = Matrix::rows(scores.as_ptr().wrapping_add(column), columns);
-                    let add = column > 0;
-                    // SAFETY: sources as above; the rows of this span and the columns of this head of
-                    // `out` belong to this task alone.
-                    unsafe {
-                        let shape = [rows, dim, tokens];
-                        multiply(shape, p, source.values, target, out_width, 1.0, add, Parallelism::None);
-                    }
+    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (span, head)| {
+        pulp::Arch::new().dispatch(Forward { qkv, heads, span, head, out, lse, scratch });
+    });
+}
+
+/// Memory of a task.
+#[derive(Default)]
+struct Scratch {
+    /// Queries and gradients of a tile, transposed.
+    q: Vec<f32>,
+    d_out: Vec<f32>,
+    /// Scores and their gradients.
+    p: Vec<f32>,
+    ds: Vec<f32>,
+}
+
+/// The task of one span and query head.
+struct Forward<'a> {
+    qkv: &'a [f32],
+    heads: Heads,
+    span: &'a Span<'a>,
+    head: usize,
+    out: Shared,
+    lse: Shared,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Forward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { qkv, heads, span, head, out, lse, scratch: Scratch { q, p, .. } } = self;
+        let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
+        let pieces = pieces(qkv, heads, span, heads.key_head(head));
+        for tile in Tile::of(span, &pieces) {
+            tile.transpose(&qkv[tile.row * width + head * dim..], width, dim, q);
+            tile.scores(simd, |piece| piece.keys, q, dim, p);
+            let scores = by_vector(p, tile.keys());
+            tile.hide(scores, f32::NEG_INFINITY);
+            let mut inverse_sums = [[0f32; LANES]; 2];
+            for vector in 0..tile.vectors() {
+                let (highest, sums) = softmax(scores, vector, heads.scale());
+                for lane in 0..LANES.min(tile.rows - vector * LANES) {
+                    inverse_sums[vector][lane] = 1.0 / sums[lane];
+                    let row = tile.row + vector * LANES + lane;
+                    // SAFETY: this (row, head) belongs to this task alone.
+                    unsafe { *lse.at(row * heads.query + head) = highest[lane] + sums[lane].ln() };
                 }
             }
-            for (r, inverse) in inverse_sums[..rows].iter().enumerate() {
-                // SAFETY: as above.
-                let out = unsafe { std::slice::from_raw_parts_mut(out.at((row + r) * out_width + head * dim), dim) };
-                out.iter_mut().for_each(|o| *o *= inverse);
+            tile.hide(scores, 0.0);
+            for strip in (0..tile.rows).step_by(STRIP) {
+                let rows = STRIP.min(tile.rows - strip);
+                let out = out.at((tile.row + strip) * out_width + head * dim);
+                let mut add = false;
+                for (first, piece, tokens) in tile.pieces_until(tile.before + strip + rows) {
+                    let start = p.as_ptr().wrapping_add(first * TILE + strip);
+                    let weights = Matrix { start, row_stride: 1, column_stride: TILE };
+                    if tokens > 0 {
+                        // SAFETY: pieces as in `scores`, and weights lie in `p`; the rows of this span in the columns of this
+                        // head of `out` belong to this task alone.
+                        unsafe { product(simd, [rows, dim, tokens], weights, piece.values, out, out_width, add) };
+                        add = true;
+                    }
+                }
+                for row in 0..rows {
+                    // SAFETY: as above.
+                    let out = unsafe { std::slice::from_raw_parts_mut(out.wrapping_add(row * out_width), dim) };
+                    let inverse = inverse_sums.as_flattened()[strip + row];
+                    out.iter_mut().for_each(|o| *o *= inverse);
+                }
             }
         }
-    });
+    }
+}
+
+/// Replaces the scores of one vector of rows by their exponentials, scaled so that the largest of each row is 1.
+/// Returns the largest scaled scores, and the sums of the exponentials.
+#[inline(always)]
+fn softmax(scores: &mut [[[f32; LANES]; 2]], vector: usize, scale: f32) -> ([f32; LANES], [f32; LANES]) {
+    let mut highest = [f32::NEG_INFINITY; LANES];
+    for scores in scores.iter() {
+        for lane in 0..LANES {
+            let score = scores[vector][lane];
+            highest[lane] = if score > highest[lane] { score } else { highest[lane] };
+        }
+    }
+    highest.iter_mut().for_each(|highest| *highest *= scale);
+    let mut sums = [0f32; LANES];
+    for scores in scores.chunks_mut(SUMMED) {
+        let mut part = [0f32; LANES];
+        for scores in scores {
+            for lane in 0..LANES {
+                let e = exp(scores[vector][lane].mul_add(scale, -highest[lane]));
+                scores[vector][lane] = e;
+                part[lane] += e;
+            }
+        }
+        for lane in 0..LANES {
+            sums[lane] += part[lane];
+        }
+    }
+    (highest, sums)
 }
 
 /// The gradient of [`forward`]: d_qkv is overwritten with the gradient with respect to qkv.
 ///
-/// Spans must come in groups: one without prefix, then those that have exactly its rows as their prefix.
+/// Spans must come in groups: one that continues nothing but perhaps the first span, then those that continue it.
 ///
 /// # Panics
 /// If the spans are not grouped so, or have a cache as their prefix.
@@ -242,19 +399,29 @@ pub(crate) fn backward(
     assert!(out.len() == n * heads.query_width() && d_out.len() == out.len());
     check(heads, spans);
     d_qkv.par_chunks_mut(1 << 16).for_each(|d| d.fill(0.0));
-    let pass = Backward { qkv, heads, out, lse, d_out, d_qkv: Shared(d_qkv.as_mut_ptr()) };
+    let (groups, common) = groups(spans);
     let tasks: Vec<(&[Span], usize)> =
-        groups(spans).into_iter().flat_map(|g| (0..heads.key_value).map(move |h| (g, h))).collect();
-    // A group's spans add to the gradients of their common prefix, and query heads to those of their
-    // common key head: a task owns both, so that no two tasks write to the same place.
-    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (group, key_head)| {
-        let repeats = heads.query / heads.key_value;
-        for span in group {
-            for head in key_head * repeats..(key_head + 1) * repeats {
-                pass.span(span, head, key_head, scratch);
+        groups.into_iter().flat_map(|g| (0..heads.key_value).map(move |h| (g, h))).collect();
+    // A group's spans add to the gradients of their prompt, and query heads to those of their common key head: a task owns
+    // both, so that no two tasks write to the same place. To the rows that all groups continue each task adds in memory of its own.
+    let mut of_common = vec![0f32; tasks.len() * common.len() * 2 * heads.dim];
+    let of_task = of_common.len() / tasks.len().max(1);
+    let (d_qkv, d_common) = (Shared(d_qkv.as_mut_ptr()), Shared(of_common.as_mut_ptr()));
+    let pass = Pass { qkv, heads, out, lse, d_out, d_qkv };
+    tasks.par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, &(group, key_head))| {
+        let d_common = Shared(d_common.at(task * of_task));
+        pulp::Arch::new().dispatch(Backward { pass: &pass, d_common, group, key_head, scratch });
+    });
+    for ((_, key_head), of_task) in tasks.iter().zip(of_common.chunks_exact(of_task.max(1))) {
+        for (row, added) in common.clone().zip(of_task.chunks_exact(2 * heads.dim)) {
+            for (column, added) in [heads.key_column(*key_head), heads.value_column(*key_head)].into_iter().zip(added.chunks_exact(heads.dim)) {
+                let start = d_qkv.at(row * heads.qkv_width() + column);
+                // SAFETY: the columns of a key head in a row of the batch, and all tasks have ended.
+                let sum = unsafe { std::slice::from_raw_parts_mut(start, heads.dim) };
+                sum.iter_mut().zip(added).for_each(|(sum, added)| *sum += added);
             }
         }
-    });
+    }
 }
 
 /// Floating-point operations of the products of a forward pass: of every row's queries with the keys that it attends to, its own
@@ -264,8 +431,7 @@ pub(crate) fn flops(heads: Heads, spans: &[Span]) -> f64 {
         let (rows, prefix) = (
             span.rows.len(),
             match &span.prefix {
-                Prefix::None => 0,
-                Prefix::Rows(rows) => rows.len(),
+                Prefix::Rows(rows) => rows.iter().map(ExactSizeIterator::len).sum(),
                 Prefix::Cache { keys, .. } => keys.len() / heads.key_value_width(),
             },
         );
@@ -280,26 +446,30 @@ fn check(heads: Heads, spans: &[Span]) {
     assert!(spans.is_sorted_by(|a, b| a.rows.end <= b.rows.start), "spans overlap or are out of order");
 }
 
-/// Cuts the spans where one starts that has no prefix.
-fn groups<'s, 'a>(spans: &'s [Span<'a>]) -> Vec<&'s [Span<'a>]> {
-    let groups: Vec<_> = spans.chunk_by(|_, next| !matches!(next.prefix, Prefix::None)).collect();
-    for group in &groups {
-        let first = &group[0];
-        assert!(matches!(first.prefix, Prefix::None), "the first span of a batch has a prefix");
-        let continues = |s: &Span| matches!(&s.prefix, Prefix::Rows(rows) if *rows == first.rows);
-        assert!(group[1..].iter().all(continues), "a span's prefix is not the span that its group starts with");
+/// Cuts the spans where one starts that has no prompt, and gives the rows that groups besides the first continue.
+fn groups<'s, 'a>(spans: &'s [Span<'a>]) -> (Vec<&'s [Span<'a>]>, Range<usize>) {
+    let prefix = |span: &Span<'_>| match &span.prefix {
+        Prefix::Rows(rows) => rows.clone(),
+        Prefix::Cache { .. } => panic!("there is no gradient of a cache"),
+    };
+    let groups: Vec<_> = spans.chunk_by(|_, next| !prefix(next)[1].is_empty()).collect();
+    let common = groups.get(1).map_or(0..0, |group| prefix(&group[0])[0].clone());
+    assert!(common.is_empty() || common == spans[0].rows, "what all continue is not the first span");
+    for (index, group) in groups.iter().enumerate() {
+        let (common, prompt) = (if index == 0 { 0..0 } else { common.clone() }, &group[0].rows);
+        let continues = |span: &Span| prefix(span) == [common.clone(), prompt.clone()];
+        assert!(
+            prefix(&group[0]) == [common.clone(), prefix(&group[0])[1].clone()]
+                && prefix(&group[0])[1].is_empty()
+                && group[1..].iter().all(continues),
+            "a span's prefix is not the span that its group starts with"
+        );
     }
-    groups
+    (groups, common)
 }
 
-/// Scores and their gradients for one tile.
-#[derive(Default)]
-struct Scratch {
-    p: Vec<f32>,
-    ds: Vec<f32>,
-}
-
-struct Backward<'a> {
+/// What all tasks of a backward pass read, and where they write to.
+struct Pass<'a> {
     qkv: &'a [f32],
     heads: Heads,
     out: &'a [f32],
@@ -308,88 +478,141 @@ struct Backward<'a> {
     d_qkv: Shared,
 }
 
-impl Backward<'_> {
-    /// Adds the gradient of one span and head to d_qkv.
-    fn span(&self, span: &Span, head: usize, key_head: usize, scratch: &mut Scratch) {
-        let heads = self.heads;
-        let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
-        let sources = sources(self.qkv, heads, span, key_head);
-        let prefix = sources[0].tokens;
-        let prefix_row = if let Prefix::Rows(rows) = &span.prefix { rows.start } else { 0 };
-        let key_column = heads.query_width() + key_head * dim;
-        let value_column = key_column + heads.key_value_width();
-        for first in (0..span.rows.len()).step_by(TILE) {
-            let rows = TILE.min(span.rows.len() - first);
-            let own = first + rows;
-            let columns = prefix + own;
-            for buffer in [&mut scratch.p, &mut scratch.ds] {
-                if buffer.len() < rows * columns {
-                    buffer.resize(rows * columns, 0.0);
-                }
-            }
-            let row = span.rows.start + first;
-            let q = Matrix::rows(self.qkv.as_ptr().wrapping_add(row * width + head * dim), width);
-            let d_out = Matrix::rows(self.d_out.as_ptr().wrapping_add(row * out_width + head * dim), out_width);
-            let as_keys = |s: KeysValues| KeysValues { keys: s.values, ..s };
-            // SAFETY: sources, q and d_out lie inside their slices; p and ds were sized above and belong
-            // to this task.
-            unsafe {
-                score_tile(q, rows, &sources, own, dim, scratch.p.as_mut_ptr());
-                score_tile(d_out, rows, &sources.map(as_keys), own, dim, scratch.ds.as_mut_ptr());
-            }
-            self.softmax_tile(row, rows, head, prefix + first, columns, scratch);
-            let (p, ds) = (scratch.p.as_ptr(), scratch.ds.as_ptr());
-            let parts = [(&sources[0], prefix, 0, prefix_row), (&sources[1], own, prefix, span.rows.start)];
-            for (source, tokens, column, key_row) in parts {
-                if tokens == 0 {
-                    continue;
-                }
-                let p = Matrix::rows(p.wrapping_add(column), columns);
-                let ds = Matrix::rows(ds.wrapping_add(column), columns);
-                let scale = heads.scale();
-                let dq = self.d_qkv.at(row * width + head * dim);
-                let dk = self.d_qkv.at(key_row * width + key_column);
-                let dv = self.d_qkv.at(key_row * width + value_column);
-                // SAFETY: reads as above. The rows of this group (prefix and span) in the columns of this
-                // key head and of its query heads are written by this task alone.
-                unsafe {
-                    multiply([rows, dim, tokens], ds, source.keys, dq, width, scale, true, Parallelism::None);
-                    multiply([tokens, dim, rows], ds.transposed(), q, dk, width, scale, true, Parallelism::None);
-                    multiply([tokens, dim, rows], p.transposed(), d_out, dv, width, 1.0, true, Parallelism::None);
+/// The task of one group of spans and key head.
+struct Backward<'a> {
+    pass: &'a Pass<'a>,
+    /// Gradients of the rows that all groups continue, `[rows, keys and values of the head]`.
+    d_common: Shared,
+    group: &'a [Span<'a>],
+    key_head: usize,
+    scratch: &'a mut Scratch,
+}
+
+impl WithSimd for Backward<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self { pass, d_common, group, key_head, scratch } = self;
+        let repeats = pass.heads.query / pass.heads.key_value;
+        for span in group {
+            let pieces = pieces(pass.qkv, pass.heads, span, key_head);
+            let gradients = pass.gradients(span, key_head, d_common);
+            for head in key_head * repeats..(key_head + 1) * repeats {
+                for tile in Tile::of(span, &pieces) {
+                    pass.tile(simd, tile, &gradients, head, scratch);
                 }
             }
         }
     }
+}
 
-    /// Turns scores into probabilities p, and ds from d_out·vᵀ into the gradient of the scaled scores.
-    fn softmax_tile(
+/// Where the gradients of a piece's keys and values are added, in rows that are `stride` apart.
+struct PieceGradient {
+    keys: *mut f32,
+    values: *mut f32,
+    stride: usize,
+}
+
+impl Pass<'_> {
+    /// Where the gradients of the pieces of a span's head are added.
+    fn gradients(&self, span: &Span, key_head: usize, d_common: Shared) -> [PieceGradient; 3] {
+        let (heads, width) = (self.heads, self.heads.qkv_width());
+        let of_rows = |rows: &Range<usize>| PieceGradient {
+            keys: self.d_qkv.at(rows.start * width + heads.key_column(key_head)),
+            values: self.d_qkv.at(rows.start * width + heads.value_column(key_head)),
+            stride: width,
+        };
+        let prompt = if let Prefix::Rows([_, prompt]) = &span.prefix { prompt } else { &(0..0) };
+        let common = PieceGradient { keys: d_common.at(0), values: d_common.at(heads.dim), stride: 2 * heads.dim };
+        [common, of_rows(prompt), of_rows(&span.rows)]
+    }
+
+    /// Adds the gradient of one tile.
+    #[inline(always)]
+    fn tile<S: Simd>(
         &self,
-        row: usize,
-        rows: usize,
+        simd: S,
+        tile: Tile<'_>,
+        gradients: &[PieceGradient; 3],
         head: usize,
-        before: usize,
-        columns: usize,
-        Scratch { p, ds }: &mut Scratch,
+        scratch: &mut Scratch,
     ) {
         let heads = self.heads;
-        dispatch(
-            #[inline(always)]
-            || {
-                let tiles = p[..rows * columns].chunks_exact_mut(columns).zip(ds.chunks_exact_mut(columns));
-                for (r, (p, ds)) in tiles.enumerate() {
-                    let at = (row + r) * heads.query_width() + head * heads.dim;
-                    let delta = dot(&self.out[at..at + heads.dim], &self.d_out[at..at + heads.dim]);
-                    let (p, p_hidden) = p.split_at_mut(before + r + 1);
-                    let (ds, ds_hidden) = ds.split_at_mut(before + r + 1);
-                    exp_sum(p, heads.scale(), self.lse[(row + r) * heads.query + head]);
-                    for (ds, p) in ds.iter_mut().zip(p) {
-                        *ds = *p * (*ds - delta);
-                    }
-                    p_hidden.fill(0.0);
-                    ds_hidden.fill(0.0);
+        let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
+        let Scratch { q, d_out, p, ds } = scratch;
+        let q_rows = &self.qkv[tile.row * width + head * dim..];
+        let d_out_rows = &self.d_out[tile.row * out_width + head * dim..];
+        tile.transpose(q_rows, width, dim, q);
+        tile.transpose(d_out_rows, out_width, dim, d_out);
+        tile.scores(simd, |piece| piece.keys, q, dim, p);
+        tile.scores(simd, |piece| piece.values, d_out, dim, ds);
+        for vector in 0..tile.vectors() {
+            let [mut lse, mut delta] = [[0f32; LANES]; 2];
+            for lane in 0..LANES.min(tile.rows - vector * LANES) {
+                let row = tile.row + vector * LANES + lane;
+                let at = row * out_width + head * dim;
+                lse[lane] = self.lse[row * heads.query + head];
+                delta[lane] = dot(&self.out[at..at + dim], &self.d_out[at..at + dim]);
+            }
+            let (p, ds) = (by_vector(p, tile.keys()), by_vector(ds, tile.keys()));
+            softmax_gradient(p, ds, vector, heads.scale(), lse, delta);
+        }
+        tile.hide(by_vector(p, tile.keys()), 0.0);
+        tile.hide(by_vector(ds, tile.keys()), 0.0);
+        let (p, ds) = (p.as_ptr(), ds.as_ptr());
+        for strip in (0..tile.rows).step_by(STRIP) {
+            let rows = STRIP.min(tile.rows - strip);
+            let d_q = self.d_qkv.at((tile.row + strip) * width + head * dim);
+            for (first, piece, tokens) in tile.pieces_until(tile.before + strip + rows) {
+                let ds = Matrix { start: ds.wrapping_add(first * TILE + strip), row_stride: 1, column_stride: TILE };
+                // SAFETY: pieces as in `scores`, and `ds` has a place for every key of the tile; the rows of this span in the
+                // columns of this query head are written by this task alone.
+                unsafe { product(simd, [rows, dim, tokens], ds, piece.keys, d_q, width, true) };
+            }
+        }
+        for ((first, piece, tokens), gradient) in tile.pieces_until(tile.keys()).zip(gradients) {
+            let seen_by_all = piece.until(first, tile.before);
+            let mut key = 0;
+            while key < tokens {
+                let (keys, hidden) = match key < seen_by_all {
+                    true => (seen_by_all, 0),
+                    false => (STRIP.min(tokens - key), first + key - tile.before),
+                };
+                let at = (first + key) * TILE + hidden;
+                for (weights, rows, stride, to) in
+                    [(ds, q_rows, width, gradient.keys), (p, d_out_rows, out_width, gradient.values)]
+                {
+                    let weights = Matrix::rows(weights.wrapping_add(at), TILE);
+                    let rows = Matrix::rows(rows.as_ptr().wrapping_add(hidden * stride), stride);
+                    let (shape, to) = ([keys, dim, tile.rows - hidden], to.wrapping_add(key * gradient.stride));
+                    // SAFETY: reads as above. The rows of this group in the columns of this key head, and the task's own memory
+                    // for the common rows, are written by this task alone.
+                    unsafe { product(simd, shape, weights, rows, to, gradient.stride, true) };
                 }
-            },
-        );
+                key += keys;
+            }
+        }
+    }
+}
+
+/// Turns the scores of one vector of rows into probabilities, and the products of values and output gradients into the gradient of
+/// the products of queries and keys.
+#[inline(always)]
+fn softmax_gradient(
+    p: &mut [[[f32; LANES]; 2]],
+    ds: &mut [[[f32; LANES]; 2]],
+    vector: usize,
+    scale: f32,
+    lse: [f32; LANES],
+    delta: [f32; LANES],
+) {
+    for (p, ds) in p.iter_mut().zip(ds) {
+        for lane in 0..LANES {
+            let probability = exp(p[vector][lane].mul_add(scale, -lse[lane]));
+            p[vector][lane] = probability;
+            ds[vector][lane] = probability * (ds[vector][lane] - delta[lane]) * scale;
+        }
     }
 }
 
@@ -408,7 +631,12 @@ mod tests {
     }
 
     fn span(rows: Range<usize>, prefix: Option<Range<usize>>) -> Span<'static> {
-        Span { rows, prefix: prefix.map_or(Prefix::None, Prefix::Rows) }
+        Span { rows, prefix: Prefix::Rows([0..0, prefix.unwrap_or(0..0)]) }
+    }
+
+    /// A span that continues rows which all continue, and perhaps a prompt.
+    fn third(rows: Range<usize>, common: Range<usize>, prompt: Range<usize>) -> Span<'static> {
+        Span { rows, prefix: Prefix::Rows([common, prompt]) }
     }
 
     /// Attention of one row by its definition, in f64.
@@ -449,6 +677,39 @@ mod tests {
     }
 
     #[test]
+    fn the_bits_of_a_row_do_not_depend_on_how_its_sequence_is_cut() {
+        for heads in [HEADS, Heads { query: 2, key_value: 1, dim: 64 }, Heads { query: 1, key_value: 1, dim: 40 }] {
+            let width = heads.qkv_width();
+            let sequence = random(150 * width, 1);
+            let (whole, whole_lse) = run(&sequence, heads, &[span(0..150, None)]);
+            // the same rows thrice, cut differently, and others between them
+            let other = random(7 * width, 2);
+            let rows = |range: Range<usize>| sequence[range.start * width..range.end * width].to_vec();
+            let qkv = [rows(0..150), other.clone(), rows(0..90), rows(90..150), other, rows(21..90), rows(90..150)].concat();
+            let spans = [
+                span(0..21, None),
+                third(21..90, 0..21, 0..0),
+                third(90..150, 0..21, 21..90),
+                third(150..157, 0..21, 21..90),
+                span(157..247, None),
+                span(247..307, Some(157..247)),
+                span(307..314, None),
+                third(314..383, 0..21, 0..0),
+                third(383..443, 0..21, 314..383),
+            ];
+            let (out, lse) = run(&qkv, heads, &spans);
+            let same = |got: &[f32], expected: &[f32], of_row: usize, rows: Range<usize>, at: usize| {
+                let expected = &expected[rows.start * of_row..rows.end * of_row];
+                assert_eq!(got[at * of_row..][..expected.len()], *expected, "rows {rows:?} at {at}");
+            };
+            for (rows, at) in [(0..150, 0), (0..150, 157), (21..150, 314)] {
+                same(&out, &whole, heads.query_width(), rows.clone(), at);
+                same(&lse, &whole_lse, heads.query, rows, at);
+            }
+        }
+    }
+
+    #[test]
     fn a_cache_gives_what_the_rows_give() {
         let qkv = random(9 * HEADS.qkv_width(), 3);
         let (whole, _) = run(&qkv, HEADS, &[span(0..9, None)]);
@@ -466,6 +727,17 @@ mod tests {
         for (heads, spans) in [
             (HEADS, vec![span(0..3, None), span(3..7, Some(0..3)), span(7..9, Some(0..3)), span(9..11, None)]),
             (Heads { query: 2, key_value: 2, dim: 4 }, vec![span(0..11, None)]),
+            (
+                Heads { query: 4, key_value: 2, dim: 20 },
+                vec![
+                    span(0..2, None),
+                    third(2..4, 0..2, 0..0),
+                    third(4..6, 0..2, 2..4),
+                    third(6..7, 0..2, 2..4),
+                    third(7..9, 0..2, 0..0),
+                    third(9..11, 0..2, 7..9),
+                ],
+            ),
         ] {
             let qkv = random(11 * heads.qkv_width(), 5);
             let d_out = random(11 * heads.query_width(), 6);
@@ -479,7 +751,8 @@ mod tests {
     #[test]
     fn gradient_over_several_tiles_matches_finite_differences() {
         let heads = Heads { query: 1, key_value: 1, dim: 2 };
-        let spans = [span(0..66, None), span(66..133, Some(0..66))];
+        let spans =
+            [span(0..40, None), third(40..66, 0..40, 0..0), third(66..100, 0..40, 40..66), third(100..133, 0..40, 0..0)];
         let qkv = random(133 * heads.qkv_width(), 7);
         let d_out = random(133 * heads.query_width(), 8);
         let (out, lse) = run(&qkv, heads, &spans);

@@ -31,7 +31,7 @@ fn an_adapter_starts_at_margin_zero_and_leaves_the_model_as_it_is() {
         let mut folded = start.clone();
         adapter.fold_into(&mut folded);
         let mut decoder = Decoder::new(&start, 32);
-        let packed = pack(&[pairs[0].sequences(), pairs[1].sequences()], false);
+        let packed = PACKING.pack(&[pairs[0].sequences(), pairs[1].sequences()], &[0, 1]);
         let parameters = Parameters { base: &start.weights, adapter: Some(&adapter), dropout_seed: None };
         let (apart, together) = (decoder.logps(parameters, &packed), decoder.logps(&folded.weights, &packed));
         assert!(apart.iter().zip(&together).all(|(a, b)| (a / b - 1.0).abs() < 1e-5), "{apart:?} {together:?}");
@@ -78,7 +78,7 @@ fn the_gradient_of_tdpo_equals_finite_differences() {
     let gradient = gradient(&Policy::Whole(policy.clone()), &task, &all, whole()).gradient;
     let mut decoder = Decoder::new(&start, 32);
     let sequences: Vec<Sequences<'_>> = pairs.iter().map(TokenizedPair::sequences).collect();
-    let packed = pack(&sequences, false);
+    let packed = PACKING.pack(&sequences, &all);
     let rows = decoder.head_rows(&start.weights, &packed);
     let head = engine::Head { rows: &rows, weights: &start.weights[start.layout.head.clone()] };
     let (_, kls) = decoder.forward_with_divergence(&policy.weights, head, &packed, Keep::Inputs);

@@ -157,7 +157,7 @@ mod tests {
             for row in 0..lengths.len() {
                 // a row of zeros before it, which the general attention is not short-cut for
                 let both = [vec![0.0; heads.qkv_width()], qkv[row * heads.qkv_width()..][..heads.qkv_width()].to_vec()];
-                let spans = [Span { rows: 0..1, prefix: Prefix::None }, span(row, 1)];
+                let spans = [Span { rows: 0..1, prefix: Prefix::Rows([0..0, 0..0]) }, span(row, 1)];
                 let (mut general, mut general_lse) = (vec![0.0; 2 * heads.query_width()], vec![0.0; 2 * heads.query]);
                 of_any(&both.concat(), heads, &spans, &mut general, &mut general_lse);
                 let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
