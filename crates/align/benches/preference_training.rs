@@ -18,12 +18,13 @@ use std::path::{Path, PathBuf};
 use align::data::{Dataset, TokenizedExample, TokenizedPair};
 use align::objective;
 use align::reference;
+use align::sequences::Packing;
 use align::step::Alignment;
 use align::task::{longest, mismatched};
 use align::trainer::{Monitor, StepRecord, TrainOptions};
 use engine::checkpoint::load_model;
 use engine::optim::{OptimizerKind, Schedule};
-use engine::{LoraOptions, Mixture, PackedBatch, Precision, Projection, memory, roofline};
+use engine::{LoraOptions, Mixture, Precision, Projection, memory, roofline};
 use serde::Deserialize;
 use serde_json::json;
 
@@ -87,8 +88,8 @@ fn arranged<T: Clone>(rows: &[T], batches: &[Vec<usize>]) -> Vec<T> {
 /// Useful floating-point operations of a step on the batch, all weights trained. KTO's mismatched responses are scored behind the
 /// prompts that are there.
 fn useful_flops(config: &engine::ModelConfig, data: &Dataset) -> f64 {
-    let mut batch = PackedBatch::default();
-    data.sequences().iter().for_each(|sequences| batch.push(sequences.prompt, &sequences.responses));
+    let items = data.sequences();
+    let mut batch = Packing { for_scores: false, dropout: false }.pack(&items, &(0..items.len()).collect::<Vec<_>>());
     let trained = roofline::forward_flops(config, &batch);
     if let Dataset::Examples(examples) = data {
         let all: Vec<usize> = (0..examples.len()).collect();

@@ -42,11 +42,11 @@ const WORTH_SHARING: usize = 8;
 
 /// How passes compute items.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Packing {
+pub struct Packing {
     /// Whether for scores of responses or for their log-probabilities.
-    pub(crate) for_scores: bool,
+    pub for_scores: bool,
     /// Whether with dropout, which is another one for every item, so that items share nothing.
-    pub(crate) dropout: bool,
+    pub dropout: bool,
 }
 
 impl Packing {
@@ -90,7 +90,7 @@ impl Packing {
     }
 
     /// The items as one packed batch, with the number of each as its key for dropout.
-    pub(crate) fn pack(self, items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
+    pub fn pack(self, items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
         let mut packed = self.empty().with_common(self.common(items));
         for (item, &key) in items.iter().zip(keys) {
             match self.dropout {

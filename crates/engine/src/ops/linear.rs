@@ -40,11 +40,6 @@ impl Matrix {
     pub(crate) fn rows(start: *const f32, row_stride: usize) -> Self {
         Self { start, row_stride, column_stride: 1 }
     }
-
-    /// The same memory read as the transposed matrix.
-    pub(crate) fn transposed(self) -> Self {
-        Self { start: self.start, row_stride: self.column_stride, column_stride: self.row_stride }
-    }
 }
 
 /// out = a·b·scale, or out += a·b·scale with `add`; `a` is m×k, `b` is k×n, `out` is m×n with adjacent columns.
@@ -53,7 +48,7 @@ impl Matrix {
 /// Every element that the shapes and strides reach must lie in memory that is valid to read (`a`, `b`)
 /// or to write (`out`), and `out` must not overlap `a` or `b` or be used by another thread meanwhile.
 #[allow(clippy::too_many_arguments, reason = "the arguments of a matrix product")]
-pub(crate) unsafe fn multiply(
+unsafe fn multiply(
     [m, n, k]: [usize; 3],
     a: Matrix,
     b: Matrix,

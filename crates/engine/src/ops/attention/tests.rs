@@ -1,0 +1,143 @@
+use super::*;
+use crate::ops::finite_difference::{check, random};
+
+const HEADS: Heads = Heads { query: 4, key_value: 2, dim: 6 };
+
+fn run(qkv: &[f32], heads: Heads, spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
+    let n = qkv.len() / heads.qkv_width();
+    let (mut out, mut lse) = (vec![0.0; n * heads.query_width()], vec![0.0; n * heads.query]);
+    forward(qkv, heads, spans, &mut out, &mut lse);
+    (out, lse)
+}
+
+fn span(rows: Range<usize>, prefix: Option<Range<usize>>) -> Span<'static> {
+    Span { rows, prefix: Prefix::Rows([0..0, prefix.unwrap_or(0..0)]) }
+}
+
+/// A span that continues rows which all continue, and perhaps a prompt.
+fn third(rows: Range<usize>, common: Range<usize>, prompt: Range<usize>) -> Span<'static> {
+    Span { rows, prefix: Prefix::Rows([common, prompt]) }
+}
+
+/// Attention of one row by its definition, in f64.
+fn attend_naively(qkv: &[f32], heads: Heads, row: usize, keys: &[usize]) -> Vec<f64> {
+    let width = heads.qkv_width();
+    let at = |r: usize, c: usize| f64::from(qkv[r * width + c]);
+    let mut out = Vec::new();
+    for h in 0..heads.query {
+        let k0 = heads.query_width() + h / (heads.query / heads.key_value) * heads.dim;
+        let v0 = k0 + heads.key_value_width();
+        let score = |k: usize| -> f64 { (0..heads.dim).map(|d| at(row, h * heads.dim + d) * at(k, k0 + d)).sum() };
+        let e: Vec<f64> = keys.iter().map(|&k| (score(k) / (heads.dim as f64).sqrt()).exp()).collect();
+        let sum: f64 = e.iter().sum();
+        out.extend((0..heads.dim).map(|d| keys.iter().zip(&e).map(|(&k, e)| e / sum * at(k, v0 + d)).sum::<f64>()));
+    }
+    out
+}
+
+#[test]
+fn equals_the_definition_with_shared_prompts_and_several_tiles() {
+    // a prompt of 70 rows with two responses, and a sequence of its own
+    let spans = [span(0..70, None), span(70..140, Some(0..70)), span(140..145, Some(0..70)), span(145..150, None)];
+    let qkv = random(150 * HEADS.qkv_width(), 1);
+    let (out, _) = run(&qkv, HEADS, &spans);
+    for (row, keys) in [
+        (0, (0..1).collect::<Vec<_>>()),
+        (69, (0..70).collect()),
+        (139, (0..140).collect()),
+        (142, (0..70).chain(140..143).collect()),
+        (149, (145..150).collect()),
+    ] {
+        let expected = attend_naively(&qkv, HEADS, row, &keys);
+        let got = &out[row * HEADS.query_width()..][..HEADS.query_width()];
+        for (g, e) in got.iter().zip(expected) {
+            assert!((f64::from(*g) - e).abs() < 1e-5, "row {row}: {g} instead of {e}");
+        }
+    }
+}
+
+#[test]
+fn the_bits_of_a_row_do_not_depend_on_how_its_sequence_is_cut() {
+    for heads in [HEADS, Heads { query: 2, key_value: 1, dim: 64 }, Heads { query: 1, key_value: 1, dim: 40 }] {
+        let width = heads.qkv_width();
+        let sequence = random(150 * width, 1);
+        let (whole, whole_lse) = run(&sequence, heads, &[span(0..150, None)]);
+        // the same rows thrice, cut differently, and others between them
+        let other = random(7 * width, 2);
+        let rows = |range: Range<usize>| sequence[range.start * width..range.end * width].to_vec();
+        let qkv =
+            [rows(0..150), other.clone(), rows(0..90), rows(90..150), other, rows(21..90), rows(90..150)].concat();
+        let spans = [
+            span(0..21, None),
+            third(21..90, 0..21, 0..0),
+            third(90..150, 0..21, 21..90),
+            third(150..157, 0..21, 21..90),
+            span(157..247, None),
+            span(247..307, Some(157..247)),
+            span(307..314, None),
+            third(314..383, 0..21, 0..0),
+            third(383..443, 0..21, 314..383),
+        ];
+        let (out, lse) = run(&qkv, heads, &spans);
+        let same = |got: &[f32], expected: &[f32], of_row: usize, rows: Range<usize>, at: usize| {
+            let expected = &expected[rows.start * of_row..rows.end * of_row];
+            assert_eq!(got[at * of_row..][..expected.len()], *expected, "rows {rows:?} at {at}");
+        };
+        for (rows, at) in [(0..150, 0), (0..150, 157), (21..150, 314)] {
+            same(&out, &whole, heads.query_width(), rows.clone(), at);
+            same(&lse, &whole_lse, heads.query, rows, at);
+        }
+    }
+}
+
+#[test]
+fn a_cache_gives_what_the_rows_give() {
+    let qkv = random(9 * HEADS.qkv_width(), 3);
+    let (whole, _) = run(&qkv, HEADS, &[span(0..9, None)]);
+    let (q, kv) = (HEADS.query_width(), HEADS.key_value_width());
+    let past: Vec<&[f32]> = qkv.chunks_exact(HEADS.qkv_width()).take(6).collect();
+    let keys: Vec<f32> = past.iter().flat_map(|row| row[q..q + kv].to_vec()).collect();
+    let values: Vec<f32> = past.iter().flat_map(|row| row[q + kv..].to_vec()).collect();
+    let cached = [Span { rows: 0..3, prefix: Prefix::Cache { keys: &keys, values: &values } }];
+    let (rest, _) = run(&qkv[6 * HEADS.qkv_width()..], HEADS, &cached);
+    assert!(rest.iter().zip(&whole[6 * q..]).all(|(a, b)| (a - b).abs() < 1e-6));
+}
+
+#[test]
+fn gradient_matches_finite_differences() {
+    for (heads, spans) in [
+        (HEADS, vec![span(0..3, None), span(3..7, Some(0..3)), span(7..9, Some(0..3)), span(9..11, None)]),
+        (Heads { query: 2, key_value: 2, dim: 4 }, vec![span(0..11, None)]),
+        (
+            Heads { query: 4, key_value: 2, dim: 20 },
+            vec![
+                span(0..2, None),
+                third(2..4, 0..2, 0..0),
+                third(4..6, 0..2, 2..4),
+                third(6..7, 0..2, 2..4),
+                third(7..9, 0..2, 0..0),
+                third(9..11, 0..2, 7..9),
+            ],
+        ),
+    ] {
+        let qkv = random(11 * heads.qkv_width(), 5);
+        let d_out = random(11 * heads.query_width(), 6);
+        let (out, lse) = run(&qkv, heads, &spans);
+        let mut d_qkv = vec![f32::NAN; qkv.len()];
+        backward(&qkv, heads, &spans, &out, &lse, &d_out, &mut d_qkv);
+        check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
+    }
+}
+
+#[test]
+fn gradient_over_several_tiles_matches_finite_differences() {
+    let heads = Heads { query: 1, key_value: 1, dim: 2 };
+    let spans =
+        [span(0..40, None), third(40..66, 0..40, 0..0), third(66..100, 0..40, 40..66), third(100..133, 0..40, 0..0)];
+    let qkv = random(133 * heads.qkv_width(), 7);
+    let d_out = random(133 * heads.query_width(), 8);
+    let (out, lse) = run(&qkv, heads, &spans);
+    let mut d_qkv = vec![0.0; qkv.len()];
+    backward(&qkv, heads, &spans, &out, &lse, &d_out, &mut d_qkv);
+    check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
+}
