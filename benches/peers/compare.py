@@ -29,29 +29,33 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 
 
-# settings of TRL: options and environment
-BEST = ["--precompute"], KEEP_MEMORY
-DEFAULTS = ["--checkpointing"], {}
+# options and environment of TRL by the name of the setting
+TRL = {
+    "best": (["--precompute"], {}),
+    "best, malloc set": (["--precompute"], KEEP_MEMORY),
+    "defaults": (["--checkpointing"], {}),
+}
+BEST = ["best", "best, malloc set"]
 
 
 @dataclass
 class Comparison:
     text: str
     both: list  # options of both programs
-    trl: tuple
+    trl: list  # the settings of TRL that sacpo is compared with
     seconds_per_pair: float  # of TRL on two cores, for the estimate
 
 
 COMPARISONS = {
-    "dpo-f32": Comparison("DPO in f32", ["--loss", "dpo", "--dtype", "f32"], BEST, 7),
-    "dpo-bf16": Comparison("DPO in bf16", ["--loss", "dpo", "--dtype", "bf16"], BEST, 5),
-    "dpo-default": Comparison("DPO in bf16, TRL's defaults", ["--loss", "dpo", "--dtype", "bf16"], DEFAULTS, 7),
+    "dpo-f32": Comparison("DPO in f32", ["--loss", "dpo", "--dtype", "f32"], BEST, 5),
+    "dpo-bf16": Comparison("DPO in bf16", ["--loss", "dpo", "--dtype", "bf16"], [*BEST, "defaults"], 4),
     "kto-f32": Comparison("KTO in f32", ["--loss", "kto", "--dtype", "f32"], BEST, 10),
     "kto-bf16": Comparison("KTO in bf16", ["--loss", "kto", "--dtype", "bf16"], BEST, 8),
     "lora-f32": Comparison("DPO of LoRA in f32", ["--loss", "dpo", "--dtype", "f32", "--lora", "16"], BEST, 6),
     "lora-bf16": Comparison("DPO of LoRA in bf16", ["--loss", "dpo", "--dtype", "bf16", "--lora", "16"], BEST, 5),
 }
 
+OURS = "sacpo"
 OURS_PER_PAIR = 1.3
 START = 25  # seconds until a process trains
 LOGPS_TOLERANCE = {"f32": (0.01, 0), "bf16": (0.5, 0.01)}  # nats a response, and a share of its log-probability
@@ -107,12 +111,14 @@ def ours(options, tokens, more):
                       "--threads", str(options.threads), *more], cwd=ROOT)
 
 
-def check(name, tokens, ours, theirs):
-    """Both have worked on these tokens, and the policies were the same before the first step."""
-    if theirs["sha256"] != tokens["sha256"]:
-        sys.exit(f"{name}: TRL trained on other tokens than those that it wrote.")
-    nats, share = LOGPS_TOLERANCE[ours["dtype"]]
-    for row, (a, b) in enumerate(zip(ours["logps"], tokens["logps"], strict=True)):
+def check(name, tokens, result):
+    """The program has worked on these tokens, and its policy was TRL's model before the first step."""
+    if result["program"] == "trl":
+        if result["sha256"] != tokens["sha256"]:
+            sys.exit(f"{name}: TRL trained on other tokens than those that it wrote.")
+        return
+    nats, share = LOGPS_TOLERANCE[result["dtype"]]
+    for row, (a, b) in enumerate(zip(result["logps"], tokens["logps"], strict=True)):
         for side, x, y in zip(("chosen", "rejected"), a, b):
             tolerance = nats + share * abs(y)
             if not abs(x - y) <= tolerance:
@@ -120,40 +126,46 @@ def check(name, tokens, ours, theirs):
                          f"model, more than {tolerance:.3f} apart.")
 
 
+def turns(options):
+    """All that is to be measured, in this order: data, round, comparison, and sacpo or a setting of TRL."""
+    for data in options.data:
+        for number in range(options.rounds):
+            for name in options.only:
+                programs = [OURS, *COMPARISONS[name].trl]
+                yield from ((data, number, name, program) for program in (reversed(programs) if number % 2 else programs))
+
+
 def measure(options, have):
     """Makes all turns that `have` lacks and adds them to it and to the file."""
-    turns = [(data, number, name, side) for data in options.data for number in range(options.rounds)
-             for name in options.only for side in (("trl", "sacpo") if number % 2 else ("sacpo", "trl"))]
-    missing = [turn for turn in turns if turn not in have]
+    wanted = list(turns(options))
+    missing = [turn for turn in wanted if turn not in have]
     pairs = options.batch_size * (options.steps + 1)
-    each = {"trl": lambda name: COMPARISONS[name].seconds_per_pair, "sacpo": lambda _: OURS_PER_PAIR}
-    seconds = sum(START + pairs * each[side](name) for _, _, name, side in missing)
-    print(f"{len(missing)} of {len(turns)} turns are to be measured: about {seconds / 60:.0f} minutes on two cores.",
-          file=sys.stderr)
+    each = [OURS_PER_PAIR if program == OURS else COMPARISONS[name].seconds_per_pair for _, _, name, program in missing]
+    print(f"{len(missing)} of {len(wanted)} turns are to be measured: about "
+          f"{sum(START + pairs * seconds for seconds in each) / 60:.0f} minutes on two cores.", file=sys.stderr)
     if options.dry_run:
         return
     options.results.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, options.results.open("ab", buffering=0) as results:
         written = {}
         for done, turn in enumerate(missing):
-            data, number, name, side = turn
+            data, _, name, program = turn
             start = time.monotonic()
-            print(f"{done + 1}/{len(missing)} {data} {name} {side}: ", end="", file=sys.stderr, flush=True)
+            print(f"{done + 1}/{len(missing)} {data} {name} {program}: ", end="", file=sys.stderr, flush=True)
             if data not in written:
                 path = Path(folder) / f"{data}.json"
                 trl(options, options.data[data], ["--write-tokens", path], {})
                 written[data] = path, json.loads(path.read_text())
             path, tokens = written[data]
-            comparison = COMPARISONS[name]
-            if side == "sacpo":
-                have[turn] = ours(options, path, comparison.both)
+            both = COMPARISONS[name].both
+            if program == OURS:
+                result = ours(options, path, both)
             else:
-                more, env = comparison.trl
-                have[turn] = trl(options, options.data[data], comparison.both + more, env)
-            other = (data, number, name, "trl" if side == "sacpo" else "sacpo")
-            if other in have:
-                check(f"{name} on {data}", tokens, have[data, number, name, "sacpo"], have[data, number, name, "trl"])
-            line = {"turn": turn, "settings": settings(options, data), "result": have[turn]}
+                more, env = TRL[program]
+                result = trl(options, options.data[data], both + more, env)
+            check(f"{name} on {data}", tokens, result)
+            have[turn] = result
+            line = {"turn": turn, "settings": settings(options, data), "result": result}
             results.write(f"{json.dumps(line)}\n".encode())  # one write, so that a kill leaves whole lines
             print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
 
@@ -165,24 +177,25 @@ def settings(options, data):
 
 
 def table(options, have):
-    """Markdown: medians over the counted steps of all rounds."""
-    lines = ["| data | comparison | TRL, pairs/s | sacpo, pairs/s | ratio | TRL, memory | sacpo, memory | ratio | share of the peak |",
-             "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    """Markdown, a row for each setting of TRL: medians over the counted steps of all rounds, memory at most."""
+    lines = ["| data | comparison | TRL | tokens a step | TRL, pairs/s | sacpo, pairs/s | ratio | TRL, memory | sacpo, memory | ratio "
+             "| share of the peak |",
+             "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for data in options.data:
         for name in options.only:
-            turns = {side: [result for turn, result in have.items() if turn[0] == data and turn[2:] == (name, side)]
-                     for side in ("trl", "sacpo")}
-            if not all(turns.values()):
-                continue
-            rate, memory = {}, {}
-            for side, results in turns.items():
-                seconds = [second for result in results for second in result["seconds"][1:]]
-                rate[side] = options.batch_size / statistics.median(seconds)
-                memory[side] = max(result["peak_memory_bytes"] for result in results) / 2**30
-            shares = [result["utilisation"] for result in turns["sacpo"] if result["utilisation"] is not None]
-            share = f"{100 * statistics.median(shares):.0f} %" if shares else ""
-            lines.append(f"| {data} | {COMPARISONS[name].text} | {rate['trl']:.3f} | {rate['sacpo']:.3f} | {rate['sacpo'] / rate['trl']:.1f} × "
-                         f"| {memory['trl']:.1f} GiB | {memory['sacpo']:.1f} GiB | {memory['sacpo'] / memory['trl']:.2f} × | {share} |")
+            of = lambda program: [result for turn, result in have.items() if (turn[0], *turn[2:]) == (data, name, program)]
+            counted = lambda results, key: statistics.median(value for result in results for value in result[key][1:])
+            rate = lambda results: options.batch_size / counted(results, "seconds")
+            memory = lambda results: max(result["peak_memory_bytes"] for result in results) / 2**30
+            for setting in COMPARISONS[name].trl:
+                mine, theirs = of(OURS), of(setting)
+                if not (mine and theirs):
+                    continue
+                shares = [result["utilisation"] for result in mine if result["utilisation"] is not None]
+                share = f"{100 * statistics.median(shares):.0f} %" if shares else ""
+                lines.append(f"| {data} | {COMPARISONS[name].text} | {setting} | {counted(mine, 'tokens'):,.0f} "
+                             f"| {rate(theirs):.3f} | {rate(mine):.3f} | {rate(mine) / rate(theirs):.1f} × "
+                             f"| {memory(theirs):.1f} GiB | {memory(mine):.1f} GiB | {memory(mine) / memory(theirs):.2f} × | {share} |")
     return "\n".join(lines)
 
 
