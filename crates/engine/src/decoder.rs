@@ -66,6 +66,8 @@ pub struct Decoder {
     inverse_sums: Vec<f32>,
     kept: Option<Keep>,
     scratch: Scratch,
+    /// Rows of the largest batch so far.
+    most_rows: usize,
 }
 
 /// Memory that holds nothing between operations.
@@ -114,6 +116,7 @@ impl Decoder {
             inverse_sums: Vec::new(),
             kept: None,
             scratch: Scratch::default(),
+            most_rows: 0,
         }
     }
 
@@ -255,12 +258,27 @@ impl Decoder {
         keep == Some(Keep::All) && self.precision == Precision::Bf16
     }
 
+    /// Gives back all memory before a pass that is larger than all before it. A buffer that grew by itself would leave a hole into
+    /// which none of the others fits, as they have to grow too.
+    fn release(&mut self) {
+        self.tapes.clear();
+        self.compact.clear();
+        self.inputs.clear();
+        self.x = Vec::new();
+        self.exps = Vec::new();
+        self.scratch = Scratch::default();
+    }
+
     /// Leaves the output of the last block in `self.x`.
     fn run_blocks(&mut self, pass: &Pass<'_>, batch: &PackedBatch, keep: Option<Keep>) {
         self.check_weights(pass);
         assert_eq!(batch.for_scores, self.scores, "the batch is not for this head");
         // what was kept of the softmax is of another batch
         self.inverse_sums.clear();
+        if batch.rows() > self.most_rows {
+            self.release();
+            self.most_rows = batch.rows();
+        }
         let blocks = self.layout.blocks.len();
         let (apart, compact) = (self.has_tapes(keep), self.has_compact_tapes(keep));
         self.tapes.resize_with(if apart { blocks } else { 1 }, BlockTape::default);
