@@ -110,8 +110,9 @@ pub struct StepRecord {
 
 /// Who watches the training and may end it.
 pub trait Monitor {
-    /// Called before the first optimizer step.
-    fn planned(&mut self, _plan: &MemoryPlan) {}
+    /// Called before the first optimizer step. `before` are the tokens per pass that the training began with, if it was stopped
+    /// and goes on with others.
+    fn planned(&mut self, _plan: &MemoryPlan, _before: Option<usize>) {}
     /// Called as prompts are scored under the reference, before the first optimizer step.
     fn scored(&mut self, _done: usize, _total: usize) {}
     /// Called after each optimizer step.
@@ -123,8 +124,9 @@ pub trait Monitor {
 /// Trains `policy` on a task, in place. Returns the records of the steps that this call took.
 ///
 /// `validation` is a task of held-out examples, for `validate_every`. `folder` receives `metrics.jsonl` and, when the
-/// training is interrupted or `save_every` says so, its state. A state found there continues bit-exactly, if it is of
-/// the same training (same start, data and options).
+/// training is interrupted or `save_every` says so, its state. A state found there continues, if it is of the same training (same
+/// start, data and options): bit-exactly, if its passes are cut as before. They are unless `micro_batch_tokens` asks for
+/// others, or they no longer fit; the monitor is told.
 ///
 /// # Errors
 /// No examples, or fewer than the task's smallest batch ([`Error::Input`]); a loss, of validation too, or a gradient that
@@ -155,8 +157,8 @@ pub fn train(
     if let (Some(tokens), None) = (progress.counts.micro_batch_tokens, options.micro_batch_tokens) {
         memory = footprint.plan_with(tokens, others).unwrap_or(memory);
     }
-    progress.counts.micro_batch_tokens = Some(memory.micro_batch_tokens);
-    monitor.planned(&memory);
+    let before = progress.counts.micro_batch_tokens.replace(memory.micro_batch_tokens);
+    monitor.planned(&memory, before.filter(|tokens| *tokens != memory.micro_batch_tokens));
     let mut log = MetricsLog::open(&folder.join("metrics.jsonl"), optimizer.steps)?;
     let mut gradient = vec![0.0; policy.weights().len()];
     let mut passes = Passes::new(policy, options.dtype, footprint.lengths.longest, &memory);

@@ -63,8 +63,8 @@ impl Tracking {
 }
 
 impl Monitor for Tracking {
-    fn planned(&mut self, plan: &MemoryPlan) {
-        self.bar.planned(plan);
+    fn planned(&mut self, plan: &MemoryPlan, before: Option<usize>) {
+        self.bar.planned(plan, before);
     }
 
     fn scored(&mut self, done: usize, total: usize) {

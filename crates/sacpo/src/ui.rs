@@ -163,8 +163,17 @@ impl TrainingBar {
 }
 
 impl Monitor for TrainingBar {
-    fn planned(&mut self, plan: &MemoryPlan) {
-        self.bar.suspend(|| say(format!("  {plan}.")));
+    fn planned(&mut self, plan: &MemoryPlan, before: Option<usize>) {
+        self.bar.suspend(|| {
+            say(format!("  {plan}."));
+            if let Some(before) = before {
+                say(format!(
+                    "  The training began with {before} tokens a pass and goes on with {}, which is what is asked for or fits now: \
+                     the last bits of its result may be others than without the stop.",
+                    plan.micro_batch_tokens
+                ));
+            }
+        });
     }
 
     fn scored(&mut self, done: usize, total: usize) {

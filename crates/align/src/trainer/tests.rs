@@ -354,6 +354,42 @@ fn continues_bit_exactly(start: &Model, task: &dyn Task, options: TrainOptions) 
     train_whole(&mut start.clone(), task, None, &other, folder.path(), &mut never()).unwrap();
 }
 
+/// Stops, and keeps what it is told of the cut: tokens a pass, and those before.
+struct Cuts(StopAfter, Vec<(usize, Option<usize>)>);
+
+impl Monitor for Cuts {
+    fn planned(&mut self, plan: &MemoryPlan, before: Option<usize>) {
+        self.1.push((plan.micro_batch_tokens, before));
+    }
+
+    fn step(&mut self, total: u64, record: &StepRecord) {
+        self.0.step(total, record);
+    }
+
+    fn stop_requested(&self) -> bool {
+        self.0.stop_requested()
+    }
+}
+
+#[test]
+fn whoever_goes_on_with_another_cut_is_told() {
+    let pairs = pairs(&fixture());
+    let start = tiny("tied");
+    let reference = reference(&start, &pairs);
+    let task = Preferences::new(&pairs, &reference, &start, &DPO);
+    let folder = tempfile::tempdir().unwrap();
+    let mut cuts = Vec::new();
+    for (stop, micro_batch_tokens) in [(1, None), (2, None), (3, Some(40)), (4, Some(40)), (5, None)] {
+        let options = TrainOptions { micro_batch_tokens, ..options() };
+        let mut monitor = Cuts(StopAfter(stop, 0), cuts);
+        train_whole(&mut start.clone(), &task, None, &options, folder.path(), &mut monitor).unwrap_err();
+        cuts = monitor.1;
+    }
+    let largest = cuts[0].0;
+    assert!(largest > 40);
+    assert_eq!(cuts, [(largest, None), (largest, None), (40, Some(largest)), (40, None), (40, None)]);
+}
+
 /// Of some losses, these parameters do not show while the log-probabilities are 0.
 #[test]
 fn a_state_of_another_temperature_or_weight_is_refused() {
