@@ -164,32 +164,67 @@ pub fn generate<'a>(
     decode: &dyn Fn(&[u32]) -> Result<String>,
     finished: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Answer>> {
-    options.validate()?;
-    let policy = policy.into();
-    check_prompts(policy.vocab_size(), policy.context(), prompts)?;
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
-    let positions = longest.saturating_add(options.max_new_tokens);
-    let mut generator = Generator::new(policy, positions, options.batch_size, decode).with_dtype(options.dtype);
-    let options = Arc::new(options.clone());
-    let ids = prompts.iter().enumerate().map(|(index, prompt)| generator.add(prompt, options.clone(), index as u64));
-    let places: HashMap<SequenceId, usize> = ids.zip(0..).map(|(id, place)| Ok((id?, place))).collect::<Result<_>>()?;
+    let request = |(index, prompt)| Request { index, prompt, seed: options.seed, stream: index as u64 };
+    let requests: Vec<Request<'_>> = prompts.iter().map(Vec::as_slice).enumerate().map(request).collect();
     let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
     let mut done = 0;
+    generate_each(policy, &requests, options, decode, &mut |index, answer| {
+        answers[index] = Some(answer);
+        done += 1;
+        finished(done)
+    })?;
+    Ok(answers.into_iter().flatten().collect())
+}
+
+/// A prompt to answer, and the random numbers that its answer is drawn from.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// Its place among the prompts, from 0.
+    pub index: usize,
+    /// Its tokens.
+    pub prompt: &'a [u32],
+    /// Takes the place of [`SamplingOptions::seed`].
+    pub seed: u64,
+    /// The stream of that seed.
+    pub stream: u64,
+}
+
+/// As [`generate`], with each answer handed to `finished` as soon as it is complete, with its request's index.
+///
+/// # Errors
+/// Those of [`generate`], and that of `finished`.
+pub fn generate_each<'a>(
+    policy: impl Into<Mixture<'a>>,
+    requests: &[Request<'_>],
+    options: &SamplingOptions,
+    decode: &dyn Fn(&[u32]) -> Result<String>,
+    finished: &mut dyn FnMut(usize, Answer) -> Result<()>,
+) -> Result<()> {
+    options.validate()?;
+    let policy = policy.into();
+    let (vocab_size, context) = (policy.vocab_size(), policy.context());
+    requests.iter().try_for_each(|request| check_numbered(request.index, request.prompt, vocab_size, context))?;
+    let longest = requests.iter().map(|request| request.prompt.len()).max().unwrap_or(0);
+    let positions = longest.saturating_add(options.max_new_tokens);
+    let mut generator = Generator::new(policy, positions, options.batch_size, decode).with_dtype(options.dtype);
+    let ids = requests.iter().map(|&Request { index, prompt, seed, stream }| {
+        let options = SamplingOptions { seed, ..options.clone() };
+        Ok((generator.add(prompt, Arc::new(options), stream)?, index))
+    });
+    let indices: HashMap<SequenceId, usize> = ids.collect::<Result<_>>()?;
     while !generator.is_empty() {
         for (id, progress) in generator.step() {
-            let place = places[&id];
+            let index = indices[&id];
             let progress = progress.map_err(|error| match error {
-                Error::Failed(message) => Error::Failed(format!("For prompt {}: {message}", place + 1)),
+                Error::Failed(message) => Error::Failed(format!("For prompt {}: {message}", index + 1)),
                 other => other,
             });
             if let Progress::Finished(answer) = progress? {
-                answers[place] = Some(answer);
-                done += 1;
-                finished(done)?;
+                finished(index, answer)?;
             }
         }
     }
-    Ok(answers.into_iter().flatten().collect())
+    Ok(())
 }
 
 /// Refuses prompts that the policy cannot continue.
@@ -198,9 +233,11 @@ pub fn generate<'a>(
 /// [`Error::Input`] that gives the number, from 1, of the first prompt that is empty, that leaves no room in the
 /// model's context, or that holds a token which the model does not know.
 pub fn check_prompts(vocab_size: usize, context: usize, prompts: &[Vec<u32>]) -> Result<()> {
-    prompts.iter().enumerate().try_for_each(|(index, prompt)| {
-        check_prompt(prompt, vocab_size, context).map_err(|fault| Error::input(format!("Prompt {} {fault}", index + 1)))
-    })
+    prompts.iter().enumerate().try_for_each(|(index, prompt)| check_numbered(index, prompt, vocab_size, context))
+}
+
+fn check_numbered(index: usize, prompt: &[u32], vocab_size: usize, context: usize) -> Result<()> {
+    check_prompt(prompt, vocab_size, context).map_err(|fault| Error::input(format!("Prompt {} {fault}", index + 1)))
 }
 
 /// What is wrong with a prompt, as a sentence without its subject.

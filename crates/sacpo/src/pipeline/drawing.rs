@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use engine::checkpoint::atomic;
-use engine::generate::{Answer, SamplingOptions, generate};
+use engine::generate::{Answer, Request, SamplingOptions, generate_each};
 use engine::{Error, Mixture, Result};
 
 /// The answers of one policy to a list of prompts, of which some blocks may be kept.
@@ -48,26 +48,39 @@ impl<'a> Drawing<'a> {
     /// `finished` is told how many there are, and may end the work with an error.
     ///
     /// # Errors
-    /// Those of [`generate`], and of writing.
+    /// Those of [`generate_each`], and of writing.
     pub(super) fn complete(
-        mut self,
+        self,
         policy: &Mixture<'_>,
         decode: &dyn Fn(&[u32]) -> Result<String>,
         finished: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Answer>> {
-        let mut before = 0;
-        for (number, block) in self.blocks.iter().enumerate() {
-            if self.kept[number].is_none() {
-                // every block has its own stream of random numbers
-                let seed = self.options.seed.wrapping_add((number as u64) << 32);
-                let options = SamplingOptions { seed, ..self.options.clone() };
-                let answers = generate(policy.clone(), block, &options, decode, &mut |done| finished(before + done))?;
-                keep(&self.places[number], &answers)?;
-                self.kept[number] = Some(answers);
-            }
-            before += block.len();
+        let Self { blocks, options, places, mut kept } = self;
+        let per_block = blocks.first().map_or(1, |block| block.len());
+        let mut requests = Vec::new();
+        for (number, block) in blocks.iter().enumerate().filter(|(number, _)| kept[*number].is_none()) {
+            // every block has its own streams of random numbers
+            let seed = options.seed.wrapping_add((number as u64) << 32);
+            requests.extend(block.iter().enumerate().map(|(place, prompt)| {
+                let (index, stream) = (number * per_block + place, place as u64);
+                Request { index, prompt, seed, stream }
+            }));
         }
-        Ok(self.kept.into_iter().flatten().flatten().collect())
+        let mut drawn: Vec<Vec<Option<Answer>>> = blocks.iter().map(|block| vec![None; block.len()]).collect();
+        let mut done = kept.iter().flatten().map(Vec::len).sum();
+        generate_each(policy.clone(), &requests, &options, decode, &mut |index, answer| {
+            let number = index / per_block;
+            let block = &mut drawn[number];
+            block[index % per_block] = Some(answer);
+            if block.iter().all(Option::is_some) {
+                let answers: Vec<Answer> = std::mem::take(block).into_iter().flatten().collect();
+                keep(&places[number], &answers)?;
+                kept[number] = Some(answers);
+            }
+            done += 1;
+            finished(done)
+        })?;
+        Ok(kept.into_iter().flatten().flatten().collect())
     }
 }
 
@@ -92,4 +105,48 @@ fn keep(path: &Path, answers: &[Answer]) -> Result<()> {
     }
     let kept: Vec<(&Answer, Option<u32>)> = answers.iter().map(|answer| (answer, answer.end)).collect();
     atomic::write_file(path, |out| Ok(serde_json::to_writer(out, &kept)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use engine::checkpoint::load_model;
+    use engine::generate::generate;
+
+    use super::*;
+
+    #[test]
+    fn what_is_drawn_together_is_what_blocks_have_by_themselves_and_whole_blocks_outlive_a_stop() {
+        let tiny = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/tiny/tied");
+        let model = load_model(Path::new(tiny)).unwrap();
+        let policy = Mixture::from(&model);
+        let no_text = |_: &[u32]| Ok(String::new());
+        let options = SamplingOptions {
+            max_new_tokens: 5,
+            temperature: 1.0,
+            seed: 7,
+            batch_size: 4,
+            ..SamplingOptions::default()
+        };
+        let prompts: Vec<Vec<u32>> = (0..8).map(|i| vec![1, 3 + i]).collect();
+        let by_itself = |(number, block): (u64, &[Vec<u32>])| {
+            let options = SamplingOptions { seed: 7 + (number << 32), ..options.clone() };
+            generate(policy.clone(), block, &options, &no_text, &mut |_| Ok(())).unwrap()
+        };
+        let expected: Vec<Answer> = (0..).zip(prompts.chunks(3)).flat_map(by_itself).collect();
+
+        let folder = tempfile::tempdir().unwrap();
+        let open = || Drawing::open(folder.path(), "policy", &prompts, 3, &options);
+        let stop = &mut |done| if done < 7 { Ok(()) } else { Err(Error::Interrupted("stopped".into())) };
+        open().complete(&policy, &no_text, stop).unwrap_err();
+        // one answer was missing, and with it its block
+        assert_eq!((open().blocks(), open().kept()), ([2, 3], None));
+        let mut counts = Vec::new();
+        let finished = &mut |done| {
+            counts.push(done);
+            Ok(())
+        };
+        assert_eq!(open().complete(&policy, &no_text, finished).unwrap(), expected);
+        assert!(counts.len() <= 3 && counts.last() == Some(&8), "{counts:?}");
+        assert_eq!(open().kept(), Some(expected));
+    }
 }
