@@ -1,15 +1,12 @@
 //! The speed of training over model sizes, lengths and numbers of threads.
 
-use engine::{Error, Model, Result, memory, roofline};
+use engine::{Error, Model, Result, roofline};
 use serde::Serialize;
 
 use super::training::{self, Pairs};
 use super::{Roofline, check, drawn};
 use crate::cli::{Bench, Scaling, Shape};
 use crate::ui;
-
-/// Copies of the weights that there are at least: the policy, its gradient, two moments, and the model that is measured first.
-const COPIES: usize = 5;
 
 /// The tables that were asked for.
 #[derive(Debug, Default, Serialize)]
@@ -39,7 +36,8 @@ pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Res
     let pairs = Pairs::new(options);
     let mut report = Report::default();
     if options.scaling.contains(&Scaling::Size) {
-        let (fitting, others): (Vec<Shape>, Vec<Shape>) = Shape::ALL.into_iter().partition(|&shape| fits(shape));
+        let fits = |shape: &Shape| training::plan(&shape.config(), &pairs, options).is_ok();
+        let (fitting, others): (Vec<Shape>, Vec<Shape>) = Shape::ALL.into_iter().partition(fits);
         for shape in others {
             ui::say(format!("{} is left out: there is not enough memory to train it.", shape.name()));
         }
@@ -79,10 +77,4 @@ fn point(model: Model, pairs: &Pairs, roofline: Roofline, options: &Bench) -> Re
         tokens_per_second: report.tokens_per_second,
         utilisation: report.utilisation,
     })
-}
-
-/// Whether there is memory to train a model of this shape, as far as the system says.
-fn fits(shape: Shape) -> bool {
-    let weights = engine::Layout::new(&shape.config()).len;
-    memory::available().is_none_or(|bytes| size_of::<f32>() * COPIES * weights < bytes / 5 * 4)
 }

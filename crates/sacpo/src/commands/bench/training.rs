@@ -1,12 +1,12 @@
 //! Steps of DPO on drawn pairs.
 
 use align::data::{Dataset, TokenizedPair, Tokens};
-use align::objective;
-use align::step::Alignment;
-use align::trainer::{Monitor, StepRecord, TrainOptions};
+use align::objective::{self, Objective};
+use align::step::{Alignment, plan_memory};
+use align::trainer::{MemoryPlan, Monitor, StepRecord, TrainOptions};
 use engine::optim::Schedule;
 use engine::profile::{self, Cost, Profile};
-use engine::{Error, Model, PackedBatch, Precision, Result, memory, roofline};
+use engine::{Error, Model, ModelConfig, PackedBatch, Precision, Result, memory, roofline};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sacpo::recipe;
@@ -18,6 +18,9 @@ use crate::ui;
 
 /// Mean tokens of the prompts of PKU-SafeRLHF, and of their better and worse responses, with SmolLM2's tokenizer.
 const LENGTHS: [usize; 3] = [49, 61, 72];
+
+/// What is held out.
+const NO_PAIRS: Dataset = Dataset::Pairs(Vec::new());
 
 /// What pairs to draw.
 #[derive(Debug, Clone, Copy)]
@@ -92,8 +95,8 @@ pub(super) fn measure(model: Model, pairs: &Pairs, options: &Bench) -> Result<(S
     let alignment = Alignment {
         start: model,
         data: &Dataset::Pairs(drawn),
-        validation: &Dataset::Pairs(Vec::new()),
-        objective: &objective::Options::default().build("dpo", 0.1)?,
+        validation: &NO_PAIRS,
+        objective: &dpo()?,
         options: &train_options(pairs, options),
         folder: folder.path(),
         cache: &folder.path().join("reference"),
@@ -111,6 +114,19 @@ pub(super) fn measure(model: Model, pairs: &Pairs, options: &Bench) -> Result<(S
         peak_memory_bytes: memory::peak(),
     };
     Ok((steps, aligned.policy))
+}
+
+/// What [`measure`] would take of memory with a model of this shape.
+///
+/// # Errors
+/// [`Error::Input`] if it does not fit.
+pub(super) fn plan(config: &ModelConfig, pairs: &Pairs, options: &Bench) -> Result<MemoryPlan> {
+    let drawn = Dataset::Pairs(pairs.draw(config.vocab_size));
+    plan_memory(config, &dpo()?, [&drawn, &NO_PAIRS], &train_options(pairs, options))
+}
+
+fn dpo() -> Result<Objective> {
+    objective::Options::default().build("dpo", 0.1)
 }
 
 fn train_options(pairs: &Pairs, options: &Bench) -> TrainOptions {
