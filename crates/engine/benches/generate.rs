@@ -12,15 +12,16 @@
 //! roofline is that of reading every matrix once for every token of a batch of one, at the bandwidth at which this program reads
 //! memory and does nothing else.
 
-use std::io::{BufRead, BufReader, Write};
+mod common;
+
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
+use common::{Peer, median};
 use engine::checkpoint::Checkpoint;
 use engine::generate::{Dtype, Generator, Progress, SamplingOptions};
-use serde_json::{Value, json};
+use serde_json::json;
 
 /// Answers to prompts, and the seconds that they took.
 struct Turn {
@@ -28,39 +29,12 @@ struct Turn {
     tokens: Vec<Vec<u32>>,
 }
 
-/// Another program that answers requests of one line with one line.
-struct Peer {
-    command: String,
-    child: Child,
-    answers: BufReader<std::process::ChildStdout>,
-}
-
-impl Peer {
-    fn start(command: &str) -> Self {
-        let mut child = Command::new("sh")
-            .args(["-c", &format!("exec {command}")])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("could not start `{command}`: {e}"));
-        let answers = BufReader::new(child.stdout.take().unwrap_or_else(|| unreachable!("stdout is piped")));
-        Self { command: command.to_owned(), child, answers }
-    }
-
-    fn turn(&mut self, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
-        let input = self.child.stdin.as_mut().unwrap_or_else(|| unreachable!("stdin is piped"));
-        writeln!(input, "{}", json!({"prompts": prompts, "new_tokens": new_tokens}))
-            .unwrap_or_else(|e| panic!("`{}` has stopped: {e}", self.command));
-        loop {
-            let mut line = String::new();
-            assert!(self.answers.read_line(&mut line).unwrap_or(0) > 0, "`{}` has stopped", self.command);
-            let answer: Value = serde_json::from_str(&line).unwrap_or_default();
-            if let Some(seconds) = answer["seconds"].as_f64() {
-                let tokens = serde_json::from_value(answer["tokens"].clone()).unwrap_or_else(|e| panic!("{e}: {line}"));
-                return Turn { seconds, tokens };
-            }
-        }
-    }
+/// A turn of another program.
+fn theirs(peer: &mut Peer, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
+    let answer = peer.ask(&json!({"prompts": prompts, "new_tokens": new_tokens}).to_string());
+    let seconds = answer["seconds"].as_f64().unwrap_or_else(|| panic!("no seconds: {answer}"));
+    let tokens = serde_json::from_value(answer["tokens"].clone()).unwrap_or_else(|e| panic!("{e}: {answer}"));
+    Turn { seconds, tokens }
 }
 
 fn ours(generator: &mut Generator<'_>, prompts: &[Vec<u32>], new_tokens: usize) -> Turn {
@@ -82,12 +56,6 @@ fn ours(generator: &mut Generator<'_>, prompts: &[Vec<u32>], new_tokens: usize) 
         }
     }
     Turn { seconds: start.elapsed().as_secs_f64(), tokens }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
 }
 
 /// Tokens that no text explains, the same in every run.
@@ -143,14 +111,14 @@ fn main() {
             let mut generator = generator.with_dtype(dtype);
             // the first turn of each warms up and is not counted
             let warm = ours(&mut generator, prompts, new_tokens);
-            let theirs: Vec<Turn> = peers.iter_mut().map(|peer| peer.turn(prompts, new_tokens)).collect();
+            let of_warm: Vec<Turn> = peers.iter_mut().map(|peer| theirs(peer, prompts, new_tokens)).collect();
             let (mut seconds, mut of_peers) = (Vec::new(), vec![Vec::new(); peers.len()]);
             for round in 0..rounds {
                 let turn = ours(&mut generator, prompts, new_tokens);
                 assert_eq!(turn.tokens, warm.tokens, "greedy tokens differ between two turns");
                 seconds.push(turn.seconds);
                 for (peer, seconds) in peers.iter_mut().zip(&mut of_peers) {
-                    seconds.push(peer.turn(prompts, new_tokens).seconds);
+                    seconds.push(theirs(peer, prompts, new_tokens).seconds);
                 }
                 eprint!("\rbatch {batch}: round {}/{rounds} ", round + 1);
             }
@@ -165,7 +133,7 @@ fn main() {
                 println!("{:7.1} tokens/s median, {:7.1} best   {name}", tokens / median(seconds), tokens / best);
             };
             report(&format!("sacpo, {}", dtype.name()), &seconds);
-            for ((peer, of_peer), theirs) in peers.iter().zip(&of_peers).zip(&theirs) {
+            for ((peer, of_peer), theirs) in peers.iter().zip(&of_peers).zip(&of_warm) {
                 report(&peer.command, of_peer);
                 let equal = warm.tokens.iter().zip(&theirs.tokens).filter(|(ours, theirs)| ours == theirs).count();
                 let ratio = median(of_peer) / median(&seconds);
@@ -184,7 +152,4 @@ fn main() {
             }
         }
     });
-    for peer in &mut peers {
-        let _ = peer.child.kill();
-    }
 }

@@ -9,10 +9,11 @@
 //! With `--peer`, both programs take turns, two steps each, so that a drifting machine slows both alike;
 //! give `--peer` several times to compare several variants. `--rounds N` and `--threads N` default to 6 and 2.
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, Command, Stdio};
+mod common;
+
 use std::time::Instant;
 
+use common::{Peer, median};
 use engine::optim::{Optimizer, OptimizerKind, OptimizerOptions};
 use engine::{Decoder, Keep, Model, ModelConfig, OutputHead, PackedBatch, RopeScaling};
 
@@ -85,46 +86,10 @@ impl Ours {
     }
 }
 
-/// PyTorch's side: a program that does `step N` on request and answers with a line of JSON.
-struct Peer {
-    command: String,
-    child: Child,
-    answers: BufReader<std::process::ChildStdout>,
-    seconds: Vec<f64>,
-}
-
-impl Peer {
-    fn start(command: &str) -> Self {
-        let mut child = Command::new("sh")
-            .args(["-c", &format!("exec {command}")])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap_or_else(|e| panic!("could not start `{command}`: {e}"));
-        let answers = BufReader::new(child.stdout.take().unwrap_or_else(|| unreachable!("stdout is piped")));
-        Self { command: command.to_owned(), child, answers, seconds: Vec::new() }
-    }
-
-    fn steps(&mut self, n: usize) -> Vec<f64> {
-        let input = self.child.stdin.as_mut().unwrap_or_else(|| unreachable!("stdin is piped"));
-        writeln!(input, "step {n}").unwrap_or_else(|e| panic!("`{}` has stopped: {e}", self.command));
-        loop {
-            let mut line = String::new();
-            let read = self.answers.read_line(&mut line).unwrap_or(0);
-            assert!(read > 0, "`{}` has stopped", self.command);
-            // the peer also prints a line about itself when it is ready
-            let answer: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
-            if let Some(seconds) = answer["seconds"].as_array() {
-                return seconds.iter().filter_map(serde_json::Value::as_f64).collect();
-            }
-        }
-    }
-}
-
-fn median(values: &[f64]) -> f64 {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    sorted[sorted.len() / 2]
+/// Seconds of each step of a turn of PyTorch's side, a program that does `step N` on request.
+fn steps(peer: &mut Peer) -> Vec<f64> {
+    let answer = peer.ask(&format!("step {STEPS_A_TURN}"));
+    serde_json::from_value(answer["seconds"].clone()).unwrap_or_else(|e| panic!("{e}: {answer}"))
 }
 
 fn main() {
@@ -151,14 +116,13 @@ fn main() {
     let (_, second) = ours.step();
     println!("loss {first:.5}, then {second:.5}");
     for peer in &mut peers {
-        peer.steps(STEPS_A_TURN);
+        steps(peer);
     }
-    let mut seconds = Vec::new();
+    let (mut seconds, mut of_peers) = (Vec::new(), vec![Vec::new(); peers.len()]);
     for round in 0..rounds {
         seconds.extend((0..STEPS_A_TURN).map(|_| ours.step().0));
-        for peer in &mut peers {
-            let turn = peer.steps(STEPS_A_TURN);
-            peer.seconds.extend(turn);
+        for (peer, seconds) in peers.iter_mut().zip(&mut of_peers) {
+            seconds.extend(steps(peer));
         }
         eprint!("\rround {}/{rounds}", round + 1);
     }
@@ -169,9 +133,8 @@ fn main() {
         println!("{:7.1} tokens/s median, {:7.1} best   {name}", tokens / median(seconds), tokens / best);
     };
     report("sacpo", &seconds);
-    for peer in &mut peers {
-        report(&peer.command, &peer.seconds);
-        println!("        ratio of medians {:.2}", median(&peer.seconds) / median(&seconds));
-        let _ = peer.child.kill();
+    for (peer, of_peer) in peers.iter().zip(&of_peers) {
+        report(&peer.command, of_peer);
+        println!("        ratio of medians {:.2}", median(of_peer) / median(&seconds));
     }
 }
