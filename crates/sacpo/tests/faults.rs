@@ -50,6 +50,17 @@ fn data_that_is_no_data_is_named_by_file_row_and_column() {
         ),
         ("type.jsonl", rows("{\"prompt\": 3, \"chosen\": \"b\", \"rejected\": \"c\"}"), &["Line 2", "`prompt`", "`3`"]),
         ("half.jsonl", rows("{\"prompt\": \"a\", \"chos"), &["Line 2", "not one valid JSON object"]),
+        (
+            "latin-1.jsonl",
+            [good.as_bytes(), b"\n{\"prompt\": \"caf\xe9\"}\n"].concat(),
+            &["Line 2", "not UTF-8 (byte 16)", "Save"],
+        ),
+        (
+            "utf-16.json",
+            format!("\u{feff}[{good}]").encode_utf16().flat_map(u16::to_le_bytes).collect(),
+            &["Line 1 of", "utf-16.json", "not UTF-8 (byte 1)"],
+        ),
+        ("latin-1.json", b"[{\"prompt\": \"caf\xe9\"}]".to_vec(), &["latin-1.json", "not UTF-8", "byte 17"]),
         ("garbage.jsonl", (0..4000u32).map(|i| (i * i % 251) as u8).collect(), &["Line 1", "garbage.jsonl"]),
         ("garbage.json.gz", [&[0x1f, 0x8b][..], &[7; 500]].concat(), &["garbage.json.gz", "gzip"]),
         ("empty.jsonl", Vec::new(), &["empty.jsonl", "no rows"]),
@@ -84,6 +95,10 @@ fn prompts_that_cannot_be_answered_are_named_by_number() {
     says(&generate(&["--prompts", &chat]), &["Prompt 1", "no chat template"]);
     says(&generate(&["--prompt", "a", "--temperature", "NaN"]), &["temperature", "at least 0"]);
     says(&generate(&["--prompt", "a", "--stop", ""]), &["stop text", "empty"]);
+    // nothing is drawn at temperature 0, which is the default
+    for drawing in [["--top-k", "5"], ["--top-p", "0.9"], ["--min-p", "0.1"]] {
+        says(&generate(&[&["--prompt", "a"][..], &drawing].concat()), &[drawing[0], "Set --temperature"]);
+    }
 
     // in a recipe they are found before the training, not after it
     let recipe = recipe(&folder);

@@ -39,6 +39,12 @@ pub(super) fn run(options: &Generate, global: Global) -> Result<()> {
         dtype: options.dtype,
     };
     sampling.validate()?;
+    if sampling.temperature == 0.0 && (sampling.top_k > 0 || sampling.top_p < 1.0 || sampling.min_p > 0.0) {
+        return Err(Error::input(
+            "--top-k, --top-p and --min-p say which tokens are drawn from, but at temperature 0, the default, the likeliest token is \
+             taken. Set --temperature above 0, or leave them out.",
+        ));
+    }
     let alone = |text: &String| CategorisedPrompt { prompt: Prompt::Text(text.clone()), category: None };
     let rows = match &options.prompts {
         Some(path) => data::read_categorised_prompts(path)?,

@@ -8,16 +8,25 @@ use serde_json::Value;
 
 use super::super::schema::{BadRow, Columns, RowResult};
 use super::bytes::Input;
-use super::{LINE, ROW, Visit};
+use super::{LINE, ROW, Visit, text};
 
 /// Calls `visit` with each row.
 pub(super) fn visit(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) -> Result<ControlFlow<()>> {
     if input.peek()?.trim_ascii_start().first() != Some(&b'[') {
         return input.visit_lines(|number, line| {
-            visit(LINE, number, serde_json::from_slice(line).map_err(|error| invalid(&error)).and_then(object))
+            let value = text(line).and_then(|line| serde_json::from_str(line).map_err(|error| invalid(&error)));
+            visit(LINE, number, value.and_then(object))
         });
     }
-    let rows: Vec<Value> = serde_json::from_slice(&input.rest()?).map_err(|error| {
+    let rest = input.rest()?;
+    let rest = std::str::from_utf8(&rest).map_err(|error| {
+        Error::input(format!(
+            "{} is not UTF-8 text from byte {} on. Save it as UTF-8.",
+            path.display(),
+            error.valid_up_to() + 1
+        ))
+    })?;
+    let rows: Vec<Value> = serde_json::from_str(rest).map_err(|error| {
         Error::input(format!(
             "{} is not a valid JSON array: {error}. Correct it there; if the file was cut off, fetch or write it again.",
             path.display()

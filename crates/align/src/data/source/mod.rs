@@ -18,7 +18,7 @@ pub use files::{Places, Shard, choose, files, is_about_data, patterns_of_splits,
 
 use self::bytes::Input;
 use self::files::place;
-use super::schema::{Columns, RowResult};
+use super::schema::{BadRow, Columns, RowResult};
 
 /// What is counted in files of text, and in those that have no lines to look up.
 const LINE: &str = "Line";
@@ -41,6 +41,13 @@ pub(super) enum Kinds {
     Records,
     /// Those, and text and CSV.
     Prompts,
+}
+
+/// Bytes of a file as text.
+fn text(bytes: &[u8]) -> RowResult<&str> {
+    std::str::from_utf8(bytes).map_err(|error| {
+        BadRow::whole(format!("the text is not UTF-8 (byte {}). Save the file as UTF-8.", error.valid_up_to() + 1))
+    })
 }
 
 /// Calls `visit` with each row of each file that `path` names, in order, and where the rows so far stand, until it breaks off.

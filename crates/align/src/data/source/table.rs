@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::super::schema::{BadRow, Columns, RowResult};
 use super::bytes::Input;
-use super::{LINE, Visit};
+use super::{LINE, Visit, text};
 
 /// Calls `visit` with each line of a text file as the column `prompt`.
 pub(super) fn visit_text(input: &mut Input<'_>, visit: Visit<'_>) -> Result<ControlFlow<()>> {
@@ -51,10 +51,4 @@ pub(super) fn visit_csv(path: &Path, input: &mut Input<'_>, visit: Visit<'_>) ->
         }
     }
     Ok(ControlFlow::Continue(()))
-}
-
-fn text(bytes: &[u8]) -> RowResult<&str> {
-    std::str::from_utf8(bytes).map_err(|error| {
-        BadRow::whole(format!("the text is not UTF-8 (byte {}). Save the file as UTF-8.", error.valid_up_to() + 1))
-    })
 }
