@@ -11,6 +11,7 @@
 //! OUT/answers/, verdicts/    what policies answer, and what judges say of it
 //! ```
 
+mod begun;
 mod blend;
 mod constraint;
 mod data;

@@ -408,7 +408,10 @@ mod stopped {
             says(&stderr, &["Stopped after step", "as you asked", "run the same command again"]);
             assert!(!stderr.contains("error"), "{stderr}");
             assert!(!Path::new(&out(&folder)).join("steps").join(policy).join("checkpoint").exists());
+            let kept = || fs::read_to_string(Path::new(&out(&folder)).join("recipe.toml")).unwrap();
+            let before = kept();
             let message = fails(2, &["run", &recipe, "--set", "train.learning_rate=1e-4"]);
+            assert_eq!(kept(), before, "a run that was refused is what the folder says now");
             let why = if policy == "helpfulness" { "belongs to another training" } else { "other data or options" };
             says(&message, &[why, "elete"]);
         }

@@ -71,6 +71,8 @@ fn it_checks_what_a_run_checks() {
     let recipe = recipe(&folder);
     says(&fails(2, &["run", &recipe, "--dry-run", "--set", "step.1.data=nowhere"]), &["nowhere"]);
     says(&fails(2, &["run", &recipe, "--dry-run", "--set", "step.1.betta=1"]), &["Did you mean `beta`?"]);
+    let no_folder = format!("run.out={}/run", file(&folder, "no-folder", "text"));
+    says(&fails(2, &["run", &recipe, "--dry-run", "--set", &no_folder]), &["write in", "no-folder"]);
     // what would fail only after training: a base model that cannot be merged, an adapter on an adapter
     let adapter = at(&folder, "adapter");
     done(&["model", "add-adapter", &material().base(), &adapter]);

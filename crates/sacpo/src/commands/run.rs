@@ -66,19 +66,21 @@ fn on_its_threads(mut recipe: Recipe, global: Global, dry: bool) -> Result<()> {
 
 fn carry_out(recipe: &Recipe, global: Global, dry: bool) -> Result<()> {
     let start = Instant::now();
+    let out = &recipe.run.out;
+    if out.join("quickstart.json").exists() {
+        return Err(Error::input(format!(
+            "{} is the folder of a quickstart, whose exact results this run would write over. Set another run.out.",
+            out.display()
+        )));
+    }
     let base = pipeline::load_base(recipe)?;
     if dry {
+        RunFolder::check_writable(out)?;
         let cache = tempfile::tempdir().map_err(Error::io("create a folder in", &std::env::temp_dir()))?;
         let forecast = dry_run::forecast(recipe, &pipeline::load_inputs(recipe, base, cache.path())?)?;
         return if global.json { print_json(&forecast) } else { ui::print(forecast.text()) };
     }
-    let folder = RunFolder::open(&recipe.run.out)?;
-    if folder.path.join("quickstart.json").exists() {
-        return Err(Error::input(format!(
-            "{} is the folder of a quickstart, whose exact results this run would write over. Set another run.out.",
-            folder.path.display()
-        )));
-    }
+    let folder = RunFolder::open(out)?;
     let inputs = match pipeline::load_inputs(recipe, base, &folder.cache()) {
         Ok(inputs) => inputs,
         Err(error) => {

@@ -11,7 +11,7 @@ use engine::{Error, Mixture, Result};
 use serde::Serialize;
 
 use super::train::options;
-use super::{Inputs, Run, RunFolder, constraint, evaluation, manifest};
+use super::{Inputs, Run, RunFolder, begun, constraint, evaluation, manifest};
 use crate::ui;
 use sacpo::recipe::{Recipe, Step};
 
@@ -77,7 +77,7 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
         let training = run.training(planned);
         let state = match complete {
             true => State::Complete,
-            false if training.folder(&run).join("training-state.safetensors").exists() => State::Begun,
+            false if begun::has_state(&training.folder(&run)) => State::Begun,
             false => State::Open,
         };
         let memory = memory[planned.step].filter(|_| state != State::Complete);

@@ -3,9 +3,10 @@
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
-use align::trainer::discard_state;
 use engine::checkpoint::atomic;
 use engine::{Error, Result};
+
+use super::begun;
 
 /// Folders that hold one folder for each policy.
 const OF_POLICIES: [&str; 2] = ["steps", "merges"];
@@ -40,6 +41,16 @@ impl RunFolder {
         Ok(Self { path: path.to_path_buf(), _lock: Some(lock), is_new })
     }
 
+    /// Checks that the folder can be written to, or made where there is none. Nothing is left behind.
+    ///
+    /// # Errors
+    /// If it cannot.
+    pub(crate) fn check_writable(path: &Path) -> Result<()> {
+        let path = std::path::absolute(path).map_err(Error::io("find", path))?;
+        let nearest = path.ancestors().find(|folder| folder.exists()).unwrap_or(&path);
+        tempfile::tempfile_in(nearest).map_err(Error::io("write in", nearest)).map(drop)
+    }
+
     /// The folder to look at: it is neither created nor locked, and nothing may be written.
     pub(super) fn unlocked(path: &Path) -> Self {
         Self { path: path.to_path_buf(), _lock: None, is_new: false }
@@ -64,11 +75,7 @@ impl RunFolder {
 
     /// Removes a file of the run, if it is there.
     pub(super) fn remove(&self, name: &str) -> Result<()> {
-        let path = self.path.join(name);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &path)(error)),
-            _ => Ok(()),
-        }
+        remove_file(&self.path.join(name))
     }
 
     /// Removes answers, verdicts and ratings, which are written anew of what is kept, so that none of another evaluation stay.
@@ -91,6 +98,14 @@ impl RunFolder {
     }
 }
 
+/// Removes a file, if it is there.
+pub(super) fn remove_file(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Deletes what a killed process left half-written in a run directory.
 fn remove_leftovers(run: &Path) -> Result<()> {
     for folder in ["", "cache", "pretraining"].into_iter().chain(OF_POLICIES) {
@@ -103,7 +118,7 @@ fn remove_leftovers(run: &Path) -> Result<()> {
         for path in folders {
             atomic::remove_leftovers(&path)?;
             if path.join("policy.json").exists() {
-                discard_state(&path)?;
+                begun::discard(&run.join("cache"), &path)?;
             }
         }
     }

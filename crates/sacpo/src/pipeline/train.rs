@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use align::data::{Dataset, relabel, set_margins};
 use align::log::read_metric;
 use align::step::{Aligned, Alignment};
-use align::trainer::{TrainOptions, discard_state};
+use align::trainer::TrainOptions;
 use engine::checkpoint::Checkpoint;
 use engine::{Adapter, Error, ModelConfig, Result};
 
 use super::record::{KeptAdapter, Made, PolicyRecord, Provenance};
-use super::{Policy, Run, judge};
+use super::{Policy, Run, begun, judge};
 use crate::policy::PolicyName;
 use crate::tracking::{About, tracked};
 use crate::ui;
@@ -77,16 +77,18 @@ impl Training {
     /// The record of the policy if it is complete and all that it depends on is known.
     ///
     /// # Errors
-    /// A policy that depends on something else.
+    /// A policy, or the state of a training, that depends on something else.
     pub(super) fn finished(
         &self,
         run: &Run<'_>,
         hash: &dyn Fn(usize) -> Option<String>,
     ) -> Result<Option<PolicyRecord>> {
-        match (self.key(run, hash)?, hash(self.parent)) {
-            (Some(key), Some(reference)) => PolicyRecord::finished(&self.folder(run), &key, &reference),
-            _ => Ok(None),
+        let (Some(key), Some(reference)) = (self.key(run, hash)?, hash(self.parent)) else { return Ok(None) };
+        let record = PolicyRecord::finished(&self.folder(run), &key, &reference)?;
+        if record.is_none() {
+            begun::check(&run.folder.cache(), &self.folder(run), &key)?;
         }
+        Ok(record)
     }
 
     /// The policy, trained unless it is complete.
@@ -198,6 +200,8 @@ impl Training {
             folder: &folder,
             cache: &run.folder.cache(),
         };
+        let key = self.key(run, &|index| run.hash(index))?.unwrap_or_default();
+        begun::note(&run.folder.cache(), &folder, &key)?;
         let about = self.about(run, objective.name(), data.len());
         let Aligned { policy, adapter, records } = tracked(&folder, &about, |monitor| alignment.run(monitor))?;
         let adapter = match (adapter, &adapter_below) {
@@ -207,7 +211,7 @@ impl Training {
         let kept = |adapter: &Adapter| Ok(KeptAdapter { base: self.adapter_base(run)?, hash: adapter.hash() });
         let seconds = read_metric(&folder.join("metrics.jsonl"), "seconds")?.into_iter().map(|(_, s)| s).sum();
         let record = PolicyRecord {
-            key: self.key(run, &|index| run.hash(index))?.unwrap_or_default(),
+            key,
             reference: parent.hash().to_owned(),
             adapter: adapter.as_ref().map(kept).transpose()?,
             version: env!("CARGO_PKG_VERSION").into(),
@@ -237,7 +241,7 @@ impl Training {
             adapter.save(&kept.base, &folder.join(ADAPTER))?;
         }
         record.write(&folder, &folder.join("checkpoint"))?;
-        discard_state(&folder)?;
+        begun::discard(&run.folder.cache(), &folder)?;
         if let Some(last) = records.last() {
             ui::say(format!("  {} steps in {seconds:.0} s; the last batch's loss was {:.4}.", last.step, last.loss));
         }
