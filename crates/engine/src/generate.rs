@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::mixture::Mixture;
+use crate::ops::simd::{dispatch, max};
 use crate::precision::Precision;
 
 pub use generator::{Generator, Progress, SequenceId};
@@ -262,15 +263,18 @@ fn check_prompt(prompt: &[u32], vocab_size: usize, context: usize) -> std::resul
 
 /// The next token, or nothing when a logit is not a number.
 fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Option<u32> {
-    if logits.iter().any(|l| l.is_nan()) {
+    let (highest, is_none) = dispatch(
+        #[inline(always)]
+        || (max(logits), logits.iter().fold(false, |is_none, l| is_none | l.is_nan())),
+    );
+    if is_none {
         return None;
     }
-    let best =
-        logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1).then(b.0.cmp(&a.0))).map(|(i, _)| i as u32)?;
     if options.temperature == 0.0 {
-        return Some(best);
+        // of equals the first
+        return logits.iter().position(|&l| l == highest).map(|token| token as u32);
     }
-    let highest = f64::from(logits[best as usize]);
+    let highest = f64::from(highest);
     let mut candidates: Vec<(u32, f64)> = logits
         .iter()
         .enumerate()

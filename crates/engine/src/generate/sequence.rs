@@ -1,5 +1,6 @@
 //! Sequences in generation, and what is kept of the tokens that a policy has seen.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rand::SeedableRng;
@@ -55,7 +56,7 @@ impl SeenPrompt {
     }
 }
 
-/// Keys and values of past tokens, per block `[past, key_value_width]`.
+/// Keys and values of past tokens. Of each block those of every head, `[past, dim]`, so that a head's lie next to each other.
 #[derive(Clone)]
 struct Cache {
     keys: Vec<Vec<f32>>,
@@ -74,8 +75,9 @@ impl Sequence {
         let mut rng = ChaCha8Rng::seed_from_u64(options.seed);
         rng.set_stream(stream);
         let caches = policy.passes().iter().map(|pass| {
-            let blocks = vec![Vec::new(); pass.model.config.num_hidden_layers];
-            vec![Cache { keys: blocks.clone(), values: blocks }; pass.adapters.len()]
+            let config = &pass.model.config;
+            let heads = vec![Vec::new(); config.num_hidden_layers * config.num_key_value_heads];
+            vec![Cache { keys: heads.clone(), values: heads }; pass.adapters.len()]
         });
         Self { id, options, caches: caches.collect(), past: 0, pending: prompt, answer: Vec::new(), rng }
     }
@@ -140,30 +142,39 @@ impl PassCache<'_> {
     fn policies(&self) -> usize {
         self.sequences.first().map_or(0, |sequence| sequence.caches[self.pass].len())
     }
+
+    /// The heads of a block in a [`Cache`].
+    fn of_block(&self, block: usize) -> Range<usize> {
+        block * self.heads.key_value..(block + 1) * self.heads.key_value
+    }
 }
 
 impl KeyValueCache for PassCache<'_> {
     fn spans(&self, block: usize) -> Vec<Span<'_>> {
-        let mut end = 0;
+        let (mut end, heads) = (0, self.of_block(block));
         let of_policies = (0..self.policies()).flat_map(|policy| self.sequences.iter().map(move |s| (policy, s)));
         let spans = of_policies.map(|(policy, s)| {
             let start = end;
             end += s.pending.len();
             let Cache { keys, values } = &s.caches[self.pass][policy];
-            Span { rows: start..end, prefix: Prefix::Cache { keys: &keys[block], values: &values[block] } }
+            let prefix = Prefix::Cache { keys: &keys[heads.clone()], values: &values[heads.clone()] };
+            Span { rows: start..end, prefix }
         });
         spans.collect()
     }
 
     fn store(&mut self, block: usize, qkv: &[f32]) {
-        let (q, kv) = (self.heads.query_width(), self.heads.key_value_width());
+        let (Heads { dim, .. }, heads) = (self.heads, self.of_block(block));
         let mut rows = qkv.chunks_exact(self.heads.qkv_width());
         for policy in 0..self.policies() {
             for sequence in &mut *self.sequences {
                 let cache = &mut sequence.caches[self.pass][policy];
                 for row in rows.by_ref().take(sequence.pending.len()) {
-                    cache.keys[block].extend_from_slice(&row[q..q + kv]);
-                    cache.values[block].extend_from_slice(&row[q + kv..]);
+                    let (keys, values) = row[self.heads.query_width()..].split_at(self.heads.key_value_width());
+                    for (all, new) in [(&mut cache.keys, keys), (&mut cache.values, values)] {
+                        let of_heads = all[heads.clone()].iter_mut().zip(new.chunks_exact(dim));
+                        of_heads.for_each(|(head, new)| head.extend_from_slice(new));
+                    }
                 }
             }
         }

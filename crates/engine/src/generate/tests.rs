@@ -297,7 +297,11 @@ fn samples_follow_the_distribution_and_its_cuts() {
     assert_eq!(eligible(SamplingOptions { top_p: 0.7, ..warm.clone() }), [false, true, true, false]);
     assert_eq!(eligible(SamplingOptions { top_p: 0.6, ..warm.clone() }), [false, false, true, false]);
     assert_eq!(eligible(SamplingOptions { min_p: 0.1, ..warm.clone() }), [true, true, true, false]);
-    assert_eq!(choose(&logits, &SamplingOptions::default(), &mut ChaCha8Rng::seed_from_u64(1)), Some(2));
+    let greedy = |logits: &[f32]| choose(logits, &SamplingOptions::default(), &mut ChaCha8Rng::seed_from_u64(1));
+    assert_eq!(greedy(&logits), Some(2));
+    assert_eq!(greedy(&[-1.0, 3.0, 3.0, 0.0]), Some(1), "the first of equals");
+    assert_eq!(greedy(&[f32::NEG_INFINITY, -5.0]), Some(1));
+    assert_eq!(greedy(&[0.0, f32::NAN]), None);
 }
 
 #[test]

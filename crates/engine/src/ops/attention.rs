@@ -93,12 +93,12 @@ impl Heads {
 pub(crate) enum Prefix<'a> {
     /// Other rows of the same batch, those of the first range before those of the second. Either may be empty.
     Rows([Range<usize>; 2]),
-    /// Keys and values of earlier tokens, each `[tokens, key_value_width]`.
+    /// Keys and values of earlier tokens: of each head, `[tokens, dim]`.
     Cache {
         /// Rotated keys.
-        keys: &'a [f32],
+        keys: &'a [Vec<f32>],
         /// Values.
-        values: &'a [f32],
+        values: &'a [Vec<f32>],
     },
 }
 
@@ -157,12 +157,12 @@ fn pieces(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [Piece; 3] {
     match &span.prefix {
         Prefix::Rows([first, second]) => [within(first), within(second), own],
         Prefix::Cache { keys, values } => {
-            let width = heads.key_value_width();
+            let (keys, values) = (&keys[head], &values[head]);
             assert_eq!(keys.len(), values.len());
             let cached = Piece {
-                keys: Matrix::rows(keys.as_ptr().wrapping_add(head * heads.dim), width),
-                values: Matrix::rows(values.as_ptr().wrapping_add(head * heads.dim), width),
-                tokens: keys.len() / width,
+                keys: Matrix::rows(keys.as_ptr(), heads.dim),
+                values: Matrix::rows(values.as_ptr(), heads.dim),
+                tokens: keys.len() / heads.dim,
             };
             [within(&(0..0)), cached, own]
         }
@@ -388,7 +388,7 @@ pub(crate) fn flops(heads: Heads, spans: &[Span]) -> f64 {
             span.rows.len(),
             match &span.prefix {
                 Prefix::Rows(rows) => rows.iter().map(ExactSizeIterator::len).sum(),
-                Prefix::Cache { keys, .. } => keys.len() / heads.key_value_width(),
+                Prefix::Cache { keys, .. } => keys.first().map_or(0, Vec::len) / heads.dim,
             },
         );
         rows * prefix + rows * (rows + 1) / 2

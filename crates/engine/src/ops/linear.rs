@@ -27,6 +27,10 @@ const TOGETHER: usize = 64;
 /// Products below this many multiplications run on the calling thread: waking others costs more.
 const PARALLEL_FROM: usize = 1 << 19;
 
+/// Tasks for each thread of a product of few rows, and bytes that a task reads of W at least, for every row.
+const TASKS_PER_THREAD: usize = 4;
+const TASK_BYTES: usize = 1 << 16;
+
 /// A read-only matrix inside a larger allocation.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix {
@@ -182,6 +186,11 @@ fn product_f32(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool
         // SAFETY: a view's elements lie within its slice; `out` is borrowed mutably, so nothing else touches its slice.
         unsafe { multiply(shape, a.matrix(), b.matrix(), out.data.as_mut_ptr(), out.row_stride, scale, add, threads) }
     }
+}
+
+/// How many of `count` panels a task takes, of which each is so many bytes to read for the rows of a product.
+fn panels_of_task(count: usize, bytes: usize) -> usize {
+    count.div_ceil(TASKS_PER_THREAD * rayon::current_num_threads()).max(TASK_BYTES.div_ceil(bytes.max(1)))
 }
 
 /// The number of rows of `x`, which has `width` columns.

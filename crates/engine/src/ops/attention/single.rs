@@ -6,6 +6,10 @@ use rayon::prelude::*;
 use super::{Heads, Prefix, Span};
 use crate::ops::simd::{dispatch, exp_sum, max};
 
+/// Query heads, and vectors of a value, that are summed together: with the vectors of a value 20 of 32 registers.
+const TOGETHER: usize = 4;
+const VECTORS: usize = 4;
+
 /// Whether every row is the only one of a sequence whose keys and values are cached, in order, in heads of a usual width.
 pub(super) fn applies_to(heads: Heads, spans: &[Span<'_>]) -> bool {
     let alone =
@@ -24,62 +28,49 @@ pub(super) fn forward(qkv: &[f32], heads: Heads, spans: &[Span<'_>], out: &mut [
     }
 }
 
-/// As [`forward`], for heads of width `D`.
+/// As [`forward`], for heads of width `D`. The query heads that share keys and values read them together.
 fn forward_of<const D: usize>(qkv: &[f32], heads: Heads, spans: &[Span<'_>], out: &mut [f32], lse: &mut [f32]) {
     let shared = heads.query / heads.key_value;
-    // all heads of a row together read its cache from one end to the other; of few rows each head is by itself, so that every
-    // thread has work
-    let (queries, shared) =
-        if spans.len() >= 2 * rayon::current_num_threads() { (heads.query, shared) } else { (1, 1) };
-    let parts = heads.query / queries;
-    let tasks = out.par_chunks_exact_mut(queries * D).zip(lse.par_chunks_exact_mut(queries)).enumerate();
+    let tasks = out.par_chunks_exact_mut(shared * D).zip(lse.par_chunks_exact_mut(shared)).enumerate();
     tasks.for_each_init(Vec::new, |scores: &mut Vec<f32>, (task, (out, lse))| {
-        let (row, first) = (task / parts, task % parts * queries);
+        let (row, head) = (task / heads.key_value, task % heads.key_value);
         let Prefix::Cache { keys, values } = &spans[row].prefix else { return };
-        let row = &qkv[row * heads.qkv_width()..(row + 1) * heads.qkv_width()];
-        let queries = row[first * D..][..out.len()].as_chunks::<D>().0;
-        let offset = first / (heads.query / heads.key_value) * D;
-        let (own_keys, own_values) = row[heads.query_width()..].split_at(heads.key_value_width());
-        let tokens = keys.len() / heads.key_value_width() + 1;
-        scores.resize(lse.len() * tokens, 0.0);
-        let of_heads = |rows| OfHeads { rows, width: heads.key_value_width(), offset, shared };
+        let row = qkv[row * heads.qkv_width()..(row + 1) * heads.qkv_width()].as_chunks::<D>().0;
+        let (queries, own) = row.split_at(heads.query);
+        let (own_keys, own_values) = own.split_at(heads.key_value);
+        let queries = &queries[head * shared..][..shared];
+        let [keys, values] = [keys, values].map(|of_heads| of_heads[head].as_chunks::<D>().0);
+        let tokens = keys.len() + 1;
+        scores.resize(shared * tokens, 0.0);
         let (arch, out) = (pulp::Arch::new(), out.as_chunks_mut::<D>().0);
-        for (keys, first) in [(*keys, 0), (own_keys, tokens - 1)] {
-            arch.dispatch(Dots { queries, keys: of_heads(keys), scores, tokens, first });
+        for (keys, first) in [(keys, 0), (&own_keys[head..=head], tokens - 1)] {
+            arch.dispatch(Dots { queries, keys, scores, tokens, first });
         }
         dispatch(
             #[inline(always)]
             || {
-                for (scores, lse) in scores.chunks_exact_mut(tokens).zip(lse) {
-                    let highest = max(scores) * heads.scale();
-                    let sum = exp_sum(scores, heads.scale(), highest);
+                for (weights, lse) in scores.chunks_exact_mut(tokens).zip(lse) {
+                    let highest = max(weights) * heads.scale();
+                    let sum = exp_sum(weights, heads.scale(), highest);
                     *lse = highest + sum.ln();
                     let inverse = 1.0 / sum;
-                    scores.iter_mut().for_each(|score| *score *= inverse);
-                }
-                out.fill([0.0; D]);
-                for (values, first) in [(*values, 0), (own_values, tokens - 1)] {
-                    add_weighted(scores, tokens, first, of_heads(values), out);
+                    weights.iter_mut().for_each(|weight| *weight *= inverse);
                 }
             },
         );
+        out.fill([0.0; D]);
+        for (values, first) in [(values, 0), (&own_values[head..=head], tokens - 1)] {
+            for (weights, out) in scores.chunks(TOGETHER * tokens).zip(out.chunks_mut(TOGETHER)) {
+                arch.dispatch(AddWeighted { weights, tokens, first, values, out });
+            }
+        }
     });
 }
 
-/// Keys or values of some heads, in rows of all heads.
-struct OfHeads<'a> {
-    rows: &'a [f32],
-    width: usize,
-    /// Where the first of the heads starts in each row.
-    offset: usize,
-    /// Query heads for each of them.
-    shared: usize,
-}
-
-/// Writes the products of every query with the keys of its head to `scores` `[queries, tokens]`, from token `first` on.
+/// Writes the products of every query with the keys to `scores` `[queries, tokens]`, from token `first` on.
 struct Dots<'a, const D: usize> {
     queries: &'a [[f32; D]],
-    keys: OfHeads<'a>,
+    keys: &'a [[f32; D]],
     scores: &'a mut [f32],
     tokens: usize,
     first: usize,
@@ -91,42 +82,74 @@ impl<const D: usize> WithSimd for Dots<'_, D> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let OfHeads { rows, width, offset, shared } = self.keys;
-        for (token, row) in rows.chunks_exact(width).enumerate() {
-            let keys = row[offset..].as_chunks::<D>().0;
-            for (head, (queries, key)) in self.queries.chunks_exact(shared).zip(keys).enumerate() {
-                let key = S::as_simd_f32s(key).0;
-                for (index, query) in queries.iter().enumerate() {
-                    let mut sum = simd.splat_f32s(0.0);
-                    for (q, k) in S::as_simd_f32s(query).0.iter().zip(key) {
-                        sum = simd.mul_add_e_f32s(*q, *k, sum);
-                    }
-                    self.scores[(head * shared + index) * self.tokens + self.first + token] = simd.reduce_sum_f32s(sum);
+        for (token, key) in (self.first..).zip(self.keys) {
+            let key = S::as_simd_f32s(key).0;
+            for (query, scores) in self.queries.iter().zip(self.scores.chunks_exact_mut(self.tokens)) {
+                let mut sum = simd.splat_f32s(0.0);
+                for (q, k) in S::as_simd_f32s(query).0.iter().zip(key) {
+                    sum = simd.mul_add_e_f32s(*q, *k, sum);
                 }
+                scores[token] = simd.reduce_sum_f32s(sum);
             }
         }
     }
 }
 
-/// out `[queries, D]` += Σ weight·value of the tokens from `first` on. weights `[queries, tokens]`.
-#[inline(always)]
-fn add_weighted<const D: usize>(
-    weights: &[f32],
+/// out `[queries, D]` += Σ weight·value of the tokens from `first` on, for up to [`TOGETHER`] queries. weights `[queries, tokens]`.
+struct AddWeighted<'a, const D: usize> {
+    weights: &'a [f32],
     tokens: usize,
     first: usize,
-    values: OfHeads<'_>,
-    out: &mut [[f32; D]],
-) {
-    let OfHeads { rows, width, offset, shared } = values;
-    for (token, row) in rows.chunks_exact(width).enumerate() {
-        let values = row[offset..].as_chunks::<D>().0;
-        for (head, (out, value)) in out.chunks_exact_mut(shared).zip(values).enumerate() {
-            for (index, out) in out.iter_mut().enumerate() {
-                let weight = weights[(head * shared + index) * tokens + first + token];
-                for j in 0..D {
-                    out[j] = weight.mul_add(value[j], out[j]);
+    values: &'a [[f32; D]],
+    out: &'a mut [[f32; D]],
+}
+
+impl<const D: usize> WithSimd for AddWeighted<'_, D> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        match self.out.len() {
+            1 => self.add::<S, 1>(simd),
+            2 => self.add::<S, 2>(simd),
+            3 => self.add::<S, 3>(simd),
+            TOGETHER => self.add::<S, TOGETHER>(simd),
+            count => unreachable!("{count} queries at a time"),
+        }
+    }
+}
+
+impl<const D: usize> AddWeighted<'_, D> {
+    /// For `Q` queries.
+    #[inline(always)]
+    fn add<S: Simd, const Q: usize>(mut self, simd: S) {
+        // as many columns as stay in registers from one token to the next
+        let vectors = D / S::F32_LANES;
+        let whole = vectors / VECTORS * VECTORS;
+        (0..whole).step_by(VECTORS).for_each(|at| self.add_columns::<S, Q, VECTORS>(simd, at));
+        // widths divide into pairs of vectors of every size
+        (whole..vectors).step_by(2).for_each(|at| self.add_columns::<S, Q, 2>(simd, at));
+    }
+
+    /// For the columns of `N` vectors from vector `at` on.
+    #[inline(always)]
+    fn add_columns<S: Simd, const Q: usize, const N: usize>(&mut self, simd: S, at: usize) {
+        let mut sums = [[simd.splat_f32s(0.0); N]; Q];
+        for (sums, out) in sums.iter_mut().zip(&*self.out) {
+            sums.copy_from_slice(&S::as_simd_f32s(out).0[at..at + N]);
+        }
+        let weights: [&[f32]; Q] = std::array::from_fn(|query| &self.weights[query * self.tokens + self.first..]);
+        for (token, value) in self.values.iter().enumerate() {
+            let value = &S::as_simd_f32s(value).0[at..at + N];
+            for (sums, weights) in sums.iter_mut().zip(weights) {
+                let weight = simd.splat_f32s(weights[token]);
+                for (sum, value) in sums.iter_mut().zip(value) {
+                    *sum = simd.mul_add_e_f32s(weight, *value, *sum);
                 }
             }
+        }
+        for (sums, out) in sums.iter().zip(&mut *self.out) {
+            S::as_mut_simd_f32s(out).0[at..at + N].copy_from_slice(sums);
         }
     }
 }
@@ -139,12 +162,14 @@ mod tests {
 
     #[test]
     fn a_row_by_itself_is_that_of_the_general_attention() {
-        for heads in [Heads { query: 6, key_value: 2, dim: 32 }, Heads { query: 3, key_value: 3, dim: 64 }] {
-            let width = heads.key_value_width();
+        for (query, key_value, dim) in [(6, 2, 32), (3, 3, 64), (10, 2, 96), (4, 2, 128)] {
+            let heads = Heads { query, key_value, dim };
             let lengths = [0usize, 1, 70, 333];
             let qkv = random(lengths.len() * heads.qkv_width(), 1);
-            let caches: Vec<[Vec<f32>; 2]> =
-                lengths.map(|n| [random(n * width, n as u64 + 2), random(n * width, n as u64 + 3)]).into();
+            let of_heads = |n: usize, seed: u64| -> Vec<Vec<f32>> {
+                (0..heads.key_value).map(|head| random(n * heads.dim, seed + 7 * head as u64)).collect()
+            };
+            let caches = lengths.map(|n| [of_heads(n, n as u64 + 2), of_heads(n, n as u64 + 3)]);
             let span = |row: usize, first: usize| Span {
                 rows: first..first + 1,
                 prefix: Prefix::Cache { keys: &caches[row][0], values: &caches[row][1] },

@@ -94,10 +94,11 @@ fn the_bits_of_a_row_do_not_depend_on_how_its_sequence_is_cut() {
 fn a_cache_gives_what_the_rows_give() {
     let qkv = random(9 * HEADS.qkv_width(), 3);
     let (whole, _) = run(&qkv, HEADS, &[span(0..9, None)]);
-    let (q, kv) = (HEADS.query_width(), HEADS.key_value_width());
-    let past: Vec<&[f32]> = qkv.chunks_exact(HEADS.qkv_width()).take(6).collect();
-    let keys: Vec<f32> = past.iter().flat_map(|row| row[q..q + kv].to_vec()).collect();
-    let values: Vec<f32> = past.iter().flat_map(|row| row[q + kv..].to_vec()).collect();
+    let q = HEADS.query_width();
+    let past = || qkv.chunks_exact(HEADS.qkv_width()).take(6);
+    let of_column = |column: usize| past().flat_map(|row| row[column..column + HEADS.dim].to_vec()).collect();
+    let keys: Vec<Vec<f32>> = (0..HEADS.key_value).map(|head| of_column(HEADS.key_column(head))).collect();
+    let values: Vec<Vec<f32>> = (0..HEADS.key_value).map(|head| of_column(HEADS.value_column(head))).collect();
     let cached = [Span { rows: 0..3, prefix: Prefix::Cache { keys: &keys, values: &values } }];
     let (rest, _) = run(&qkv[6 * HEADS.qkv_width()..], HEADS, &cached);
     assert!(rest.iter().zip(&whole[6 * q..]).all(|(a, b)| (a - b).abs() < 1e-6));

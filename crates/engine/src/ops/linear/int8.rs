@@ -6,6 +6,7 @@
 use half::f16;
 use rayon::prelude::*;
 
+use super::panels_of_task;
 use crate::ops::simd::dispatch;
 
 #[cfg(target_arch = "x86_64")]
@@ -50,6 +51,7 @@ struct Codes {
 
 /// The scale of up to 32 numbers, and their codes in [−127, 127]. Numbers of which one is none have a scale that is none, so
 /// that it shows in the results.
+#[inline(always)]
 fn encode(x: &[f32]) -> (f32, [i8; BLOCK]) {
     let numbers = x.iter().all(|x| x.is_finite());
     let largest = if numbers { x.iter().fold(0f32, |m, x| m.max(x.abs())) } else { f32::NAN };
@@ -62,12 +64,21 @@ fn encode(x: &[f32]) -> (f32, [i8; BLOCK]) {
 }
 
 impl Codes {
+    #[inline(always)]
     fn new(x: &[f32]) -> Self {
         let (scale, codes) = encode(x);
         let mut words = [[0; QUAD]; WORDS];
         words.as_flattened_mut().copy_from_slice(&codes);
         Self { words, scale, shift: -128 * codes.iter().map(|&code| i32::from(code)).sum::<i32>() }
     }
+}
+
+/// The blocks of a row of the other factor.
+fn encode_row(x: &[f32]) -> Vec<Codes> {
+    dispatch(
+        #[inline(always)]
+        || x.chunks(BLOCK).map(Codes::new).collect(),
+    )
 }
 
 impl Int8 {
@@ -101,15 +112,17 @@ impl Int8 {
 
     fn forward_by(&self, kernel: Kernel, x: &[f32], y: &mut [f32], add: bool) {
         let (n, blocks) = (x.len() / self.inputs, self.inputs.div_ceil(BLOCK));
-        let rows: Vec<Codes> = x.par_chunks(self.inputs).flat_map_iter(|x| x.chunks(BLOCK).map(Codes::new)).collect();
-        let columns = self.panels.par_chunks_exact(blocks);
-        let results: Vec<[f32; COLUMNS]> = columns
-            .flat_map_iter(|panels| {
-                let mut sums = vec![[0.0; COLUMNS]; n];
-                kernel(&rows, panels, &mut sums);
-                sums
-            })
-            .collect();
+        if n == 0 {
+            return;
+        }
+        let rows: Vec<Codes> = x.par_chunks(self.inputs).flat_map_iter(encode_row).collect();
+        let count = self.panels.len() / blocks;
+        let task = panels_of_task(count, n * blocks * size_of::<Panel>());
+        let mut results = vec![[0.0; COLUMNS]; count * n];
+        results.par_chunks_mut(task * n).zip(self.panels.par_chunks(task * blocks)).for_each(|(results, panels)| {
+            let columns = results.chunks_exact_mut(n).zip(panels.chunks_exact(blocks));
+            columns.for_each(|(sums, panels)| kernel(&rows, panels, sums));
+        });
         for (row, y) in y.chunks_exact_mut(self.outputs).enumerate() {
             for (columns, y) in y.chunks_mut(COLUMNS).enumerate() {
                 for (y, result) in y.iter_mut().zip(&results[columns * n + row]) {

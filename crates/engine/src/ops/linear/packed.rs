@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn products_are_those_of_the_matrix_to_its_rounding() {
-        for (inputs, outputs) in [(576, 960), (40, 33), (33, 1), (1100, 70)] {
+        for (inputs, outputs) in [(576, 960), (40, 33), (33, 1), (1100, 70), (1536, 200)] {
             let (x, w, start) = (random(17 * inputs, 1), random(outputs * inputs, 2), random(17 * outputs, 3));
             for add in [false, true] {
                 let mut expected = start.clone();

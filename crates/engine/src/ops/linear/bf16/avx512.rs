@@ -10,7 +10,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::super::{Matrix, PARALLEL_FROM, View, ViewMut};
+use super::super::{Matrix, PARALLEL_FROM, View, ViewMut, panels_of_task};
 
 /// Rows of a tile: with 24 sums, two vectors of one factor and a broadcast of the other, 27 of 32 registers.
 const ROWS: usize = 12;
@@ -24,6 +24,8 @@ const PACKED_COLUMNS: usize = 64 * COLUMNS;
 /// Tiles and columns of a task.
 const TASK_ROWS: usize = 8;
 const TASK_COLUMNS: usize = 6 * COLUMNS;
+/// Panels that the product of one row reads at a time.
+const TOGETHER: usize = 4;
 
 thread_local! {
     /// The panels of both factors, kept for the next product.
@@ -98,7 +100,31 @@ pub(in super::super) fn panels(w: View<'_>) -> Vec<u32> {
 pub(in super::super) fn product_of_panels(a: View<'_>, panels: &[u32], out: ViewMut<'_>, add: bool) {
     let n = out.shape[1];
     assert_eq!(panels.len(), n.next_multiple_of(COLUMNS) * a.shape[1].div_ceil(2), "the panels do not fit the factor");
+    if a.shape[0] == 1 && a.strides[1] == 1 {
+        return multiply_row(&a.data[..a.shape[1]], panels, &mut out.data[..n], add);
+    }
     multiply(a, Right::Panels(panels, n), out, 1.0, add);
+}
+
+/// [`product_of_panels`] of one row, which is limited by how fast W is read: from several panels at a time, in one parallel loop.
+fn multiply_row(row: &[f32], panels: &[u32], out: &mut [f32], add: bool) {
+    assert!(is_available(), "the processor has no AVX512-BF16");
+    let (k, columns) = (row.len(), out.len().next_multiple_of(COLUMNS));
+    let mut pairs = vec![0; k.div_ceil(2)];
+    // SAFETY: the processor has the instructions (above).
+    unsafe { pack_row(row, &mut pairs) };
+    let task = COLUMNS * panels_of_task(columns / COLUMNS, size_of::<[u32; COLUMNS]>() * pairs.len());
+    out.par_chunks_mut(task).enumerate().for_each(|(index, out)| {
+        for first in (0..k).step_by(block(k)) {
+            let pairs = &pairs[first / 2..k.min(first + block(k)).div_ceil(2)];
+            let panels = &panels[columns * (first / 2) + index * task * pairs.len()..];
+            let panels = panels.chunks(TOGETHER * COLUMNS * pairs.len());
+            for (out, panels) in out.chunks_mut(TOGETHER * COLUMNS).zip(panels) {
+                // SAFETY: as above.
+                unsafe { row_kernel(pairs, panels, out, add || first > 0) }
+            }
+        }
+    });
 }
 
 /// How many of k elements are summed at once: equal blocks of an even number, which depend on k alone.
@@ -253,6 +279,20 @@ unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2],
     }
 }
 
+/// Packs a row into pairs.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn pack_row(row: &[f32], pairs: &mut [u32]) {
+    for (x, pairs) in row.chunks(32).zip(pairs.chunks_mut(16)) {
+        // SAFETY: the masks leave elements of the two chunks alone; a transmutation between vectors of 512 bits.
+        unsafe {
+            let low = _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr());
+            let high = _mm512_maskz_loadu_ps(mask(x.len().saturating_sub(16)), x.as_ptr().wrapping_add(16));
+            let words = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), mask(pairs.len()), words);
+        }
+    }
+}
+
 /// The transpose of a square of 16×16 words.
 #[target_feature(enable = "avx512f")]
 fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
@@ -339,6 +379,46 @@ unsafe fn kernel<const R: usize>(a: &[u32], b: &[u32], tile: Tile, scale: f32, a
                 }
                 _mm512_mask_storeu_ps(to, mask, result);
             }
+        }
+    }
+}
+
+/// out = row·W, or out += row·W with `add`, of up to [`TOGETHER`] panels of W, one after the other. Every element is summed as by
+/// [`kernel`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn row_kernel(pairs: &[u32], panels: &[u32], out: &mut [f32], add: bool) {
+    match out.len().div_ceil(COLUMNS) {
+        1 => row_kernel_of::<1>(pairs, panels, out, add),
+        2 => row_kernel_of::<2>(pairs, panels, out, add),
+        3 => row_kernel_of::<3>(pairs, panels, out, add),
+        TOGETHER => row_kernel_of::<TOGETHER>(pairs, panels, out, add),
+        count => unreachable!("{count} panels at a time"),
+    }
+}
+
+/// As [`row_kernel`], of `P` panels.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+fn row_kernel_of<const P: usize>(pairs: &[u32], panels: &[u32], out: &mut [f32], add: bool) {
+    let panels = panels.as_chunks::<COLUMNS>().0;
+    let panels: [_; P] = std::array::from_fn(|panel| &panels[panel * pairs.len()..][..pairs.len()]);
+    let mut sums = [[_mm512_setzero_ps(); 2]; P];
+    for (pair, &x) in pairs.iter().enumerate() {
+        // SAFETY: a transmutation between vectors of 512 bits.
+        let x = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x as i32)) };
+        for (sums, panel) in sums.iter_mut().zip(panels) {
+            for (sum, w) in sums.iter_mut().zip(panel[pair].as_chunks::<16>().0) {
+                // SAFETY: 16 words to read; a transmutation as above.
+                let w = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(w.as_ptr().cast())) };
+                *sum = _mm512_dpbf16_ps(*sum, x, w);
+            }
+        }
+    }
+    for (out, sum) in out.chunks_mut(16).zip(sums.into_iter().flatten()) {
+        let mask = mask(out.len());
+        // SAFETY: the mask leaves elements of `out` alone.
+        unsafe {
+            let sum = if add { _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, out.as_ptr())) } else { sum };
+            _mm512_mask_storeu_ps(out.as_mut_ptr(), mask, sum);
         }
     }
 }
