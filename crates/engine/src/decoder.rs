@@ -11,11 +11,13 @@ mod packed;
 mod parameters;
 mod tape;
 
+use half::bf16;
+
 use crate::batch::PackedBatch;
 use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
-use crate::ops::logprob::Softmax;
+use crate::ops::logprob::{Excess, Softmax};
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
 use crate::precision::Precision;
@@ -60,8 +62,10 @@ pub struct Decoder {
     tapes: Vec<BlockTape>,
     /// What each block keeps in bf16; `tapes` is then the one place.
     compact: Vec<CompactTape>,
-    /// The exponentials of the softmax of the first scored rows, as many as `inverse_sums` has.
-    exps: Vec<f32>,
+    /// The softmax of the first scored rows, as many as `inverse_sums` has: in f32, or
+    excess: Vec<f32>,
+    /// in bf16.
+    rounded_excess: Vec<bf16>,
     /// What the last forward pass to be followed by a backward pass kept of the softmax.
     inverse_sums: Vec<f32>,
     kept: Option<Keep>,
@@ -74,6 +78,7 @@ struct Scratch {
     normed: Vec<f32>,
     activation: Vec<f32>,
     logits: Vec<f32>,
+    rounded_excess: Vec<bf16>,
     reference_logits: Vec<f32>,
     head: HeadScratch,
     dx: Vec<f32>,
@@ -110,7 +115,8 @@ impl Decoder {
             inputs: Vec::new(),
             tapes: Vec::new(),
             compact: Vec::new(),
-            exps: Vec::new(),
+            excess: Vec::new(),
+            rounded_excess: Vec::new(),
             inverse_sums: Vec::new(),
             kept: None,
             scratch: Scratch::default(),
@@ -138,7 +144,7 @@ impl Decoder {
     ) -> Vec<f64> {
         let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, Some(keep));
-        self.head_forward(&pass, batch, logprob::kept_rows(batch.targets.len(), self.vocab()))
+        self.head_forward(&pass, batch, logprob::kept_rows(self.precision, batch.targets.len(), self.vocab()))
     }
 
     /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] with respect to every weight of what is trained:
@@ -416,9 +422,13 @@ impl Decoder {
             self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
             let Scratch { head, logits, .. } = &mut self.scratch;
             let is_kept = rows.end <= kept;
-            let exps = fit(if is_kept { &mut self.exps } else { logits }, rows.len() * vocab);
             let head = Head { rows: &head.normed[..rows.len() * self.hidden], weights };
-            let (chunk, inverse_sums) = logprob::forward(self.precision, head, &batch.targets[rows], exps);
+            let (logits, rounded) = match self.precision {
+                _ if !is_kept => (logits, None),
+                Precision::F32 => (&mut self.excess, None),
+                Precision::Bf16 => (logits, Some(&mut self.rounded_excess)),
+            };
+            let (chunk, inverse_sums) = logprob::forward(self.precision, head, &batch.targets[rows], logits, rounded);
             logps.extend(chunk);
             if is_kept {
                 self.inverse_sums = inverse_sums;
@@ -446,22 +456,26 @@ impl Decoder {
         let mut logps = Vec::new();
         for rows in logprob::cut(batch.targets.len(), kept, vocab) {
             self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
-            let Scratch { head, logits, .. } = &mut self.scratch;
-            let (len, targets) = (rows.len() * self.hidden, &batch.targets[rows.clone()]);
+            let Scratch { head, logits, rounded_excess, .. } = &mut self.scratch;
+            let len = rows.len() * self.hidden;
             let policy = Head { rows: &head.normed[..len], weights };
             let computed;
-            let softmax = if rows.end <= kept {
-                Softmax { exps: &mut self.exps[..rows.len() * vocab], inverse_sums: &self.inverse_sums[..kept] }
+            let (excess, rounded, inverse_sums) = if rows.end <= kept {
+                (&self.excess, &self.rounded_excess, &self.inverse_sums[..kept])
             } else {
-                let exps = fit(logits, rows.len() * vocab);
-                let chunk;
-                (chunk, computed) = logprob::forward(self.precision, policy, targets, exps);
+                let targets = &batch.targets[rows.clone()];
+                let rounded = (self.precision == Precision::Bf16).then_some(&mut *rounded_excess);
+                let (chunk, sums) = logprob::forward(self.precision, policy, targets, logits, rounded);
+                computed = sums;
                 logps.extend(chunk);
-                Softmax { exps, inverse_sums: &computed }
+                (&*logits, &*rounded_excess, &*computed)
+            };
+            let excess = match self.precision {
+                Precision::F32 => Excess::F32(&excess[..rows.len() * vocab]),
+                Precision::Bf16 => Excess::Bf16(&rounded[..rows.len() * vocab]),
             };
             let (d_normed, d_w) = (fit(&mut head.d_normed, len), gradient.base(&self.layout.head));
-            let d_logps = &d_logps[rows.clone()];
-            logprob::backward(self.precision, policy, targets, d_logps, softmax, d_normed, d_w);
+            logprob::backward(policy, &d_logps[rows.clone()], Softmax { excess, inverse_sums }, d_normed, d_w);
             self.norm_backward(pass, &batch.scored_rows[rows], gradient);
         }
         logps

@@ -88,15 +88,15 @@ unsafe fn multiply(
 ///
 /// Every element of the shape lies within `data`.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    data: &'a [f32],
+pub(crate) struct View<'a, T = f32> {
+    data: &'a [T],
     shape: [usize; 2],
     strides: [usize; 2],
 }
 
-impl<'a> View<'a> {
+impl<'a, T> View<'a, T> {
     /// All of `data`, in rows of `width`.
-    pub(crate) fn rows(data: &'a [f32], width: usize) -> Self {
+    pub(crate) fn rows(data: &'a [T], width: usize) -> Self {
         Self { data, shape: [rows(data, width), width], strides: [width, 1] }
     }
 
@@ -113,7 +113,9 @@ impl<'a> View<'a> {
         let ([rows, columns], [row, column]) = (self.shape, self.strides);
         Self { data: self.data, shape: [columns, rows], strides: [column, row] }
     }
+}
 
+impl View<'_> {
     /// The elements row by row.
     fn to_rows(self) -> Vec<f32> {
         let ([rows, columns], [row, column]) = (self.shape, self.strides);
@@ -185,7 +187,7 @@ fn product_f32(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool
 }
 
 /// The number of rows of `x`, which has `width` columns.
-fn rows(x: &[f32], width: usize) -> usize {
+fn rows<T>(x: &[T], width: usize) -> usize {
     assert_eq!(x.len() % width, 0, "a slice of {} elements has no rows of {width}", x.len());
     x.len() / width
 }
