@@ -77,6 +77,7 @@ pub struct Decoder {
 struct Scratch {
     normed: Vec<f32>,
     activation: Vec<f32>,
+    rounded_activation: Vec<bf16>,
     logits: Vec<f32>,
     rounded_excess: Vec<bf16>,
     reference_logits: Vec<f32>,
@@ -324,10 +325,20 @@ impl Decoder {
         rmsnorm::forward(x, pass.base(&block.feed_forward_norm), self.eps, normed, r);
         let gate_up = fit(&mut tape.gate_up, n * 2 * f);
         pass.linear(block, index, Product::GateUp).forward(normed, gate_up, d, false, &mut tape.lora, lora);
-        round_kept(self.precision, gate_up);
-        let activation = fit(&mut scratch.activation, n * f);
-        swiglu::forward(gate_up, activation, f);
-        pass.linear(block, index, Product::Down).forward(activation, x, f, true, &mut tape.lora, lora);
+        let down = pass.linear(block, index, Product::Down);
+        match self.precision {
+            Precision::F32 => {
+                let activation = fit(&mut scratch.activation, n * f);
+                swiglu::forward(gate_up, activation, f);
+                down.forward(activation, x, f, true, &mut tape.lora, lora);
+            }
+            Precision::Bf16 => {
+                let rounded = fit(&mut tape.rounded_gate_up, n * 2 * f);
+                let activation = fit(&mut scratch.rounded_activation, n * f);
+                swiglu::forward_rounded(gate_up, rounded, activation, f);
+                down.forward(activation, x, f, true, &mut tape.lora, lora);
+            }
+        }
     }
 
     /// Takes `scratch.dx`, the gradient of the last block's output, through all blocks to the embedding.
@@ -373,17 +384,28 @@ impl Decoder {
         let d_normed = fit(&mut scratch.d_normed, n * d);
 
         let middle = &tape.middle[..n * d];
-        let gate_up = &mut tape.gate_up[..n * 2 * f];
-        let activation = fit(&mut scratch.activation, n * f);
-        let down = pass.linear(block, index, Product::Down);
-        down.backward_input(dx, Some(activation), f, lora);
-        swiglu::backward_in_place(gate_up, activation, f);
-        down.backward_weight(dx, activation, f, gradient, &tape.lora, lora);
         let (norm, r) = (pass.base(&block.feed_forward_norm), &tape.r_feed_forward[..n]);
         rmsnorm::recompute(middle, norm, r, normed);
-        let product = pass.linear(block, index, Product::GateUp);
-        product.backward_input(gate_up, Some(d_normed), d, lora);
-        product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
+        let d_activation = fit(&mut scratch.activation, n * f);
+        let (down, product) = (pass.linear(block, index, Product::Down), pass.linear(block, index, Product::GateUp));
+        down.backward_input(dx, Some(d_activation), f, lora);
+        match self.precision {
+            Precision::F32 => {
+                let gate_up = &mut tape.gate_up[..n * 2 * f];
+                swiglu::backward_in_place(gate_up, d_activation, f);
+                down.backward_weight(dx, d_activation, f, gradient, &tape.lora, lora);
+                product.backward_input(gate_up, Some(d_normed), d, lora);
+                product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
+            }
+            Precision::Bf16 => {
+                let gate_up = &mut tape.rounded_gate_up[..n * 2 * f];
+                let activation = fit(&mut scratch.rounded_activation, n * f);
+                swiglu::backward_rounded(gate_up, d_activation, activation, f);
+                down.backward_weight(dx, activation, f, gradient, &tape.lora, lora);
+                product.backward_input(gate_up, Some(d_normed), d, lora);
+                product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
+            }
+        }
         rmsnorm::backward(middle, norm, r, d_normed, dx, gradient.base(&block.feed_forward_norm));
 
         let (qkv, attended) = (&tape.qkv[..n * heads.qkv_width()], &tape.attention[..n * heads.query_width()]);

@@ -23,8 +23,13 @@ impl Decoder {
         let qkv = query + 2 * config.key_value_width();
         // numbers per row of a `BlockTape`, of which a `CompactTape` halves the wide ones; of the residual stream, and of `Scratch`
         let (narrow, wide) = (2 + heads + d, qkv + query + 2 * f);
-        let tape = narrow + wide;
-        let (stream, forward, backward) = (d, d + f, 2 * d + query + qkv);
+        // gate and up rounded, which a tape has besides, the activation, and its gradient where that has other memory
+        let (rounded, activation, d_activation) = match precision {
+            Precision::F32 => (0, f, 0),
+            Precision::Bf16 => (f, f.div_ceil(2), f),
+        };
+        let tape = narrow + wide + rounded;
+        let (stream, forward, backward) = (d, d + activation, d_activation + 2 * d + query + qkv);
         let per_row = match keep {
             Some(Keep::All) => {
                 let tapes = match precision {
@@ -78,6 +83,7 @@ mod tests {
         let super::super::Scratch {
             normed,
             activation,
+            rounded_activation,
             logits,
             rounded_excess,
             reference_logits,
@@ -97,11 +103,10 @@ mod tests {
         let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
         let buffers =
             tapes.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x, &decoder.inverse_sums]);
+        let halves = decoder.tapes.iter().map(|tape| &tape.rounded_gate_up);
+        let halves = halves.chain([rounded_activation, rounded_excess, &decoder.rounded_excess]);
         buffers.map(|buffer| size_of_val(buffer.as_slice())).sum::<usize>()
-            + [rounded_excess, &decoder.rounded_excess]
-                .map(|excess| size_of_val(excess.as_slice()))
-                .iter()
-                .sum::<usize>()
+            + halves.map(|half| size_of_val(half.as_slice())).sum::<usize>()
             + lora::Scratch::bytes(lora)
             + decoder.compact.iter().map(CompactTape::bytes).sum::<usize>()
     }

@@ -9,9 +9,8 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::divergence::Head;
-use super::fit;
-use super::linear::{self, View, ViewMut};
 use super::simd::{dispatch, exp_sum, max, to_bf16};
+use super::{fit, linear};
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
 
@@ -154,10 +153,7 @@ pub(crate) fn backward(
     let _span = span(if d_w.is_some() { 2 } else { 1 }, x, vocab);
     match excess {
         Excess::F32(excess) => linear::backward_input(Precision::F32, excess, w, d_x, width),
-        Excess::Bf16(excess) => {
-            let (excess, d_x) = (View::rows(excess, vocab), ViewMut::rows(d_x, width));
-            linear::bf16::product(excess, View::rows(w, width), d_x, 1.0, false);
-        }
+        Excess::Bf16(excess) => linear::backward_input(Precision::Bf16, excess, w, d_x, width),
     }
     // the factor of a row's derivatives comes to what is narrow
     let scaled_by_row = |rows: &mut [f32]| {
@@ -170,10 +166,7 @@ pub(crate) fn backward(
     scaled_by_row(&mut scaled);
     match excess {
         Excess::F32(excess) => linear::backward_weight(Precision::F32, excess, &scaled, d_w, width),
-        Excess::Bf16(excess) => {
-            let (excess, d_w) = (View::rows(excess, vocab).transposed(), ViewMut::rows(d_w, width));
-            linear::bf16::product(excess, View::rows(&scaled, width), d_w, 1.0, true);
-        }
+        Excess::Bf16(excess) => linear::backward_weight(Precision::Bf16, excess, &scaled, d_w, width),
     }
 }
 

@@ -6,10 +6,13 @@
 //!
 //! A factor that is kept in bf16 is read as it is.
 
+use std::borrow::Cow;
+
 use half::bf16;
 use rayon::prelude::*;
 
 use super::{View, ViewMut, product_f32};
+use crate::ops::simd::{dispatch, to_bf16};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -17,24 +20,32 @@ mod avx512;
 pub(super) use avx512::{panels, product_of_panels};
 
 /// A number of a factor: [`f32`] or [`bf16`].
-pub(crate) trait Number: Copy + Sync {
+pub(crate) trait Number: Copy + Send + Sync {
     /// Whether it is a [`bf16`].
     const IS_ROUNDED: bool;
-    /// The number rounded to bf16.
-    fn rounded(self) -> f32;
+    /// The number in f32.
+    fn to_f32(self) -> f32;
+    /// All numbers in f32.
+    fn widened(numbers: &[Self]) -> Cow<'_, [f32]>;
 }
 
 impl Number for f32 {
     const IS_ROUNDED: bool = false;
-    fn rounded(self) -> f32 {
-        bf16::from_f32(self).to_f32()
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
+        numbers.into()
     }
 }
 
 impl Number for bf16 {
     const IS_ROUNDED: bool = true;
-    fn rounded(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self.to_f32()
+    }
+    fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
+        numbers.par_iter().map(|x| x.to_f32()).collect::<Vec<_>>().into()
     }
 }
 
@@ -58,8 +69,7 @@ pub(crate) fn is_native() -> bool {
 /// The product of rounded copies.
 fn product_of_rounded<A: Number, B: Number>(a: View<'_, A>, b: View<'_, B>, out: ViewMut<'_>, scale: f32, add: bool) {
     let (a_data, b_data) = (rounded(a.data), rounded(b.data));
-    let a = View { data: &*a_data, shape: a.shape, strides: a.strides };
-    let b = View { data: &*b_data, shape: b.shape, strides: b.strides };
+    let (a, b) = (a.with(&a_data), b.with(&b_data));
     if a.shape[0] != 1 {
         return product_f32(a, b, out, scale, add);
     }
@@ -70,13 +80,22 @@ fn product_of_rounded<A: Number, B: Number>(a: View<'_, A>, b: View<'_, B>, out:
     out.data[..n].copy_from_slice(&twice[..n]);
 }
 
-fn rounded<T: Number>(x: &[T]) -> Vec<f32> {
-    x.par_iter().map(|x| x.rounded()).collect()
+fn rounded<T: Number>(x: &[T]) -> Cow<'_, [f32]> {
+    let mut x = T::widened(x);
+    if !T::IS_ROUNDED {
+        round(x.to_mut());
+    }
+    x
 }
 
 /// Rounds every number to the nearest bf16.
 pub(crate) fn round(x: &mut [f32]) {
-    x.par_chunks_mut(1 << 14).for_each(|x| x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()));
+    x.par_chunks_mut(1 << 14).for_each(|x| {
+        dispatch(
+            #[inline(always)]
+            || x.iter_mut().for_each(|x| *x = to_bf16(*x).to_f32()),
+        );
+    });
 }
 
 #[cfg(test)]
