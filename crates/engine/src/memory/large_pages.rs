@@ -51,7 +51,7 @@ fn ask(start: *mut u8, len: usize) -> *mut u8 {
     start
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use std::fs;
     use std::path::Path;

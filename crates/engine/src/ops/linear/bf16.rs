@@ -45,7 +45,8 @@ impl Number for bf16 {
         self.to_f32()
     }
     fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
-        numbers.par_iter().map(|x| x.to_f32()).collect::<Vec<_>>().into()
+        // few numbers, as generation has them, are not worth a second thread
+        numbers.par_iter().with_min_len(1 << 14).map(|x| x.to_f32()).collect::<Vec<_>>().into()
     }
 }
 
