@@ -11,12 +11,14 @@ mod packed;
 mod parameters;
 mod tape;
 
+use half::bf16;
+
 use crate::batch::PackedBatch;
 use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
 use crate::ops::awake::keep_awake;
-use crate::ops::logprob::Softmax;
+use crate::ops::logprob::{Excess, Softmax};
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
 use crate::precision::Precision;
@@ -64,8 +66,10 @@ pub struct Decoder {
     tapes: Vec<BlockTape>,
     /// What each block keeps in bf16; `tapes` is then the one place.
     compact: Vec<CompactTape>,
-    /// The exponentials of the softmax of the first scored rows, as many as `inverse_sums` has.
-    exps: Vec<f32>,
+    /// The softmax of the first scored rows, as many as `inverse_sums` has: in f32, or
+    excess: Vec<f32>,
+    /// in bf16.
+    rounded_excess: Vec<bf16>,
     /// What the last forward pass to be followed by a backward pass kept of the softmax.
     inverse_sums: Vec<f32>,
     kept: Option<Keep>,
@@ -79,7 +83,9 @@ pub struct Decoder {
 struct Scratch {
     normed: Vec<f32>,
     activation: Vec<f32>,
+    rounded_activation: Vec<bf16>,
     logits: Vec<f32>,
+    rounded_excess: Vec<bf16>,
     reference_logits: Vec<f32>,
     head: HeadScratch,
     dx: Vec<f32>,
@@ -116,7 +122,8 @@ impl Decoder {
             inputs: Vec::new(),
             tapes: Vec::new(),
             compact: Vec::new(),
-            exps: Vec::new(),
+            excess: Vec::new(),
+            rounded_excess: Vec::new(),
             inverse_sums: Vec::new(),
             kept: None,
             scratch: Scratch::default(),
@@ -145,7 +152,7 @@ impl Decoder {
     ) -> Vec<f64> {
         let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, Some(keep));
-        self.head_forward(&pass, batch, logprob::kept_rows(batch.targets.len(), self.vocab()))
+        self.head_forward(&pass, batch, logprob::kept_rows(self.precision, batch.targets.len(), self.vocab()))
     }
 
     /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] with respect to every weight of what is trained:
@@ -272,7 +279,8 @@ impl Decoder {
         self.compact.clear();
         self.inputs.clear();
         self.x = Vec::new();
-        self.exps = Vec::new();
+        self.excess = Vec::new();
+        self.rounded_excess = Vec::new();
         self.scratch = Scratch::default();
     }
 
@@ -343,10 +351,20 @@ impl Decoder {
         rmsnorm::forward(x, pass.base(&block.feed_forward_norm), self.eps, normed, r);
         let gate_up = fit(&mut tape.gate_up, n * 2 * f);
         pass.linear(block, index, Product::GateUp).forward(normed, gate_up, d, false, &mut tape.lora, lora);
-        round_kept(self.precision, gate_up);
-        let activation = fit(&mut scratch.activation, n * f);
-        swiglu::forward(gate_up, activation, f);
-        pass.linear(block, index, Product::Down).forward(activation, x, f, true, &mut tape.lora, lora);
+        let down = pass.linear(block, index, Product::Down);
+        match self.precision {
+            Precision::F32 => {
+                let activation = fit(&mut scratch.activation, n * f);
+                swiglu::forward(gate_up, activation, f);
+                down.forward(activation, x, f, true, &mut tape.lora, lora);
+            }
+            Precision::Bf16 => {
+                let rounded = fit(&mut tape.rounded_gate_up, n * 2 * f);
+                let activation = fit(&mut scratch.rounded_activation, n * f);
+                swiglu::forward_rounded(gate_up, rounded, activation, f);
+                down.forward(activation, x, f, true, &mut tape.lora, lora);
+            }
+        }
     }
 
     /// Takes `scratch.dx`, the gradient of the last block's output, through all blocks to the embedding.
@@ -392,17 +410,28 @@ impl Decoder {
         let d_normed = fit(&mut scratch.d_normed, n * d);
 
         let middle = &tape.middle[..n * d];
-        let gate_up = &mut tape.gate_up[..n * 2 * f];
-        let activation = fit(&mut scratch.activation, n * f);
-        let down = pass.linear(block, index, Product::Down);
-        down.backward_input(dx, Some(activation), f, lora);
-        swiglu::backward_in_place(gate_up, activation, f);
-        down.backward_weight(dx, activation, f, gradient, &tape.lora, lora);
         let (norm, r) = (pass.base(&block.feed_forward_norm), &tape.r_feed_forward[..n]);
         rmsnorm::recompute(middle, norm, r, normed);
-        let product = pass.linear(block, index, Product::GateUp);
-        product.backward_input(gate_up, Some(d_normed), d, lora);
-        product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
+        let d_activation = fit(&mut scratch.activation, n * f);
+        let (down, product) = (pass.linear(block, index, Product::Down), pass.linear(block, index, Product::GateUp));
+        down.backward_input(dx, Some(d_activation), f, lora);
+        match self.precision {
+            Precision::F32 => {
+                let gate_up = &mut tape.gate_up[..n * 2 * f];
+                swiglu::backward_in_place(gate_up, d_activation, f);
+                down.backward_weight(dx, d_activation, f, gradient, &tape.lora, lora);
+                product.backward_input(gate_up, Some(d_normed), d, lora);
+                product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
+            }
+            Precision::Bf16 => {
+                let gate_up = &mut tape.rounded_gate_up[..n * 2 * f];
+                let activation = fit(&mut scratch.rounded_activation, n * f);
+                swiglu::backward_rounded(gate_up, d_activation, activation, f);
+                down.backward_weight(dx, activation, f, gradient, &tape.lora, lora);
+                product.backward_input(gate_up, Some(d_normed), d, lora);
+                product.backward_weight(gate_up, normed, d, gradient, &tape.lora, lora);
+            }
+        }
         rmsnorm::backward(middle, norm, r, d_normed, dx, gradient.base(&block.feed_forward_norm));
 
         let (qkv, attended) = (&tape.qkv[..n * heads.qkv_width()], &tape.attention[..n * heads.query_width()]);
@@ -441,9 +470,13 @@ impl Decoder {
             self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
             let Scratch { head, logits, .. } = &mut self.scratch;
             let is_kept = rows.end <= kept;
-            let exps = fit(if is_kept { &mut self.exps } else { logits }, rows.len() * vocab);
             let head = Head { rows: &head.normed[..rows.len() * self.hidden], weights };
-            let (chunk, inverse_sums) = logprob::forward(self.precision, head, &batch.targets[rows], exps);
+            let (logits, rounded) = match self.precision {
+                _ if !is_kept => (logits, None),
+                Precision::F32 => (&mut self.excess, None),
+                Precision::Bf16 => (logits, Some(&mut self.rounded_excess)),
+            };
+            let (chunk, inverse_sums) = logprob::forward(self.precision, head, &batch.targets[rows], logits, rounded);
             logps.extend(chunk);
             if is_kept {
                 self.inverse_sums = inverse_sums;
@@ -471,22 +504,26 @@ impl Decoder {
         let mut logps = Vec::new();
         for rows in logprob::cut(batch.targets.len(), kept, vocab) {
             self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
-            let Scratch { head, logits, .. } = &mut self.scratch;
-            let (len, targets) = (rows.len() * self.hidden, &batch.targets[rows.clone()]);
+            let Scratch { head, logits, rounded_excess, .. } = &mut self.scratch;
+            let len = rows.len() * self.hidden;
             let policy = Head { rows: &head.normed[..len], weights };
             let computed;
-            let softmax = if rows.end <= kept {
-                Softmax { exps: &mut self.exps[..rows.len() * vocab], inverse_sums: &self.inverse_sums[..kept] }
+            let (excess, rounded, inverse_sums) = if rows.end <= kept {
+                (&self.excess, &self.rounded_excess, &self.inverse_sums[..kept])
             } else {
-                let exps = fit(logits, rows.len() * vocab);
-                let chunk;
-                (chunk, computed) = logprob::forward(self.precision, policy, targets, exps);
+                let targets = &batch.targets[rows.clone()];
+                let rounded = (self.precision == Precision::Bf16).then_some(&mut *rounded_excess);
+                let (chunk, sums) = logprob::forward(self.precision, policy, targets, logits, rounded);
+                computed = sums;
                 logps.extend(chunk);
-                Softmax { exps, inverse_sums: &computed }
+                (&*logits, &*rounded_excess, &*computed)
+            };
+            let excess = match self.precision {
+                Precision::F32 => Excess::F32(&excess[..rows.len() * vocab]),
+                Precision::Bf16 => Excess::Bf16(&rounded[..rows.len() * vocab]),
             };
             let (d_normed, d_w) = (fit(&mut head.d_normed, len), gradient.base(&self.layout.head));
-            let d_logps = &d_logps[rows.clone()];
-            logprob::backward(self.precision, policy, targets, d_logps, softmax, d_normed, d_w);
+            logprob::backward(policy, &d_logps[rows.clone()], Softmax { excess, inverse_sums }, d_normed, d_w);
             self.norm_backward(pass, &batch.scored_rows[rows], gradient);
         }
         logps

@@ -1,7 +1,11 @@
 //! What this machine has, and what this process uses.
 
+mod large_pages;
+
 use std::fs;
 use std::path::Path;
+
+pub use large_pages::LargePages;
 
 /// Bytes of memory that this process can use without swapping: what the machine has, or less where a control group, such
 /// as a container's, leaves less; nothing where the system does not say.

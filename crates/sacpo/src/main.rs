@@ -19,6 +19,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+#[global_allocator]
+static ALLOCATOR: engine::memory::LargePages = engine::memory::LargePages;
+
 fn main() -> ExitCode {
     let arguments = cli::Arguments::parse();
     match commands::run(arguments) {

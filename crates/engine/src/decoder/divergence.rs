@@ -185,7 +185,8 @@ mod tests {
         decoder.backward_with_divergence(&model.weights, reference, &batch, [&d_logps, &[0.0; 3]], &mut gradient);
         assert_eq!(with, logps);
         assert!(divergences.iter().all(|&d| d > 0.01), "{divergences:?}");
-        assert_eq!(gradient, plain);
+        // the row's factor comes to the logits here, and to what is narrow there
+        assert!(gradient.iter().zip(&plain).all(|(with, plain)| (with - plain).abs() < 1e-5));
     }
 
     #[test]

@@ -23,8 +23,13 @@ impl Decoder {
         let qkv = query + 2 * config.key_value_width();
         // numbers per row of a `BlockTape`, of which a `CompactTape` halves the wide ones; of the residual stream, and of `Scratch`
         let (narrow, wide) = (2 + heads + d, qkv + query + 2 * f);
-        let tape = narrow + wide;
-        let (stream, forward, backward) = (d, d + f, 2 * d + query + qkv);
+        // gate and up rounded, which a tape has besides, the activation, and its gradient where that has other memory
+        let (rounded, activation, d_activation) = match precision {
+            Precision::F32 => (0, f, 0),
+            Precision::Bf16 => (f, f.div_ceil(2), f),
+        };
+        let tape = narrow + wide + rounded;
+        let (stream, forward, backward) = (d, d + activation, d_activation + 2 * d + query + qkv);
         let per_row = match keep {
             Some(Keep::All) => {
                 let tapes = match precision {
@@ -37,16 +42,24 @@ impl Decoder {
             None => tape + stream + forward,
         };
         // as a prompt's last row predicts the first tokens of two responses, one row more may be scored than there are
-        let head = if config.head.is_score() {
-            rows * (4 * d + 1)
+        let (head, factor) = if config.head.is_score() {
+            (rows * (4 * d + 1), rows * (4 * d + 1))
         } else {
-            let kept = if keep.is_some() { logprob::kept_rows(rows + 1, config.vocab_size) } else { 0 };
-            let others = logprob::chunk_rows(config.vocab_size).min(rows + 1 - kept);
-            (kept + others) * config.vocab_size + kept.max(others) * (4 * d + 1)
+            let kept = if keep.is_some() { logprob::kept_rows(precision, rows + 1, config.vocab_size) } else { 0 };
+            let most = logprob::chunk_rows(config.vocab_size);
+            let others = most.min(rows + 1 - kept);
+            let softmax = match precision {
+                Precision::F32 => kept + others,
+                // logits of a chunk are in f32, and the softmax of as many in 16 bits as are kept or computed again
+                Precision::Bf16 if keep.is_some() => most.min(rows + 1) + (kept + others).div_ceil(2),
+                Precision::Bf16 => others,
+            };
+            let chunk = kept.max(others);
+            (softmax * config.vocab_size + chunk * (4 * d + 1), chunk * config.vocab_size)
         };
         // without instructions for it, a product in bf16 is that of rounded copies of its factors, of which the head's are largest
         let copies =
-            if precision == Precision::Bf16 && !linear::bf16::is_native() { head + config.vocab_size * d } else { 0 };
+            if precision == Precision::Bf16 && !linear::bf16::is_native() { factor + config.vocab_size * d } else { 0 };
         let rope = longest * config.head_dim;
         let tapes = if keep == Some(Keep::All) { blocks } else { 1 };
         let adapter = lora.map_or(0, |lora| AdapterLayout::new(config, lora).pass_bytes(lora, rows, tapes));
@@ -70,7 +83,9 @@ mod tests {
         let super::super::Scratch {
             normed,
             activation,
+            rounded_activation,
             logits,
+            rounded_excess,
             reference_logits,
             head,
             dx,
@@ -84,11 +99,14 @@ mod tests {
             .iter()
             .flat_map(|t| [&t.r_attention, &t.qkv, &t.lse, &t.attention, &t.middle, &t.r_feed_forward, &t.gate_up]);
         let tapes = tapes.chain(decoder.tapes.iter().flat_map(|tape| &tape.lora));
-        let scratch = [normed, activation, logits, reference_logits, dx, d_normed, d_attention, d_qkv, &decoder.exps];
+        let scratch = [normed, activation, logits, reference_logits, dx, d_normed, d_attention, d_qkv, &decoder.excess];
         let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
         let buffers =
             tapes.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x, &decoder.inverse_sums]);
+        let halves = decoder.tapes.iter().map(|tape| &tape.rounded_gate_up);
+        let halves = halves.chain([rounded_activation, rounded_excess, &decoder.rounded_excess]);
         buffers.map(|buffer| size_of::<f32>() * buffer.capacity()).sum::<usize>()
+            + halves.map(|half| size_of::<half::bf16>() * half.capacity()).sum::<usize>()
             + lora::Scratch::bytes(lora)
             + decoder.compact.iter().map(CompactTape::bytes).sum::<usize>()
     }

@@ -6,7 +6,7 @@ use super::packed::PackedModel;
 use crate::batch::PackedBatch;
 use crate::lora::Adapter;
 use crate::model::{BlockLayout, Product};
-use crate::ops::linear::{self, packed::Packed};
+use crate::ops::linear::{self, Number, packed::Packed};
 use crate::ops::lora::{LowRank, Scratch};
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
@@ -183,7 +183,7 @@ pub(super) struct Linear<'a> {
 
 impl Linear<'_> {
     /// Times a product of W and as many rows as `x` has; what adapts W takes time, but is no work.
-    fn span(&self, stage: Stage, x: &[f32], inputs: usize) -> profile::Span {
+    fn span<T>(&self, stage: Stage, x: &[T], inputs: usize) -> profile::Span {
         profile::span(stage, || Work::Flops(2.0 * (x.len() / inputs * self.w.len()) as f64))
     }
 
@@ -192,7 +192,7 @@ impl Linear<'_> {
     /// Several parts of the rows share the product with W, and what adapts each comes on top.
     pub(super) fn forward(
         &self,
-        x: &[f32],
+        x: &[impl Number],
         y: &mut [f32],
         inputs: usize,
         add: bool,
@@ -205,7 +205,7 @@ impl Linear<'_> {
             return low_rank.forward(x, self.w, y, add, u, scratch);
         }
         match self.packed {
-            Some(packed) => packed.forward(x, y, add),
+            Some(packed) => packed.forward(&Number::widened(x), y, add),
             None => linear::forward_as(self.rowwise, self.precision)(x, self.w, y, inputs, add),
         }
         let parts = self.low_ranks.len();
@@ -218,7 +218,13 @@ impl Linear<'_> {
     }
 
     /// dx = dy·W, where anybody asks for it.
-    pub(super) fn backward_input(&self, dy: &[f32], dx: Option<&mut [f32]>, inputs: usize, scratch: &mut Scratch) {
+    pub(super) fn backward_input(
+        &self,
+        dy: &[impl Number],
+        dx: Option<&mut [f32]>,
+        inputs: usize,
+        scratch: &mut Scratch,
+    ) {
         let _span = dx.as_deref().map(|dx| self.span(Stage::BackwardInput, dx, inputs));
         match (only(&self.low_ranks), dx) {
             (Some(low_rank), dx) => low_rank.backward_input(dy, self.w, dx, scratch),
@@ -231,8 +237,8 @@ impl Linear<'_> {
     /// [`forward`](Self::forward), `scratch` as [`backward_input`](Self::backward_input) of the same dy has left it.
     pub(super) fn backward_weight(
         &self,
-        dy: &[f32],
-        x: &[f32],
+        dy: &[impl Number],
+        x: &[impl Number],
         inputs: usize,
         gradient: &mut Gradient<'_>,
         kept: &Kept,

@@ -4,6 +4,7 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::parameters::Kept;
+use crate::ops::simd::{dispatch, of_bf16, to_bf16};
 
 /// Numbers per task.
 const CHUNK: usize = 1 << 14;
@@ -23,8 +24,10 @@ pub(super) struct BlockTape {
     pub(super) middle: Vec<f32>,
     /// 1/rms of `middle`, `[n]`.
     pub(super) r_feed_forward: Vec<f32>,
-    /// `[n, 2·intermediate]`.
+    /// `[n, 2·intermediate]`; in bf16 what it is before it is rounded, which nothing reads later.
     pub(super) gate_up: Vec<f32>,
+    /// The same in bf16, there alone.
+    pub(super) rounded_gate_up: Vec<bf16>,
     /// What adapts its products keeps this.
     pub(super) lora: Kept,
 }
@@ -35,7 +38,6 @@ pub(super) struct CompactTape {
     narrow: BlockTape,
     qkv: Vec<bf16>,
     attention: Vec<bf16>,
-    gate_up: Vec<bf16>,
 }
 
 #[cfg(test)]
@@ -45,7 +47,7 @@ impl CompactTape {
         let narrow = [&self.narrow.r_attention, &self.narrow.lse, &self.narrow.middle, &self.narrow.r_feed_forward];
         let narrow = narrow.into_iter().chain(&self.narrow.lora);
         let narrow = narrow.map(|values| size_of_val(values.as_slice())).sum::<usize>();
-        let wide = [&self.qkv, &self.attention, &self.gate_up];
+        let wide = [&self.qkv, &self.attention, &self.narrow.rounded_gate_up];
         narrow + wide.map(|values| size_of_val(values.as_slice())).iter().sum::<usize>()
     }
 }
@@ -53,37 +55,40 @@ impl CompactTape {
 impl CompactTape {
     /// Takes what a tape holds; the tape keeps memory for another block.
     pub(super) fn store(&mut self, tape: &mut BlockTape) {
-        self.exchange_narrow(tape);
-        for (from, to) in
-            [(&tape.qkv, &mut self.qkv), (&tape.attention, &mut self.attention), (&tape.gate_up, &mut self.gate_up)]
-        {
+        self.exchange(tape);
+        for (from, to) in [(&tape.qkv, &mut self.qkv), (&tape.attention, &mut self.attention)] {
             to.resize(from.len(), bf16::ZERO);
             to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = bf16::from_bits((from.to_bits() >> 16) as u16));
+                dispatch(
+                    #[inline(always)]
+                    || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
+                );
             });
         }
     }
 
     /// Gives it back to a tape.
     pub(super) fn restore(&mut self, tape: &mut BlockTape) {
-        self.exchange_narrow(tape);
-        for (to, from) in
-            [(&mut tape.qkv, &self.qkv), (&mut tape.attention, &self.attention), (&mut tape.gate_up, &self.gate_up)]
-        {
+        self.exchange(tape);
+        for (to, from) in [(&mut tape.qkv, &self.qkv), (&mut tape.attention, &self.attention)] {
             to.resize(from.len(), 0.0);
             to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to = from.to_f32());
+                dispatch(
+                    #[inline(always)]
+                    || to.iter_mut().zip(from).for_each(|(to, from)| *to = of_bf16(*from)),
+                );
             });
         }
     }
 
-    /// What is narrow stays in f32 and moves without a copy.
-    fn exchange_narrow(&mut self, tape: &mut BlockTape) {
+    /// What is narrow stays in f32, gate and up are in 16 bits already: they move without a copy.
+    fn exchange(&mut self, tape: &mut BlockTape) {
         let narrow = &mut self.narrow;
         std::mem::swap(&mut narrow.r_attention, &mut tape.r_attention);
         std::mem::swap(&mut narrow.lse, &mut tape.lse);
         std::mem::swap(&mut narrow.middle, &mut tape.middle);
         std::mem::swap(&mut narrow.r_feed_forward, &mut tape.r_feed_forward);
+        std::mem::swap(&mut narrow.rounded_gate_up, &mut tape.rounded_gate_up);
         std::mem::swap(&mut narrow.lora, &mut tape.lora);
     }
 }

@@ -4,7 +4,7 @@
 use rayon::prelude::*;
 
 use super::fit;
-use super::linear::{self, View, ViewMut, product};
+use super::linear::{self, Number, View, ViewMut, product};
 use super::lora::{LowRank, Scratch};
 use super::simd::{dispatch, dot};
 
@@ -21,8 +21,8 @@ pub(crate) fn ratio(a: f32, norm: f32) -> f32 {
 /// dm += Σ dy·z/‖V‖, dB += s·c·dyᵀ·u, dA += (s·dy·c·B)ᵀ·x, where u = x·Aᵀ.
 pub(super) fn backward_weight(
     low_rank: &LowRank<'_>,
-    dy: &[f32],
-    x: &[f32],
+    dy: &[impl Number],
+    x: &[impl Number],
     w: &[f32],
     gradient: &mut [f32],
     scratch: &mut Scratch,
@@ -80,13 +80,13 @@ pub(crate) fn norms(low_rank: &LowRank<'_>, index: usize, w: &[f32]) -> Vec<f32>
 }
 
 /// Σ over rows of a·b, for each of `width` columns.
-fn column_dots(a: &[f32], b: &[f32], width: usize) -> Vec<f32> {
+fn column_dots(a: &[impl Number], b: &[f32], width: usize) -> Vec<f32> {
     let mut sums = vec![0.0; width];
     sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(chunk, sums)| {
         let columns = chunk * COLUMNS..chunk * COLUMNS + sums.len();
         for (a, b) in a.chunks_exact(width).zip(b.chunks_exact(width)) {
             for ((sum, a), b) in sums.iter_mut().zip(&a[columns.clone()]).zip(&b[columns.clone()]) {
-                *sum += a * b;
+                *sum += a.to_f32() * b;
             }
         }
     });

@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use super::linear::Number;
 use super::simd::dispatch;
 
 /// Rows per task.
@@ -22,7 +23,7 @@ pub(crate) struct Dropout<'a> {
 
 impl Dropout<'_> {
     /// y = x·mask/(1 − rate). x, y `[rows, width]`.
-    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32]) {
+    pub(crate) fn forward(&self, x: &[impl Number], y: &mut [f32]) {
         self.each(x, y, |y, kept| *y = kept);
     }
 
@@ -32,7 +33,7 @@ impl Dropout<'_> {
     }
 
     /// Calls `put` for every element of `to` with the masked and scaled element of `from`.
-    fn each(&self, from: &[f32], to: &mut [f32], put: impl Fn(&mut f32, f32) + Sync) {
+    fn each(&self, from: &[impl Number], to: &mut [f32], put: impl Fn(&mut f32, f32) + Sync) {
         let width = from.len() / self.row_keys.len();
         assert!(from.len() == to.len() && from.len() == width * self.row_keys.len());
         let threshold = (self.rate * 2f64.powi(32)) as u64;
@@ -46,7 +47,7 @@ impl Dropout<'_> {
                         let row = mix(self.seed ^ mix(key));
                         for (column, (to, &from)) in to.iter_mut().zip(from).enumerate() {
                             let kept = mix(row.wrapping_add(column as u64)) >> 32 >= threshold;
-                            put(to, if kept { from * scale } else { 0.0 });
+                            put(to, if kept { from.to_f32() * scale } else { 0.0 });
                         }
                     }
                 },

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::simd::{dispatch, dot, dot4};
 use crate::precision::Precision;
+pub(crate) use bf16::Number;
 
 pub(crate) mod bf16;
 mod int8;
@@ -92,15 +93,15 @@ unsafe fn multiply(
 ///
 /// Every element of the shape lies within `data`.
 #[derive(Clone, Copy)]
-pub(crate) struct View<'a> {
-    data: &'a [f32],
+pub(crate) struct View<'a, T = f32> {
+    data: &'a [T],
     shape: [usize; 2],
     strides: [usize; 2],
 }
 
-impl<'a> View<'a> {
+impl<'a, T> View<'a, T> {
     /// All of `data`, in rows of `width`.
-    pub(crate) fn rows(data: &'a [f32], width: usize) -> Self {
+    pub(crate) fn rows(data: &'a [T], width: usize) -> Self {
         Self { data, shape: [rows(data, width), width], strides: [width, 1] }
     }
 
@@ -118,6 +119,14 @@ impl<'a> View<'a> {
         Self { data: self.data, shape: [columns, rows], strides: [column, row] }
     }
 
+    /// The same matrix in other memory, which holds its numbers at the same places.
+    fn with<U>(self, data: &[U]) -> View<'_, U> {
+        assert_eq!(data.len(), self.data.len());
+        View { data, shape: self.shape, strides: self.strides }
+    }
+}
+
+impl View<'_> {
     /// The elements row by row.
     fn to_rows(self) -> Vec<f32> {
         let ([rows, columns], [row, column]) = (self.shape, self.strides);
@@ -157,11 +166,18 @@ impl<'a> ViewMut<'a> {
 /// out = a·b·scale, or out += a·b·scale with `add`; on all threads where that pays.
 ///
 /// From two rows on, a row's result does not depend on how many others there are.
-pub(crate) fn product(precision: Precision, a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+pub(crate) fn product<A: Number, B: Number>(
+    precision: Precision,
+    a: View<'_, A>,
+    b: View<'_, B>,
+    out: ViewMut<'_>,
+    scale: f32,
+    add: bool,
+) {
     assert_eq!(a.shape[1], b.shape[0], "the matrices do not fit each other");
     assert_eq!(out.shape, [a.shape[0], b.shape[1]], "the output does not have the shape of the product");
     match precision {
-        Precision::F32 => product_f32(a, b, out, scale, add),
+        Precision::F32 => product_f32(a.with(&A::widened(a.data)), b.with(&B::widened(b.data)), out, scale, add),
         Precision::Bf16 => bf16::product(a, b, out, scale, add),
     }
 }
@@ -194,13 +210,13 @@ fn panels_of_task(count: usize, bytes: usize) -> usize {
 }
 
 /// The number of rows of `x`, which has `width` columns.
-fn rows(x: &[f32], width: usize) -> usize {
+fn rows<T>(x: &[T], width: usize) -> usize {
     assert_eq!(x.len() % width, 0, "a slice of {} elements has no rows of {width}", x.len());
     x.len() / width
 }
 
 /// y = x·Wᵀ, or y += x·Wᵀ with `add`. x `[n, inputs]`, w `[outputs, inputs]`, y `[n, outputs]`.
-pub(crate) fn forward(precision: Precision, x: &[f32], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
+pub(crate) fn forward(precision: Precision, x: &[impl Number], w: &[f32], y: &mut [f32], inputs: usize, add: bool) {
     let (x, w) = (View::rows(x, inputs), View::rows(w, inputs));
     product(precision, x, w.transposed(), ViewMut::rows(y, w.shape[0]), 1.0, add);
 }
@@ -252,21 +268,30 @@ fn write_columns(columns: &[f32], y: &mut [f32], outputs: usize, add: bool) {
 
 /// [`forward`], by [`forward_rowwise`] where `rowwise` asks for rows that are computed by themselves, which in bf16 they
 /// always are.
-pub(crate) fn forward_as(rowwise: bool, precision: Precision) -> impl Fn(&[f32], &[f32], &mut [f32], usize, bool) {
+pub(crate) fn forward_as<T: Number>(
+    rowwise: bool,
+    precision: Precision,
+) -> impl Fn(&[T], &[f32], &mut [f32], usize, bool) {
     move |x, w, y, inputs, add| match precision {
-        Precision::F32 if rowwise => forward_rowwise(x, w, y, inputs, add),
+        Precision::F32 if rowwise => forward_rowwise(&T::widened(x), w, y, inputs, add),
         _ => forward(precision, x, w, y, inputs, add),
     }
 }
 
 /// dx = dy·W. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
-pub(crate) fn backward_input(precision: Precision, dy: &[f32], w: &[f32], dx: &mut [f32], inputs: usize) {
+pub(crate) fn backward_input(precision: Precision, dy: &[impl Number], w: &[f32], dx: &mut [f32], inputs: usize) {
     let w = View::rows(w, inputs);
     product(precision, View::rows(dy, w.shape[0]), w, ViewMut::rows(dx, inputs), 1.0, false);
 }
 
 /// dW += dyᵀ·x. dy `[n, outputs]`, x `[n, inputs]`, dw `[outputs, inputs]`.
-pub(crate) fn backward_weight(precision: Precision, dy: &[f32], x: &[f32], dw: &mut [f32], inputs: usize) {
+pub(crate) fn backward_weight(
+    precision: Precision,
+    dy: &[impl Number],
+    x: &[impl Number],
+    dw: &mut [f32],
+    inputs: usize,
+) {
     let outputs = rows(dw, inputs);
     let (dy, x) = (View::rows(dy, outputs), View::rows(x, inputs));
     product(precision, dy.transposed(), x, ViewMut::rows(dw, inputs), 1.0, true);

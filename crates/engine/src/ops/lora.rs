@@ -8,7 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::dropout::Dropout;
-use super::linear::{self, View, ViewMut, product};
+use super::linear::{self, Number, View, ViewMut, product};
 use super::simd::{dispatch, dot};
 use super::{dora, fit};
 use crate::precision::Precision;
@@ -78,7 +78,7 @@ impl<'a> LowRank<'a> {
     /// With B = 0, and with DoRA's m as the norms of W besides, y has the bits that it has without an adapter.
     pub(crate) fn forward(
         &self,
-        x: &[f32],
+        x: &[impl Number],
         w: &[f32],
         y: &mut [f32],
         add: bool,
@@ -97,11 +97,13 @@ impl<'a> LowRank<'a> {
     ///
     /// # Panics
     /// With DoRA, whose W is no sum of this and another.
-    pub(crate) fn add_forward(&self, x: &[f32], y: &mut [f32], u: &mut Vec<f32>, scratch: &mut Scratch) {
+    pub(crate) fn add_forward(&self, x: &[impl Number], y: &mut [f32], u: &mut Vec<f32>, scratch: &mut Scratch) {
         assert!(!self.is_dora(), "DoRA is no update that can be added");
         let outputs = y.len() / (x.len() / self.inputs());
-        let x = self.dropped(x, &mut scratch.dropped);
-        let u = self.down(x, u);
+        let u = match self.dropout {
+            None => self.down(x, u),
+            Some(dropout) => self.down(dropped(dropout, x, &mut scratch.dropped), u),
+        };
         if self.rowwise {
             return self.add_up_rowwise(u, y, outputs);
         }
@@ -132,7 +134,7 @@ impl<'a> LowRank<'a> {
     }
 
     /// dx = dy·W with the adapted W, where anybody asks for it. dy `[n, outputs]`, w `[outputs, inputs]`, dx `[n, inputs]`.
-    pub(crate) fn backward_input(&self, dy: &[f32], w: &[f32], dx: Option<&mut [f32]>, scratch: &mut Scratch) {
+    pub(crate) fn backward_input(&self, dy: &[impl Number], w: &[f32], dx: Option<&mut [f32]>, scratch: &mut Scratch) {
         let inputs = self.inputs();
         let Scratch { d_u, dropped, weight, .. } = scratch;
         if self.is_dora() {
@@ -159,8 +161,8 @@ impl<'a> LowRank<'a> {
     /// [`forward`](Self::forward) kept, `scratch` what [`backward_input`](Self::backward_input) left for the same dy.
     pub(crate) fn backward_weight(
         &self,
-        dy: &[f32],
-        x: &[f32],
+        dy: &[impl Number],
+        x: &[impl Number],
         w: &[f32],
         gradient: &mut [f32],
         u: &[f32],
@@ -179,9 +181,14 @@ impl<'a> LowRank<'a> {
             product(self.precision, dy.transposed(), u.columns(self.part(index)), d_b, self.scale, true);
         }
         let d_u = View::rows(&scratch.d_u[..len], width);
-        let x = self.dropped(x, &mut scratch.dropped);
         let d_a = ViewMut::rows(&mut gradient[self.site.a.clone()], inputs);
-        product(self.precision, d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true);
+        match self.dropout {
+            None => product(self.precision, d_u.transposed(), View::rows(x, inputs), d_a, 1.0, true),
+            Some(dropout) => {
+                let x = View::rows(dropped(dropout, x, &mut scratch.dropped), inputs);
+                product(self.precision, d_u.transposed(), x, d_a, 1.0, true);
+            }
+        }
     }
 
     /// Replaces the adapted rows of w `[outputs, inputs]` by those of W + s·B·A, with DoRA m·(W + s·B·A)/‖W + s·B·A‖.
@@ -236,16 +243,8 @@ impl<'a> LowRank<'a> {
         self.site.targets.len() * self.rank
     }
 
-    /// drop(x), in `dropped` if there is dropout.
-    fn dropped<'x>(&self, x: &'x [f32], dropped: &'x mut Vec<f32>) -> &'x [f32] {
-        let Some(dropout) = self.dropout else { return x };
-        let dropped = fit(dropped, x.len());
-        dropout.forward(x, dropped);
-        dropped
-    }
-
     /// u = x·Aᵀ of all targets, `[n, targets·rank]`.
-    pub(super) fn down<'u>(&self, x: &[f32], u: &'u mut Vec<f32>) -> &'u [f32] {
+    pub(super) fn down<'u>(&self, x: &[impl Number], u: &'u mut Vec<f32>) -> &'u [f32] {
         let inputs = self.inputs();
         let u = fit(u, x.len() / inputs * self.width());
         linear::forward_as(self.rowwise, self.precision)(x, &self.weights[self.site.a.clone()], u, inputs, false);
@@ -255,7 +254,7 @@ impl<'a> LowRank<'a> {
     /// The derivative for u: s·dy·B for each target, with B as `b` gives it, `[n, targets·rank]`.
     pub(super) fn d_u<'u, 'b>(
         &self,
-        dy: &[f32],
+        dy: &[impl Number],
         outputs: usize,
         b: impl Fn(usize) -> &'b [f32],
         d_u: &'u mut Vec<f32>,
@@ -291,6 +290,13 @@ impl<'a> LowRank<'a> {
         self.merge(merged);
         merged
     }
+}
+
+/// drop(x), in `memory`.
+fn dropped<'m>(dropout: Dropout<'_>, x: &[impl Number], memory: &'m mut Vec<f32>) -> &'m [f32] {
+    let dropped = fit(memory, x.len());
+    dropout.forward(x, dropped);
+    dropped
 }
 
 #[cfg(test)]

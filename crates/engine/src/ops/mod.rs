@@ -30,9 +30,9 @@ fn elementwise(bytes: usize) -> Span {
 }
 
 /// The first `len` elements of a buffer that grows as needed; their values are arbitrary.
-pub(crate) fn fit(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+pub(crate) fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
-        buffer.resize(len, 0.0);
+        buffer.resize(len, T::default());
     }
     &mut buffer[..len]
 }

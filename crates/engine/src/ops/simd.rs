@@ -1,5 +1,7 @@
 //! Vector arithmetic that the compiler turns into SIMD for the processor at hand.
 
+use half::bf16;
+
 /// Lanes of a partial sum: one 512-bit register of f32.
 pub(crate) const LANES: usize = 16;
 
@@ -45,6 +47,20 @@ pub(crate) fn exp(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
+}
+
+/// The nearest bf16, of two equally near ones the even one; NaN stays NaN. As [`bf16::from_f32`], free of branches.
+#[inline(always)]
+pub(crate) fn to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    bf16::from_bits((if x.is_nan() { bits | 0x0040_0000 } else { rounded } >> 16) as u16)
+}
+
+/// The same number in f32; as [`bf16::to_f32`], free of branches.
+#[inline(always)]
+pub(crate) fn of_bf16(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
 }
 
 /// Σᵢ aᵢ·bᵢ.
@@ -188,6 +204,15 @@ mod tests {
         assert!(exp(f32::NEG_INFINITY) < 1.3e-38);
         assert!(exp(f32::INFINITY).is_finite());
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_that_of_the_crate() {
+        let patterns = (0..=u16::MAX).flat_map(|high| [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| (high, low)));
+        for (high, low) in patterns {
+            let x = f32::from_bits(u32::from(high) << 16 | low);
+            assert_eq!(to_bf16(x).to_bits(), bf16::from_f32(x).to_bits(), "{x}");
+        }
     }
 
     #[test]

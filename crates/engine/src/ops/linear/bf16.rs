@@ -3,19 +3,55 @@
 //! Where the processor has AVX512-BF16 the factors are packed into panels of pairs of bf16 numbers, and a kernel computes
 //! tiles of the result in registers (the blocking of GotoBLAS). Elsewhere the rounded factors are multiplied as f32
 //! numbers, which is the same but for the order of sums. The bits of a row never depend on how many rows there are.
+//!
+//! A factor that is kept in bf16 is read as it is.
+
+use std::borrow::Cow;
 
 use half::bf16;
 use rayon::prelude::*;
 
 use super::{View, ViewMut, product_f32};
+use crate::ops::simd::{dispatch, to_bf16};
 
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx512::{panels, product_of_panels};
 
+/// A number of a factor: [`f32`] or [`bf16`].
+pub(crate) trait Number: Copy + Send + Sync {
+    /// Whether it is a [`bf16`].
+    const IS_ROUNDED: bool;
+    /// The number in f32.
+    fn to_f32(self) -> f32;
+    /// All numbers in f32.
+    fn widened(numbers: &[Self]) -> Cow<'_, [f32]>;
+}
+
+impl Number for f32 {
+    const IS_ROUNDED: bool = false;
+    fn to_f32(self) -> f32 {
+        self
+    }
+    fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
+        numbers.into()
+    }
+}
+
+impl Number for bf16 {
+    const IS_ROUNDED: bool = true;
+    fn to_f32(self) -> f32 {
+        self.to_f32()
+    }
+    fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
+        // few numbers, as generation has them, are not worth a second thread
+        numbers.par_iter().with_min_len(1 << 14).map(|x| x.to_f32()).collect::<Vec<_>>().into()
+    }
+}
+
 /// out = a·b·scale, or out += a·b·scale with `add`, of the factors rounded to bf16.
-pub(super) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+pub(crate) fn product<A: Number, B: Number>(a: View<'_, A>, b: View<'_, B>, out: ViewMut<'_>, scale: f32, add: bool) {
     #[cfg(target_arch = "x86_64")]
     if avx512::is_available() {
         return avx512::product(a, b, out, scale, add);
@@ -32,13 +68,9 @@ pub(crate) fn is_native() -> bool {
 }
 
 /// The product of rounded copies.
-fn product_of_rounded(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
-    let [a_data, b_data] = [a, b].map(|view| {
-        let mut copy = view.data.to_vec();
-        round(&mut copy);
-        copy
-    });
-    let (a, b) = (View { data: &a_data, ..a }, View { data: &b_data, ..b });
+fn product_of_rounded<A: Number, B: Number>(a: View<'_, A>, b: View<'_, B>, out: ViewMut<'_>, scale: f32, add: bool) {
+    let (a_data, b_data) = (rounded(a.data), rounded(b.data));
+    let (a, b) = (a.with(&a_data), b.with(&b_data));
     if a.shape[0] != 1 {
         return product_f32(a, b, out, scale, add);
     }
@@ -49,9 +81,22 @@ fn product_of_rounded(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, ad
     out.data[..n].copy_from_slice(&twice[..n]);
 }
 
+fn rounded<T: Number>(x: &[T]) -> Cow<'_, [f32]> {
+    let mut x = T::widened(x);
+    if !T::IS_ROUNDED {
+        round(x.to_mut());
+    }
+    x
+}
+
 /// Rounds every number to the nearest bf16.
 pub(crate) fn round(x: &mut [f32]) {
-    x.par_chunks_mut(1 << 14).for_each(|x| x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()));
+    x.par_chunks_mut(1 << 14).for_each(|x| {
+        dispatch(
+            #[inline(always)]
+            || x.iter_mut().for_each(|x| *x = to_bf16(*x).to_f32()),
+        );
+    });
 }
 
 #[cfg(test)]
@@ -93,6 +138,29 @@ mod tests {
                     let worst = y.iter().zip(&expected).map(|(y, e)| (y - e).abs()).fold(0.0, f32::max);
                     assert!(worst < tolerance, "{shape:?}: {worst:e}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn factors_in_16_bits_are_those_in_32() {
+        for shape in SHAPES {
+            let [m, n, k] = shape;
+            let (mut a, mut b) = (random(m * k, 1), random(k * n, 2));
+            round(&mut a);
+            round(&mut b);
+            let [a16, b16] = [&a, &b].map(|x| x.iter().map(|&x| bf16::from_f32(x)).collect::<Vec<_>>());
+            let a16 = [View::rows(&a16, k), View::rows(&a16, m).transposed()];
+            let b16 = [View::rows(&b16, n), View::rows(&b16, k).transposed()];
+            for (index, [a, b]) in views(shape, &a, &b).into_iter().enumerate() {
+                let (a16, b16) = (a16[index / 2], b16[index % 2]);
+                let (mut expected, mut y) = (vec![0.0; m * n], vec![0.0; m * n]);
+                product(a, b, ViewMut::rows(&mut expected, n), 1.0, false);
+                product(a16, b16, ViewMut::rows(&mut y, n), 1.0, false);
+                assert!(y == expected, "{shape:?}");
+                product_of_rounded(a, b, ViewMut::rows(&mut expected, n), 1.0, false);
+                product_of_rounded(a16, b16, ViewMut::rows(&mut y, n), 1.0, false);
+                assert!(y == expected, "{shape:?}, as f32 numbers");
             }
         }
     }

@@ -10,7 +10,8 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
-use super::super::{Matrix, PARALLEL_FROM, View, ViewMut, panels_of_task};
+use super::super::{PARALLEL_FROM, View, ViewMut, panels_of_task};
+use super::Number;
 
 /// Rows of a tile: with 24 sums, two vectors of one factor and a broadcast of the other, 27 of 32 registers.
 const ROWS: usize = 12;
@@ -61,8 +62,8 @@ impl Output {
 
 /// The right factor of a product, k×n.
 #[derive(Clone, Copy)]
-enum Right<'a> {
-    View(View<'a>),
+enum Right<'a, T = f32> {
+    View(View<'a, T>),
     /// What [`panels`] makes of it, and n.
     Panels(&'a [u32], usize),
 }
@@ -71,7 +72,7 @@ enum Right<'a> {
 ///
 /// # Panics
 /// Without AVX512-BF16.
-pub(super) fn product(a: View<'_>, b: View<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+pub(super) fn product<A: Number, B: Number>(a: View<'_, A>, b: View<'_, B>, out: ViewMut<'_>, scale: f32, add: bool) {
     multiply(a, Right::View(b), out, scale, add);
 }
 
@@ -103,7 +104,7 @@ pub(in super::super) fn product_of_panels(a: View<'_>, panels: &[u32], out: View
     if a.shape[0] == 1 && a.strides[1] == 1 {
         return multiply_row(&a.data[..a.shape[1]], panels, &mut out.data[..n], add);
     }
-    multiply(a, Right::Panels(panels, n), out, 1.0, add);
+    multiply(a, Right::<f32>::Panels(panels, n), out, 1.0, add);
 }
 
 /// [`product_of_panels`] of one row, which is limited by how fast W is read: from several panels at a time, in one parallel loop.
@@ -132,7 +133,7 @@ fn block(k: usize) -> usize {
     k.div_ceil(k.div_ceil(SUMMED).max(1)).next_multiple_of(2).max(2)
 }
 
-fn multiply(a: View<'_>, b: Right<'_>, out: ViewMut<'_>, scale: f32, add: bool) {
+fn multiply<A: Number, B: Number>(a: View<'_, A>, b: Right<'_, B>, out: ViewMut<'_>, scale: f32, add: bool) {
     assert!(is_available(), "the processor has no AVX512-BF16");
     let ([m, k], n) = (a.shape, out.shape[1]);
     assert!(
@@ -203,7 +204,7 @@ fn for_each(parallel: bool, count: usize, task: impl Fn(usize) + Send + Sync) {
 }
 
 /// Packs a matrix into panels of `W` rows, of which `height` are used; the others, and rows beyond the last, are zeros.
-fn pack<const W: usize>(matrix: View<'_>, height: usize, panels: &mut [u32], parallel: bool) {
+fn pack<const W: usize>(matrix: View<'_, impl Number>, height: usize, panels: &mut [u32], parallel: bool) {
     let [rows, summed] = matrix.shape;
     let len = W * summed.div_ceil(2);
     assert!(height <= W && panels.len() == rows.div_ceil(height) * len && is_available());
@@ -212,7 +213,7 @@ fn pack<const W: usize>(matrix: View<'_>, height: usize, panels: &mut [u32], par
         let part = matrix.transposed().columns(first..rows.min(first + height)).transposed();
         // SAFETY: the processor has the instructions; the panel has W words for each pair, and a view's elements lie within
         // its slice, next to each other along one direction.
-        unsafe { pack_panel::<W>(part.matrix(), part.shape, panel) }
+        unsafe { pack_panel::<W, _>(part.data.as_ptr(), part.strides, part.shape, panel) }
     };
     if parallel {
         panels.par_chunks_mut(len.max(1)).enumerate().with_min_len(2).for_each(pack);
@@ -229,13 +230,17 @@ fn mask(count: usize) -> u16 {
 /// Packs up to `W` rows into one panel.
 ///
 /// # Safety
-/// The processor must have the instructions. All elements of the shape must be valid to read, next to each other along one of
-/// the two directions.
+/// The processor must have the instructions. All elements that the shape and the strides reach from `start` must be valid to
+/// read, next to each other along one of the two directions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2], panel: &mut [u32]) {
+unsafe fn pack_panel<const W: usize, T: Number>(
+    start: *const T,
+    [row_stride, stride]: [usize; 2],
+    [rows, summed]: [usize; 2],
+    panel: &mut [u32],
+) {
     let pairs = summed.div_ceil(2);
     assert!(panel.len() == W * pairs && rows <= W);
-    let (row_stride, stride) = (matrix.row_stride, matrix.column_stride);
     for group in (0..W).step_by(16) {
         let width = mask(W - group);
         let here = rows.saturating_sub(group).min(16);
@@ -244,13 +249,8 @@ unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2],
                 let left = summed - 2 * pair;
                 let mut block = [_mm512_setzero_si512(); 16];
                 for (row, block) in block.iter_mut().enumerate().take(here) {
-                    let start = matrix.start.wrapping_add((group + row) * row_stride + 2 * pair);
-                    // SAFETY: the mask leaves elements of the row alone; a transmutation between vectors of 512 bits.
-                    unsafe {
-                        let low = _mm512_maskz_loadu_ps(mask(left), start);
-                        let high = _mm512_maskz_loadu_ps(mask(left.saturating_sub(16)), start.wrapping_add(16));
-                        *block = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
-                    }
+                    // SAFETY: so many elements of the row are left.
+                    *block = unsafe { load_pairs(start.wrapping_add((group + row) * row_stride + 2 * pair), left) };
                 }
                 for (index, word) in transposed(block).into_iter().enumerate().take(pairs - pair) {
                     let to = panel[(pair + index) * W + group..].as_mut_ptr();
@@ -261,16 +261,12 @@ unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2],
         } else {
             assert!(row_stride == 1 || rows <= 1, "no elements of the matrix lie next to each other");
             for pair in 0..pairs {
-                let start = matrix.start.wrapping_add(2 * pair * stride + group * row_stride);
-                let second = if 2 * pair + 1 < summed { mask(here) } else { 0 };
-                // SAFETY: the masks leave elements of the matrix alone, and those of the panel's W words that are in this group.
+                let start = start.wrapping_add(2 * pair * stride + group * row_stride);
+                let second = if 2 * pair + 1 < summed { here } else { 0 };
+                // SAFETY: so many elements lie next to each other at both places; the mask leaves those of the panel's W words
+                // that are in this group.
                 unsafe {
-                    let low = _mm512_maskz_loadu_ps(mask(here), start);
-                    let high = _mm512_maskz_loadu_ps(second, start.wrapping_add(stride));
-                    let [low, high] = [low, high].map(|x| {
-                        let rounded = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x));
-                        _mm512_cvtepu16_epi32(rounded)
-                    });
+                    let (low, high) = (load_words(start, here), load_words(start.wrapping_add(stride), second));
                     let words = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
                     _mm512_mask_storeu_epi32(panel[pair * W + group..].as_mut_ptr().cast(), width, words);
                 }
@@ -283,13 +279,49 @@ unsafe fn pack_panel<const W: usize>(matrix: Matrix, [rows, summed]: [usize; 2],
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 fn pack_row(row: &[f32], pairs: &mut [u32]) {
     for (x, pairs) in row.chunks(32).zip(pairs.chunks_mut(16)) {
-        // SAFETY: the masks leave elements of the two chunks alone; a transmutation between vectors of 512 bits.
+        // SAFETY: the numbers are those of the chunk; the mask leaves words beyond the other chunk alone.
         unsafe {
-            let low = _mm512_maskz_loadu_ps(mask(x.len()), x.as_ptr());
-            let high = _mm512_maskz_loadu_ps(mask(x.len().saturating_sub(16)), x.as_ptr().wrapping_add(16));
-            let words = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+            let words = load_pairs(x.as_ptr(), x.len());
             _mm512_mask_storeu_epi32(pairs.as_mut_ptr().cast(), mask(pairs.len()), words);
         }
+    }
+}
+
+/// The first 16 pairs of `count` numbers in bf16, with zeros behind the last.
+///
+/// # Safety
+/// The processor must have the instructions, and the numbers must be valid to read.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn load_pairs<T: Number>(start: *const T, count: usize) -> __m512i {
+    let masks = [mask(count), mask(count.saturating_sub(16))];
+    // SAFETY: the masks leave the numbers alone, which are of the type that the trait says; a transmutation between vectors of
+    // 512 bits.
+    unsafe {
+        if T::IS_ROUNDED {
+            let mask = u32::from(masks[0]) | u32::from(masks[1]) << 16;
+            return _mm512_maskz_loadu_epi16(mask, start.cast());
+        }
+        let low = _mm512_maskz_loadu_ps(masks[0], start.cast());
+        let high = _mm512_maskz_loadu_ps(masks[1], start.cast::<f32>().wrapping_add(16));
+        std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+    }
+}
+
+/// `count` numbers, 16 at most, in bf16, each in the lower half of a word.
+///
+/// # Safety
+/// As of [`load_pairs`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn load_words<T: Number>(start: *const T, count: usize) -> __m512i {
+    // SAFETY: as in `load_pairs`; a transmutation between vectors of 256 bits.
+    unsafe {
+        let rounded = if T::IS_ROUNDED {
+            _mm256_maskz_loadu_epi16(mask(count), start.cast())
+        } else {
+            let numbers = _mm512_maskz_loadu_ps(mask(count), start.cast());
+            std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(numbers))
+        };
+        _mm512_cvtepu16_epi32(rounded)
     }
 }
 
