@@ -28,6 +28,10 @@ use engine::{LoraOptions, Mixture, Precision, Projection, memory, roofline};
 use serde::Deserialize;
 use serde_json::json;
 
+/// As in the program that is measured.
+#[global_allocator]
+static ALLOCATOR: engine::memory::LargePages = engine::memory::LargePages;
+
 #[derive(Deserialize)]
 struct Tokens {
     pairs: Vec<Pair>,

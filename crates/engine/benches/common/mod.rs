@@ -5,6 +5,10 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use serde_json::Value;
 
+/// As in the program that is measured.
+#[global_allocator]
+static ALLOCATOR: engine::memory::LargePages = engine::memory::LargePages;
+
 /// Another program, which answers requests of one line with one line of JSON.
 pub(crate) struct Peer {
     /// The command that started it.
