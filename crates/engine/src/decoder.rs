@@ -17,7 +17,6 @@ use crate::batch::PackedBatch;
 use crate::mixture::Shared;
 use crate::model::{Layout, Model, Product};
 use crate::ops::attention::{self, Heads, Span};
-use crate::ops::awake::keep_awake;
 use crate::ops::logprob::{Excess, Softmax};
 use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
@@ -29,9 +28,6 @@ use tape::{BlockTape, CompactTape};
 
 pub use crate::ops::divergence::Head;
 pub(crate) use packed::PackedModel;
-
-/// Weights from which on a pass over a single row has parallel loops.
-const LARGE: usize = 1 << 20;
 
 /// How much of the forward pass is kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,9 +208,6 @@ impl Decoder {
         wanted: &[usize],
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
-        if self.layout.len >= LARGE {
-            keep_awake();
-        }
         let parts = policies.adapters.len();
         let adapters = packed.map_or(policies.adapters.clone(), |packed| packed.adapters(policies));
         let pass = Pass::of_parts(self.precision, &policies.model.weights, &adapters).with_packed(packed);

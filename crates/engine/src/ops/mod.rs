@@ -5,7 +5,6 @@
 //! Backward functions *add* to gradients of weights and, where the doc says so, to gradients of inputs.
 
 pub(crate) mod attention;
-pub(crate) mod awake;
 pub(crate) mod divergence;
 pub(crate) mod dora;
 pub(crate) mod dropout;
