@@ -147,7 +147,9 @@ fn main() {
             }
             if batch == 1 {
                 let (bandwidth, share) = (median(&bandwidths) / 1e9, 100.0 * median(&shares));
-                println!("        {bandwidth:.1} GB/s are read before and after; {share:.0} % of this roofline, medians");
+                println!(
+                    "        {bandwidth:.1} GB/s are read before and after; {share:.0} % of this roofline, medians"
+                );
             }
         }
     });
