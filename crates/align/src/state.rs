@@ -13,6 +13,11 @@ use crate::trainer::progress::Progress;
 
 const FILE: &str = "training-state.safetensors";
 
+/// Whether a training's folder has the state of one that was stopped.
+pub(crate) fn is_in(folder: &Path) -> bool {
+    folder.join(FILE).exists()
+}
+
 /// All that changes in a training.
 pub(crate) struct TrainingState<'a> {
     pub(crate) weights: &'a mut [f32],

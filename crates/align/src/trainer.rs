@@ -28,7 +28,7 @@ pub use memory::MemoryPlan;
 pub use policy::Policy;
 
 use crate::log::MetricsLog;
-use crate::state::TrainingState;
+use crate::state::{self, TrainingState};
 use crate::task::Task;
 
 /// How to train.
@@ -292,6 +292,11 @@ pub fn check_size(examples: usize, batch_size: usize, least: usize) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Whether a training in this folder was stopped and can go on.
+pub fn has_state(folder: &Path) -> bool {
+    state::is_in(folder)
 }
 
 /// Removes the state of a training that is complete and saved elsewhere.

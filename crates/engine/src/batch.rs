@@ -47,7 +47,11 @@ impl PackedBatch {
     }
 
     /// The same batch, still empty, of prompts that all begin with these tokens, which are computed once.
+    ///
+    /// # Panics
+    /// If the batch is not empty.
     pub fn with_common(mut self, tokens: &[u32]) -> Self {
+        assert!(self.tokens.is_empty(), "what all prompts begin with comes first");
         self.add_segment(tokens, 0..0);
         self.common = tokens.len();
         self
@@ -137,7 +141,7 @@ impl PackedBatch {
         self.responses.push(start..self.scored_rows.len());
     }
 
-    /// The same examples several times, all of them once before any of them again.
+    /// The same examples several times, all of them once before any of them again. No others are added to it.
     pub(crate) fn repeated(&self, times: usize) -> Self {
         let mut all = Self { for_scores: self.for_scores, ..Self::default() };
         for _ in 0..times {

@@ -130,7 +130,7 @@ impl Passes {
             ShiftFrom::OwnResponses => running.mean,
             from => self.shift(parameters, batch, &items, from, &mut running.clone()).0,
         };
-        let scored = self.score(parameters, &items, batch.examples, batch.task.divergence_from());
+        let (scored, _) = self.score(parameters, &items, batch.examples, batch.task.divergence_from());
         let mut sums = Sums::default();
         sums.add(batch.task, batch.examples, &scored, shift, |_| ());
         let broken = std::mem::take(&mut sums.broken);
@@ -156,9 +156,8 @@ impl Passes {
                 (others.as_slice(), Parameters { dropout_seed: None, ..parameters })
             }
         };
-        let scored = self.score(parameters, items, batch.examples, None);
-        let shift = batch.task.shift(batch.step, batch.examples, &scored, running);
-        (shift, self.packing(parameters).computed(items))
+        let (scored, tokens) = self.score(parameters, items, batch.examples, None);
+        (batch.task.shift(batch.step, batch.examples, &scored, running), tokens)
     }
 
     /// Whether items, and further responses to their prompts, are one micro-batch.
@@ -172,19 +171,20 @@ impl Passes {
         Packing { for_scores: self.for_scores, dropout: parameters.has_dropout() }
     }
 
-    /// What the policy says of every response, with the divergence from `reference` if there is one. `keys` tell the
-    /// items apart for dropout.
+    /// What the policy says of every response, with the divergence from `reference` if there is one, and the number of tokens
+    /// computed. `keys` tell the items apart for dropout.
     fn score(
         &mut self,
         parameters: Parameters<'_>,
         items: &[Sequences<'_>],
         keys: &[usize],
         reference: Option<&Model>,
-    ) -> Vec<Scored> {
-        let mut all = Vec::new();
+    ) -> (Vec<Scored>, usize) {
+        let (mut all, mut tokens) = (Vec::new(), 0);
         let packing = self.packing(parameters);
         for part in packing.micro_batches(items, self.micro_batch_tokens) {
             let packed = packing.pack(&items[part.clone()], &keys[part]);
+            tokens += packed.rows();
             all.extend(match reference {
                 None => logps(self.decoder.logps(parameters, &packed)),
                 Some(model) => {
@@ -194,7 +194,7 @@ impl Passes {
                 }
             });
         }
-        all
+        (all, tokens)
     }
 }
 

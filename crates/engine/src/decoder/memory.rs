@@ -3,6 +3,7 @@
 use super::{Decoder, Keep};
 use crate::config::ModelConfig;
 use crate::lora::{AdapterLayout, LoraOptions};
+use crate::ops::attention::{self, Heads};
 use crate::ops::{linear, logprob};
 use crate::precision::Precision;
 
@@ -63,7 +64,9 @@ impl Decoder {
         let rope = longest * config.head_dim;
         let tapes = if keep == Some(Keep::All) { blocks } else { 1 };
         let adapter = lora.map_or(0, |lora| AdapterLayout::new(config, lora).pass_bytes(lora, rows, tapes));
-        size_of::<f32>() * (rows * per_row + head + copies + rope) + adapter
+        // in the backward pass, which has the whole of a sequence but a token in common with others at most
+        let common = if keep.is_some() { attention::common_bytes(Heads::new(config), longest) } else { 0 };
+        size_of::<f32>() * (rows * per_row + head + copies + rope) + adapter + common
     }
 }
 
@@ -151,7 +154,8 @@ mod tests {
                         }
                     }
                 }
-                let held = held(&decoder) + size_of::<f32>() * longest * model.config.head_dim;
+                let common = if keep.is_some() { attention::common_bytes(decoder.heads(), longest) } else { 0 };
+                let held = held(&decoder) + size_of::<f32>() * longest * model.config.head_dim + common;
                 let foretold = Decoder::bytes(&model.config, precision, lora.as_ref(), [batch.rows(), longest], keep);
                 let slack = if keep.is_none() || for_scores || precision == Precision::Bf16 { 1.5 } else { 1.05 };
                 assert!(

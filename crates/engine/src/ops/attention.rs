@@ -5,7 +5,8 @@
 //! computes them again from the log-sum-exp of each row (arXiv 2205.14135).
 //!
 //! The result of a row depends on its queries, and on the keys and values that it sees in their order, to the last bit, and on
-//! nothing else: not on how they are cut into spans, nor on what is computed beside it.
+//! nothing else: not on how they are cut into spans, nor on what is computed beside it. Two things are taken for granted: no
+//! number is infinite, and where keys and values are cached, either every sequence has one row or every one has more (`single.rs`).
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -23,7 +24,7 @@ mod backward;
 mod kernel;
 mod single;
 
-pub(crate) use backward::backward;
+pub(crate) use backward::{backward, common_bytes};
 use kernel::product;
 
 /// Query rows per tile: two vectors. A tile of scores is transposed, `[keys, TILE]`, so that a vector holds one key's score with

@@ -3,19 +3,11 @@
 
 use std::path::{Path, PathBuf};
 
-use align::trainer::discard_state;
+use align::trainer::{discard_state, has_state};
 use engine::checkpoint::atomic;
 use engine::{Error, Result};
 
 use super::folder::remove_file;
-
-/// The trainer's state.
-const STATE: &str = "training-state.safetensors";
-
-/// Whether a training was stopped and can go on.
-pub(super) fn has_state(folder: &Path) -> bool {
-    folder.join(STATE).exists()
-}
 
 /// Where the key of the training in a policy's folder is noted.
 fn key_file(cache: &Path, folder: &Path) -> PathBuf {
@@ -23,11 +15,14 @@ fn key_file(cache: &Path, folder: &Path) -> PathBuf {
     cache.join(format!("training-{}.key", name.display()))
 }
 
-/// Notes what the training that begins or goes on depends on.
+/// Notes what the training that begins depends on. Of one that goes on it is known already, or the trainer has to find out.
 ///
 /// # Errors
 /// If it cannot be written.
 pub(super) fn note(cache: &Path, folder: &Path, key: &str) -> Result<()> {
+    if has_state(folder) {
+        return Ok(());
+    }
     std::fs::create_dir_all(cache).map_err(Error::io("create", cache))?;
     atomic::write_file(&key_file(cache, folder), |out| out.write_all(key.as_bytes()))
 }
@@ -56,4 +51,26 @@ pub(super) fn check(cache: &Path, folder: &Path, key: &str) -> Result<()> {
 pub(super) fn discard(cache: &Path, folder: &Path) -> Result<()> {
     discard_state(folder)?;
     remove_file(&key_file(cache, folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_training_of_another_key_is_refused_and_one_that_goes_on_is_not_noted_anew() {
+        let out = tempfile::tempdir().unwrap();
+        let (cache, folder) = (out.path().join("cache"), out.path().join("steps/helpfulness"));
+        std::fs::create_dir_all(&folder).unwrap();
+        note(&cache, &folder, "one").unwrap();
+        check(&cache, &folder, "other").unwrap();
+        std::fs::write(folder.join("training-state.safetensors"), "").unwrap();
+        assert!(check(&cache, &folder, "other").unwrap_err().to_string().contains("another training"));
+        note(&cache, &folder, "other").unwrap();
+        check(&cache, &folder, "one").unwrap();
+        // of a state whose key is not known the trainer finds out
+        std::fs::remove_dir_all(&cache).unwrap();
+        note(&cache, &folder, "other").unwrap();
+        check(&cache, &folder, "one").unwrap();
+    }
 }

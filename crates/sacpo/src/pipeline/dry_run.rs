@@ -6,12 +6,12 @@ use align::data::Dataset;
 use align::reference;
 use align::sequences::Sequences;
 use align::step::Alignment;
-use align::trainer::{MemoryPlan, TrainOptions};
+use align::trainer::{MemoryPlan, TrainOptions, has_state};
 use engine::{Error, Mixture, Result};
 use serde::Serialize;
 
 use super::train::options;
-use super::{Inputs, Run, RunFolder, begun, constraint, evaluation, manifest};
+use super::{Inputs, Run, RunFolder, constraint, evaluation, manifest};
 use crate::ui;
 use sacpo::recipe::{Recipe, Step};
 
@@ -77,7 +77,7 @@ pub(crate) fn forecast(recipe: &Recipe, inputs: &Inputs) -> Result<Forecast> {
         let training = run.training(planned);
         let state = match complete {
             true => State::Complete,
-            false if begun::has_state(&training.folder(&run)) => State::Begun,
+            false if has_state(&training.folder(&run)) => State::Begun,
             false => State::Open,
         };
         let memory = memory[planned.step].filter(|_| state != State::Complete);

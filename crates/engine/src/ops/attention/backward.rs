@@ -11,6 +11,9 @@ use crate::ops::linear::Matrix;
 use crate::ops::simd::{LANES, dot, exp};
 use crate::profile::{self, Stage, Work};
 
+/// Parts of a batch, and as many sums of gradients of each row that all of it continues.
+const RUNS: usize = 8;
+
 /// The gradient of [`forward`]: d_qkv is overwritten with the gradient with respect to qkv.
 ///
 /// Spans must come in groups: one that continues nothing but perhaps the first span, then those that continue it.
@@ -34,16 +37,16 @@ pub(crate) fn backward(
     d_qkv.par_chunks_mut(1 << 16).for_each(|d| d.fill(0.0));
     let (groups, common) = groups(spans);
     let tasks: Vec<(&[Span], usize)> =
-        groups.into_iter().flat_map(|g| (0..heads.key_value).map(move |h| (g, h))).collect();
+        runs(spans, &groups, &common).into_iter().flat_map(|run| (0..heads.key_value).map(move |h| (run, h))).collect();
     // A group's spans add to the gradients of their prompt, and query heads to those of their common key head: a task owns
     // both, so that no two tasks write to the same place. To the rows that all groups continue each task adds in memory of its own.
     let mut of_common = vec![0f32; tasks.len() * common.len() * 2 * heads.dim];
     let of_task = of_common.len() / tasks.len().max(1);
     let (d_qkv, d_common) = (Shared(d_qkv.as_mut_ptr()), Shared(of_common.as_mut_ptr()));
     let pass = Pass { qkv, heads, out, lse, d_out, d_qkv };
-    tasks.par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, &(group, key_head))| {
+    tasks.par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, &(spans, key_head))| {
         let d_common = Shared(d_common.at(task * of_task));
-        pulp::Arch::new().dispatch(Backward { pass: &pass, d_common, group, key_head, scratch });
+        pulp::Arch::new().dispatch(Backward { pass: &pass, d_common, spans, key_head, scratch });
     });
     for ((_, key_head), of_task) in tasks.iter().zip(of_common.chunks_exact(of_task.max(1))) {
         for (row, added) in common.clone().zip(of_task.chunks_exact(2 * heads.dim)) {
@@ -58,6 +61,22 @@ pub(crate) fn backward(
             }
         }
     }
+}
+
+/// Bytes that [`backward`] takes at most for the rows that all groups continue, if they are no more than `rows`.
+pub(crate) fn common_bytes(heads: Heads, rows: usize) -> usize {
+    size_of::<f32>() * RUNS * rows * 2 * heads.key_value_width()
+}
+
+/// The groups, or, where they share rows, at most [`RUNS`] runs of them.
+fn runs<'s, 'a>(mut spans: &'s [Span<'a>], groups: &[&[Span<'a>]], common: &Range<usize>) -> Vec<&'s [Span<'a>]> {
+    let together = if common.is_empty() { 1 } else { groups.len().div_ceil(RUNS) };
+    let of_groups = |groups: &[&[Span<'a>]]| {
+        let (run, others) = spans.split_at(groups.iter().map(|group| group.len()).sum());
+        spans = others;
+        run
+    };
+    groups.chunks(together).map(of_groups).collect()
 }
 
 /// Cuts the spans where one starts that has no prompt, and gives the rows that groups besides the first continue.
@@ -92,12 +111,12 @@ struct Pass<'a> {
     d_qkv: Shared,
 }
 
-/// The task of one group of spans and key head.
+/// The task of some groups of spans and one key head.
 struct Backward<'a> {
     pass: &'a Pass<'a>,
     /// Gradients of the rows that all groups continue, `[rows, keys and values of the head]`.
     d_common: Shared,
-    group: &'a [Span<'a>],
+    spans: &'a [Span<'a>],
     key_head: usize,
     scratch: &'a mut Scratch,
 }
@@ -107,9 +126,9 @@ impl WithSimd for Backward<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self { pass, d_common, group, key_head, scratch } = self;
+        let Self { pass, d_common, spans, key_head, scratch } = self;
         let repeats = pass.heads.query / pass.heads.key_value;
-        for span in group {
+        for span in spans {
             let pieces = pieces(pass.qkv, pass.heads, span, key_head);
             let gradients = pass.gradients(span, key_head, d_common);
             for head in key_head * repeats..(key_head + 1) * repeats {

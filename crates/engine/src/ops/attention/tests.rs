@@ -109,6 +109,8 @@ fn gradient_matches_finite_differences() {
     for (heads, spans) in [
         (HEADS, vec![span(0..3, None), span(3..7, Some(0..3)), span(7..9, Some(0..3)), span(9..11, None)]),
         (Heads { query: 2, key_value: 2, dim: 4 }, vec![span(0..11, None)]),
+        // more groups than runs of them
+        (HEADS, (0..11).map(|row| third(row..row + 1, if row == 0 { 0..0 } else { 0..1 }, 0..0)).collect()),
         (
             Heads { query: 4, key_value: 2, dim: 20 },
             vec![

@@ -36,12 +36,14 @@ pub(super) fn measure(model: &Model, roofline: Roofline, options: &Bench) -> Res
     let pairs = Pairs::new(options);
     let mut report = Report::default();
     if options.scaling.contains(&Scaling::Size) {
-        let fits = |shape: &Shape| training::plan(&shape.config(), &pairs, options).is_ok();
-        let (fitting, others): (Vec<Shape>, Vec<Shape>) = Shape::ALL.into_iter().partition(fits);
-        for shape in others {
-            ui::say(format!("{} is left out: there is not enough memory to train it.", shape.name()));
-        }
-        let points = fitting.into_iter().map(|shape| point(drawn(shape, options.seed), &pairs, roofline, options));
+        let fits = |shape: &Shape| {
+            let plan = training::plan(&shape.config(), &pairs, options);
+            plan.inspect_err(|error| ui::say(format!("{} is left out: {error}", shape.name()))).is_ok()
+        };
+        let points = Shape::ALL
+            .into_iter()
+            .filter(fits)
+            .map(|shape| point(drawn(shape, options.seed), &pairs, roofline, options));
         report.size = points.collect::<Result<_>>()?;
     }
     if options.scaling.contains(&Scaling::Length) {

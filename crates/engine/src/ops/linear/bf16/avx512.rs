@@ -293,6 +293,7 @@ fn pack_row(row: &[f32], pairs: &mut [u32]) {
 /// The processor must have the instructions, and the numbers must be valid to read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn load_pairs<T: Number>(start: *const T, count: usize) -> __m512i {
+    const { assert!(size_of::<T>() == if T::IS_ROUNDED { 2 } else { 4 }) };
     let masks = [mask(count), mask(count.saturating_sub(16))];
     // SAFETY: the masks leave the numbers alone, which are of the type that the trait says; a transmutation between vectors of
     // 512 bits.
@@ -313,6 +314,7 @@ unsafe fn load_pairs<T: Number>(start: *const T, count: usize) -> __m512i {
 /// As of [`load_pairs`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 unsafe fn load_words<T: Number>(start: *const T, count: usize) -> __m512i {
+    const { assert!(size_of::<T>() == if T::IS_ROUNDED { 2 } else { 4 }) };
     // SAFETY: as in `load_pairs`; a transmutation between vectors of 256 bits.
     unsafe {
         let rounded = if T::IS_ROUNDED {
