@@ -51,7 +51,7 @@ pub fn logps<'p>(
         } else {
             let start = all.len();
             for part in packing.micro_batches(block, tokens) {
-                all.extend(scorer.logps(&packing.pack_neighbours(&block[part.clone()])));
+                all.extend(scorer.logps(&packing.pack(&block[part.clone()], &[])));
                 progress(done + part.end)?;
             }
             check_finite(block, &all[start..])?;
@@ -154,13 +154,13 @@ mod tests {
 
     /// As with labelled responses that come from pairs.
     #[test]
-    fn neighbours_with_one_prompt_share_it_and_keep_their_bits() {
+    fn items_with_one_prompt_share_it_and_keep_their_bits() {
         let model = model();
         let item = |prompt, response| Sequences { prompt, responses: vec![response], row: 0 };
         let (first, second): (&[u32], &[u32]) = (&[1, 5, 9], &[1, 5]);
         let items = [item(first, &[7, 2]), item(first, &[8, 9, 10, 2]), item(second, &[9, 7, 2]), item(first, &[6, 2])];
         let packing = Packing { for_scores: false, dropout: false };
-        assert_eq!(packing.pack_neighbours(&items).rows(), 3 + 1 + 3 + 2 + 2 + 3 + 1);
+        assert_eq!(packing.pack(&items, &[]).rows(), 3 + 1 + 3 + 2 + 2 + 1);
         let score =
             |items: &[Sequences<'_>], tokens| logps(&model, items, Some(tokens), None, &mut |_| Ok(())).unwrap();
         let alone: Vec<f64> = items.iter().flat_map(|item| score(std::slice::from_ref(item), 100)).collect();

@@ -1,5 +1,7 @@
 //! What the decoder scores: prompts with the responses that follow them.
 
+use std::borrow::Borrow;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use engine::PackedBatch;
@@ -52,9 +54,11 @@ pub struct Packing {
 impl Packing {
     /// The tokens with which the prompts of all items begin, which a pass computes once: a system prompt, as a rule. At least one
     /// token of every prompt is not among them.
-    fn common<'a>(self, items: &[Sequences<'a>]) -> &'a [u32] {
+    fn common<'a>(self, items: &[impl Borrow<Sequences<'a>>]) -> &'a [u32] {
         let [first, others @ ..] = items else { return &[] };
-        let shared = |len: usize, other: &Sequences<'_>| {
+        let first = first.borrow();
+        let shared = |len: usize, other: &_| {
+            let other: &Sequences<'a> = Borrow::borrow(other);
             let pairs = first.prompt[..len].iter().zip(&other.prompt[..other.prompt.len() - 1]);
             pairs.take_while(|(a, b)| a == b).count()
         };
@@ -65,23 +69,30 @@ impl Packing {
     }
 
     /// Number of tokens that a pass computes for items.
-    pub(crate) fn computed(self, items: &[Sequences<'_>]) -> usize {
-        let each: usize = items.iter().map(|item| item.computed(self.for_scores)).sum();
-        each - items.len().saturating_sub(1) * self.common(items).len()
+    pub(crate) fn computed<'a>(self, items: &[impl Borrow<Sequences<'a>>]) -> usize {
+        let (common, mut prompts) = (self.common(items).len(), HashSet::new());
+        common + items.iter().map(|item| self.further(item.borrow(), common, &mut prompts)).sum::<usize>()
+    }
+
+    /// Number of tokens that a pass computes for one item more, beside the `common` ones, after items with these `prompts`.
+    fn further<'a>(self, item: &Sequences<'a>, common: usize, prompts: &mut HashSet<&'a [u32]>) -> usize {
+        let is_new = prompts.insert(item.prompt) || self.dropout;
+        item.computed(self.for_scores) - if is_new { common } else { item.prompt.len() }
     }
 
     /// Cuts a list into runs that compute at most `tokens` tokens each (at least one item).
     pub(crate) fn micro_batches(self, items: &[Sequences<'_>], tokens: usize) -> Vec<Range<usize>> {
         let mut parts: Vec<Range<usize>> = Vec::new();
         // a part may have more in common than all have
-        let (common, mut used) = (self.common(items).len(), 0);
+        let (common, mut prompts, mut used) = (self.common(items).len(), HashSet::new(), 0);
         for (at, item) in items.iter().enumerate() {
-            let rows = item.computed(self.for_scores) - common;
+            let mut rows = self.further(item, common, &mut prompts);
             match parts.last_mut() {
                 Some(part) if used + rows <= tokens => part.end = at + 1,
                 _ => {
                     parts.push(at..at + 1);
-                    used = common;
+                    prompts.clear();
+                    (rows, used) = (self.further(item, common, &mut prompts), common);
                 }
             }
             used += rows;
@@ -89,30 +100,39 @@ impl Packing {
         parts
     }
 
-    /// The items as one packed batch, with the number of each as its key for dropout.
+    /// The items as one packed batch, in which items share a prompt that is the same. With dropout they share nothing, and
+    /// `keys` has the number of each.
     pub fn pack(self, items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
-        let mut packed = self.empty().with_common(self.common(items));
-        for (item, &key) in items.iter().zip(keys) {
-            match self.dropout {
-                true => packed.push_keyed(key as u64, item.prompt, &item.responses),
-                false => packed.push(item.prompt, &item.responses),
+        let empty = if self.for_scores { PackedBatch::for_scores() } else { PackedBatch::default() };
+        let mut packed = empty.with_common(self.common(items));
+        if self.dropout {
+            for (item, &key) in items.iter().zip(keys) {
+                packed.push_keyed(key as u64, item.prompt, &item.responses);
             }
+            return packed;
         }
-        packed
-    }
-
-    /// The items as one packed batch, in which neighbours share a prompt that is the same.
-    pub(crate) fn pack_neighbours(self, items: &[Sequences<'_>]) -> PackedBatch {
-        let mut packed = self.empty().with_common(self.common(items));
-        for same in items.chunk_by(|a, b| a.prompt == b.prompt) {
-            let responses: Vec<&[u32]> = same.iter().flat_map(|item| &item.responses).copied().collect();
-            packed.push(same[0].prompt, &responses);
+        let (mut groups, mut of_prompt) = (Vec::<Vec<usize>>::new(), HashMap::new());
+        let mut prompts = Vec::with_capacity(items.len());
+        for (at, item) in items.iter().enumerate() {
+            let group = *of_prompt.entry(item.prompt).or_insert(groups.len());
+            if group == groups.len() {
+                groups.push(Vec::new());
+            }
+            groups[group].push(at);
+            prompts.push(group);
         }
-        packed
-    }
-
-    fn empty(self) -> PackedBatch {
-        if self.for_scores { PackedBatch::for_scores() } else { PackedBatch::default() }
+        let (mut first_response, mut pushed) = (vec![0; items.len()], 0);
+        for group in groups {
+            for &at in &group {
+                first_response[at] = pushed;
+                pushed += items[at].responses.len();
+            }
+            let responses: Vec<&[u32]> = group.iter().flat_map(|&at| &items[at].responses).copied().collect();
+            packed.push(items[group[0]].prompt, &responses);
+        }
+        let responses: Vec<usize> =
+            items.iter().zip(first_response).flat_map(|(item, first)| first..first + item.responses.len()).collect();
+        packed.in_order(&prompts, &responses)
     }
 }
 
@@ -130,11 +150,37 @@ mod tests {
         // two tokens of each prompt, and the responses but their last tokens
         assert_eq!(packing.computed(&items), 9 + 4 * (2 + 3));
         assert_eq!(packing.pack(&items, &[0, 1, 2, 3]).rows(), packing.computed(&items));
-        assert_eq!(packing.pack_neighbours(&items).rows(), packing.computed(&items));
         assert_eq!(packing.micro_batches(&items, 9 + 2 * 5), [0..2, 2..4]);
         assert_eq!(packing.micro_batches(&items, 9 + 2 * 5 - 1), [0..1, 1..2, 2..3, 3..4]);
         let apart = Packing { dropout: true, ..packing };
         assert_eq!((apart.computed(&items), apart.pack(&items, &[0, 1, 2, 3]).rows()), (4 * (11 + 3), 4 * (11 + 3)));
+    }
+
+    #[test]
+    fn a_prompt_of_several_items_is_computed_once_a_pass() {
+        let responses: [&[u32]; 4] = [&[7, 2], &[8, 8, 2], &[9, 2], &[7, 7, 2]];
+        let prompts: [&[u32]; 4] = [&[1, 5, 3], &[1, 6], &[1, 5, 3], &[1, 6]];
+        let items: Vec<Sequences<'_>> = prompts
+            .into_iter()
+            .zip(&responses)
+            .map(|(prompt, &response)| Sequences { prompt, responses: vec![response], row: 0 })
+            .collect();
+        for for_scores in [false, true] {
+            let packing = Packing { for_scores, dropout: false };
+            let last = usize::from(for_scores);
+            let expected = 3 + 2 + (1 + 2 + 1 + 2) + 4 * last;
+            let packed = packing.pack(&items, &[]);
+            assert_eq!((packing.computed(&items), packed.rows()), (expected, expected));
+            assert_eq!(packing.micro_batches(&items, expected), [0..4]);
+            assert_eq!(packing.micro_batches(&items, expected - 1), [0..3, 3..4]);
+            if !for_scores {
+                let targets = packed.responses.iter().map(|range| &packed.targets[range.clone()]);
+                assert_eq!(targets.collect::<Vec<_>>(), responses, "in the order of the items");
+            }
+            let apart = Packing { dropout: true, ..packing };
+            let sum = items.iter().map(|item| item.computed(for_scores)).sum();
+            assert_eq!((apart.computed(&items), apart.pack(&items, &[0, 1, 2, 3]).rows()), (sum, sum));
+        }
     }
 
     #[test]

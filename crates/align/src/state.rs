@@ -68,7 +68,9 @@ impl TrainingState<'_> {
         let (_, header) = SafeTensors::read_metadata(&file).map_err(|_| damaged())?;
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("identity").map(String::as_str) != Some(identity) {
-            return Err(refused("belongs to another training: the model, the data or the options have changed"));
+            return Err(refused(
+                "belongs to another training: the model, the data, the options or the version of sacpo have changed",
+            ));
         }
         let steps = metadata.get("steps").and_then(|steps| steps.parse().ok()).ok_or_else(damaged)?;
         let counts = metadata.get("counts").and_then(|counts| serde_json::from_str(counts).ok()).ok_or_else(damaged)?;

@@ -21,13 +21,13 @@ pub struct PackedBatch {
     /// Position of each token in its sequence, `[rows]`.
     pub positions: Vec<u32>,
     segments: Vec<Segment>,
-    /// The rows of each prompt after the common ones, in the order of insertion.
+    /// The rows of each example's prompt after the common ones.
     prompts: Vec<Range<usize>>,
     /// For each scored token, the row that predicts it; for scores the row of the last token of each text.
     pub scored_rows: Vec<u32>,
     /// The scored tokens: every token of every response; none for scores.
     pub targets: Vec<u32>,
-    /// For each response, in the order of insertion, its range in `scored_rows`.
+    /// For each response, its range in `scored_rows`.
     pub responses: Vec<Range<usize>>,
     /// For dropout, what tells each row from all others of a training, `[rows]`; see [`push_keyed`](Self::push_keyed).
     pub(crate) row_keys: Vec<u64>,
@@ -66,7 +66,6 @@ impl PackedBatch {
         let (common, prompt) = prompt.split_at_checked(self.common).unwrap_or_default();
         assert!(common == &self.tokens[..self.common], "a prompt does not begin as all others do");
         assert!(!prompt.is_empty(), "a prompt has at least one token, after those that are common");
-        assert!(self.for_scores || responses.iter().all(|r| !r.is_empty()), "a response has at least one token");
         let start = self.rows();
         self.prompts.push(start..start + prompt.len());
         if let [response] = responses {
@@ -80,13 +79,25 @@ impl PackedBatch {
         }
     }
 
-    /// Adds a response to a prompt that is there already, the `prompt`-th from 0. Its rows come last and have no keys.
+    /// The same batch with its examples in another order: the i-th has the prompt that was the `prompts[i]`-th, which several may
+    /// have, and what was the `responses[i]`-th response is the i-th.
+    ///
+    /// # Panics
+    /// If there is no such prompt or response.
+    pub fn in_order(mut self, prompts: &[usize], responses: &[usize]) -> Self {
+        assert_eq!(responses.len(), self.responses.len(), "every response has a place");
+        self.prompts = prompts.iter().map(|&prompt| self.prompts[prompt].clone()).collect();
+        self.responses = responses.iter().map(|&response| self.responses[response].clone()).collect();
+        self
+    }
+
+    /// Adds a response to a prompt that is there already, that of the `prompt`-th example from 0. Its rows come last and have no keys.
     ///
     /// A batch may so be computed together with responses of which no gradient is taken:
     /// [`Decoder::backward`](crate::Decoder::backward) takes the batch as it was before.
     ///
     /// # Panics
-    /// If there is no such prompt.
+    /// If there is no such prompt, or as [`push`](Self::push) of empty responses.
     pub fn push_response(&mut self, prompt: usize, response: &[u32]) {
         let prompt = self.prompts[prompt].clone();
         let rows = self.add_segment(self.computed(response), prompt.clone());
@@ -95,6 +106,7 @@ impl PackedBatch {
 
     /// The tokens of a response that have rows.
     fn computed<'t>(&self, response: &'t [u32]) -> &'t [u32] {
+        assert!(self.for_scores || !response.is_empty(), "a response has at least one token");
         &response[..computed_tokens(response.len(), self.for_scores)]
     }
 
@@ -180,7 +192,9 @@ impl PackedBatch {
     /// Gives every scored token the value of its response.
     pub(crate) fn spread_responses(&self, values: &[f64]) -> Vec<f32> {
         assert_eq!(values.len(), self.responses.len(), "one value per response is needed");
-        self.responses.iter().zip(values).flat_map(|(r, &v)| std::iter::repeat_n(v as f32, r.len())).collect()
+        let mut spread = vec![0.0; self.scored_rows.len()];
+        self.responses.iter().zip(values).for_each(|(response, &value)| spread[response.clone()].fill(value as f32));
+        spread
     }
 }
 
@@ -246,6 +260,22 @@ mod tests {
     }
 
     #[test]
+    fn examples_in_another_order_keep_what_is_theirs() {
+        let mut batch = PackedBatch::default();
+        batch.push(&[5, 6], &[&[7, 2], &[9]]);
+        batch.push(&[4], &[&[3, 2]]);
+        let sums = batch.sum_responses(&[1.0, 2.0, 4.0, 8.0, 16.0]);
+        assert_eq!(sums, [3.0, 4.0, 24.0]);
+        // the first prompt's second response is an example of its own
+        let mut batch = batch.in_order(&[0, 1, 0], &[0, 2, 1]);
+        assert_eq!(batch.sum_responses(&[1.0, 2.0, 4.0, 8.0, 16.0]), [3.0, 24.0, 4.0]);
+        assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 3.0, 2.0, 2.0]);
+        batch.push_response(2, &[8, 2]);
+        assert_eq!(batch.segments.last().map(|segment| segment.prefix.clone()), Some([0..0, 0..2]));
+        assert_eq!(batch.responses[3], 5..7);
+    }
+
+    #[test]
     #[should_panic(expected = "does not begin as all others do")]
     fn a_prompt_that_begins_otherwise_is_refused() {
         PackedBatch::default().with_common(&[1, 3]).push(&[1, 4, 5], &[&[2]]);
@@ -277,6 +307,23 @@ mod tests {
             batch
         };
         assert_eq!(format!("{:?}", pushed(1).repeated(3)), format!("{:?}", pushed(3)));
+    }
+
+    #[test]
+    fn a_repeated_batch_has_its_common_tokens_in_every_copy() {
+        let mut batch = PackedBatch::default().with_common(&[1, 3]);
+        batch.push(&[1, 3, 5], &[&[7, 2], &[9, 2]]);
+        batch.push(&[1, 3, 4], &[&[3, 2]]);
+        let (all, rows) = (batch.repeated(2), batch.rows());
+        assert_eq!(all.tokens, [&batch.tokens[..], &batch.tokens].concat());
+        let (first, second) = all.segments.split_at(batch.segments.len());
+        for (a, b) in first.iter().zip(second) {
+            assert_eq!(b.rows, a.rows.start + rows..a.rows.end + rows);
+            for (a, b) in a.prefix.iter().zip(&b.prefix) {
+                assert!(a.is_empty() && b.is_empty() || *b == (a.start + rows..a.end + rows), "{a:?} {b:?}");
+            }
+        }
+        assert_eq!(all.responses.len(), 2 * batch.responses.len());
     }
 
     #[test]

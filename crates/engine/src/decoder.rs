@@ -12,6 +12,7 @@ mod parameters;
 mod tape;
 
 use half::bf16;
+use rayon::prelude::*;
 
 use crate::batch::PackedBatch;
 use crate::mixture::Shared;
@@ -24,10 +25,13 @@ use crate::precision::Precision;
 
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
-use tape::{BlockTape, CompactTape};
+use tape::{BlockTape, CompactTape, Room};
 
 pub use crate::ops::divergence::Head;
 pub(crate) use packed::PackedModel;
+
+/// Numbers that a task copies.
+const COPIED: usize = 1 << 16;
 
 /// How much of the forward pass is kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +74,7 @@ pub struct Decoder {
     inverse_sums: Vec<f32>,
     kept: Option<Keep>,
     scratch: Scratch,
-    /// Rows of the largest batch so far.
+    /// Rows for which buffers are made: those of the largest batch so far, or announced by [`with_rows`](Self::with_rows).
     most_rows: usize,
 }
 
@@ -130,6 +134,11 @@ impl Decoder {
     /// The same decoder with products in another precision than f32.
     pub fn with_precision(self, precision: Precision) -> Self {
         Self { precision, ..self }
+    }
+
+    /// The same decoder, whose buffers are made for passes of `rows` tokens at once. They grow for larger ones.
+    pub fn with_rows(self, rows: usize) -> Self {
+        Self { most_rows: rows, ..self }
     }
 
     /// The log-probability of each response of the batch, summed over its tokens; or its score.
@@ -218,7 +227,7 @@ impl Decoder {
         let d = self.hidden;
         let mut x = std::mem::take(&mut self.x);
         let all = parts * tokens.len();
-        let rows = fit(&mut x, all * d);
+        let rows = self.room(all).of(&mut x, d);
         embedding::forward(pass.base(&self.layout.embedding), &tokens.repeat(parts), rows, d);
         let positions = positions.repeat(parts);
         let mut tape = std::mem::take(&mut self.tapes[0]);
@@ -253,6 +262,11 @@ impl Decoder {
 
     fn check_weights(&self, pass: &Pass<'_>) {
         assert_eq!(pass.base.len(), self.layout.len, "the weights do not fit this decoder");
+    }
+
+    /// Memory for so many rows, made for those of the largest pass.
+    fn room(&self, rows: usize) -> Room {
+        Room { rows, most: self.most_rows.max(rows) }
     }
 
     /// Whether every block has a tape of its own.
@@ -294,18 +308,19 @@ impl Decoder {
         self.inputs.resize_with(if keep.is_some() { blocks } else { 0 }, Vec::new);
         let d = self.hidden;
         let mut x = std::mem::take(&mut self.x);
-        let rows = fit(&mut x, batch.rows() * d);
+        let room = self.room(batch.rows());
+        let rows = room.of(&mut x, d);
         embedding::forward(pass.base(&self.layout.embedding), &batch.tokens, rows, d);
         let spans = batch.spans();
         for index in 0..blocks {
             if keep.is_some() {
-                fit(&mut self.inputs[index], rows.len()).copy_from_slice(rows);
+                copy(rows, room.of(&mut self.inputs[index], d));
             }
             let place = if apart { index } else { 0 };
             let mut tape = std::mem::take(&mut self.tapes[place]);
             self.block_forward(pass, index, &spans, &batch.positions, rows, &mut tape);
             if compact {
-                self.compact[index].store(&mut tape);
+                self.compact[index].store(&mut tape, self.heads, room);
             }
             self.tapes[place] = tape;
         }
@@ -324,36 +339,36 @@ impl Decoder {
         tape: &mut BlockTape,
     ) {
         let (n, d, f, heads) = (positions.len(), self.hidden, self.intermediate, self.heads);
-        let (block, scratch) = (&self.layout.blocks[index], &mut self.scratch);
+        let (room, block, scratch) = (self.room(n), &self.layout.blocks[index], &mut self.scratch);
         let lora = &mut scratch.lora;
-        let normed = fit(&mut scratch.normed, n * d);
-        let r = fit(&mut tape.r_attention, n);
+        let normed = room.of(&mut scratch.normed, d);
+        let r = room.of(&mut tape.r_attention, 1);
         rmsnorm::forward(x, pass.base(&block.attention_norm), self.eps, normed, r);
-        let qkv = fit(&mut tape.qkv, n * heads.qkv_width());
+        let qkv = room.of(&mut tape.qkv, heads.qkv_width());
         pass.linear(block, index, Product::Qkv).forward(normed, qkv, d, false, &mut tape.lora, lora);
         self.rope.forward(qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
         round_kept(self.precision, qkv);
-        let attended = fit(&mut tape.attention, n * heads.query_width());
-        attention::forward(qkv, heads, spans, attended, fit(&mut tape.lse, n * heads.query));
+        let attended = room.of(&mut tape.attention, heads.query_width());
+        attention::forward(qkv, heads, spans, attended, room.of(&mut tape.lse, heads.query));
         round_kept(self.precision, attended);
         let output = pass.linear(block, index, Product::Output);
         output.forward(attended, x, heads.query_width(), true, &mut tape.lora, lora);
 
-        fit(&mut tape.middle, n * d).copy_from_slice(x);
-        let r = fit(&mut tape.r_feed_forward, n);
+        copy(x, room.of(&mut tape.middle, d));
+        let r = room.of(&mut tape.r_feed_forward, 1);
         rmsnorm::forward(x, pass.base(&block.feed_forward_norm), self.eps, normed, r);
-        let gate_up = fit(&mut tape.gate_up, n * 2 * f);
+        let gate_up = room.of(&mut tape.gate_up, 2 * f);
         pass.linear(block, index, Product::GateUp).forward(normed, gate_up, d, false, &mut tape.lora, lora);
         let down = pass.linear(block, index, Product::Down);
         match self.precision {
             Precision::F32 => {
-                let activation = fit(&mut scratch.activation, n * f);
+                let activation = room.of(&mut scratch.activation, f);
                 swiglu::forward(gate_up, activation, f);
                 down.forward(activation, x, f, true, &mut tape.lora, lora);
             }
             Precision::Bf16 => {
-                let rounded = fit(&mut tape.rounded_gate_up, n * 2 * f);
-                let activation = fit(&mut scratch.rounded_activation, n * f);
+                let rounded = room.of(&mut tape.rounded_gate_up, 2 * f);
+                let activation = room.of(&mut scratch.rounded_activation, f);
                 swiglu::forward_rounded(gate_up, rounded, activation, f);
                 down.forward(activation, x, f, true, &mut tape.lora, lora);
             }
@@ -363,16 +378,16 @@ impl Decoder {
     /// Takes `scratch.dx`, the gradient of the last block's output, through all blocks to the embedding.
     fn backward_blocks(&mut self, pass: &Pass<'_>, batch: &PackedBatch, keep: Keep, gradient: &mut Gradient<'_>) {
         let spans = batch.spans();
-        let len = batch.rows() * self.hidden;
+        let (len, room) = (batch.rows() * self.hidden, self.room(batch.rows()));
         for index in (0..self.layout.blocks.len()).rev() {
             let place = if self.has_tapes(Some(keep)) { index } else { 0 };
             let mut tape = std::mem::take(&mut self.tapes[place]);
             if self.has_compact_tapes(Some(keep)) {
-                self.compact[index].restore(&mut tape);
+                self.compact[index].restore(&mut tape, self.heads, room);
             }
             if keep == Keep::Inputs {
                 let mut x = std::mem::take(&mut self.x);
-                x[..len].copy_from_slice(&self.inputs[index][..len]);
+                copy(&self.inputs[index][..len], &mut x[..len]);
                 self.block_forward(pass, index, &spans, &batch.positions, &mut x[..len], &mut tape);
                 self.x = x;
             }
@@ -396,16 +411,16 @@ impl Decoder {
         gradient: &mut Gradient<'_>,
     ) {
         let (n, d, f, heads) = (positions.len(), self.hidden, self.intermediate, self.heads);
-        let (block, scratch) = (&self.layout.blocks[index], &mut self.scratch);
+        let (room, block, scratch) = (self.room(n), &self.layout.blocks[index], &mut self.scratch);
         let lora = &mut scratch.lora;
-        let dx = fit(&mut scratch.dx, n * d);
-        let normed = fit(&mut scratch.normed, n * d);
-        let d_normed = fit(&mut scratch.d_normed, n * d);
+        let dx = room.of(&mut scratch.dx, d);
+        let normed = room.of(&mut scratch.normed, d);
+        let d_normed = room.of(&mut scratch.d_normed, d);
 
         let middle = &tape.middle[..n * d];
         let (norm, r) = (pass.base(&block.feed_forward_norm), &tape.r_feed_forward[..n]);
         rmsnorm::recompute(middle, norm, r, normed);
-        let d_activation = fit(&mut scratch.activation, n * f);
+        let d_activation = room.of(&mut scratch.activation, f);
         let (down, product) = (pass.linear(block, index, Product::Down), pass.linear(block, index, Product::GateUp));
         down.backward_input(dx, Some(d_activation), f, lora);
         match self.precision {
@@ -418,7 +433,7 @@ impl Decoder {
             }
             Precision::Bf16 => {
                 let gate_up = &mut tape.rounded_gate_up[..n * 2 * f];
-                let activation = fit(&mut scratch.rounded_activation, n * f);
+                let activation = room.of(&mut scratch.rounded_activation, f);
                 swiglu::backward_rounded(gate_up, d_activation, activation, f);
                 down.backward_weight(dx, activation, f, gradient, &tape.lora, lora);
                 product.backward_input(gate_up, Some(d_normed), d, lora);
@@ -428,11 +443,11 @@ impl Decoder {
         rmsnorm::backward(middle, norm, r, d_normed, dx, gradient.base(&block.feed_forward_norm));
 
         let (qkv, attended) = (&tape.qkv[..n * heads.qkv_width()], &tape.attention[..n * heads.query_width()]);
-        let d_attended = fit(&mut scratch.d_attention, attended.len());
+        let d_attended = room.of(&mut scratch.d_attention, heads.query_width());
         let output = pass.linear(block, index, Product::Output);
         output.backward_input(dx, Some(d_attended), heads.query_width(), lora);
         output.backward_weight(dx, attended, heads.query_width(), gradient, &tape.lora, lora);
-        let d_qkv = fit(&mut scratch.d_qkv, qkv.len());
+        let d_qkv = room.of(&mut scratch.d_qkv, heads.qkv_width());
         attention::backward(qkv, heads, spans, attended, &tape.lse[..n * heads.query], d_attended, d_qkv);
         self.rope.backward(d_qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
         let x = &self.inputs[index][..n * d];
@@ -458,6 +473,14 @@ impl Decoder {
         }
         let (weights, vocab) = (pass.base(&self.layout.head), self.vocab());
         self.inverse_sums.clear();
+        if kept > 0 {
+            // as a prompt's last row predicts the first tokens of two responses, one row more may be scored than there are
+            let room = vocab * logprob::kept_rows(self.precision, self.most_rows + 1, vocab).max(kept);
+            match self.precision {
+                Precision::F32 => _ = fit(&mut self.excess, room),
+                Precision::Bf16 => _ = fit(&mut self.rounded_excess, room),
+            }
+        }
         let mut logps = Vec::with_capacity(batch.targets.len());
         for rows in logprob::cut(batch.targets.len(), kept, vocab) {
             self.gather_normed(pass, &batch.scored_rows[rows.clone()]);
@@ -488,7 +511,7 @@ impl Decoder {
         gradient: &mut Gradient<'_>,
     ) -> Vec<f32> {
         let d_logps = batch.spread_responses(d_logps);
-        fit(&mut self.scratch.dx, batch.rows() * self.hidden).fill(0.0);
+        self.room(batch.rows()).of(&mut self.scratch.dx, self.hidden).fill(0.0);
         if self.scores {
             return self.score_forward_backward(pass, batch, &d_logps, gradient);
         }
@@ -566,6 +589,11 @@ impl Decoder {
         let (normed, r) = (fit(&mut head.normed, rows.len() * d), fit(&mut head.r, rows.len()));
         rmsnorm::forward(x, pass.base(&self.layout.final_norm), self.eps, normed, r);
     }
+}
+
+/// Copies numbers on all threads.
+fn copy(from: &[f32], to: &mut [f32]) {
+    to.par_chunks_mut(COPIED).zip(from.par_chunks(COPIED)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// Rounds what a tape keeps in bf16, so that the values are the same whether they are kept or computed again.

@@ -463,17 +463,17 @@ fn tokenizers_with_any_value_replaced_do_not_panic() {
 
 #[test]
 fn the_story_model_is_read_whole() {
-    let Some(data) = common::data_folder() else { return };
-    let model = common::stories::load_stories(&data.join("small/stories260K.bin"));
+    let Some(stories) = common::shared("small/stories260K.bin") else { return };
+    let model = common::stories::load_stories(&stories);
     assert_eq!((model.config.hidden_size, model.config.num_key_value_heads, model.config.vocab_size), (64, 4, 512));
     assert!(model.config.tie_word_embeddings && model.weights.iter().all(|x| x.is_finite()));
 }
 
 #[test]
 fn smollm2_through_gguf() {
-    let (Some(path), Some(data)) = (smollm2(), common::data_folder()) else { return };
-    let reference: Value =
-        serde_json::from_slice(&fs::read(data.join("real-text/smollm2-135m.reference.json")).unwrap()).unwrap();
+    let reference = "real-text/smollm2-135m.reference.json";
+    let (Some(path), Some(reference)) = (smollm2(), common::shared(reference)) else { return };
+    let reference: Value = serde_json::from_slice(&fs::read(reference).unwrap()).unwrap();
     let loaded = Checkpoint::load(&path).unwrap();
     let config = &loaded.model.config;
     assert_eq!((config.parameter_count(), config.rope_theta, config.rms_norm_eps), (Some(134_515_008), 1e5, 1e-5));

@@ -91,17 +91,19 @@ fn a_tiny_score_model_gives_transformers_scores_and_gradients() {
 
 #[test]
 fn the_story_model_writes_the_known_story() {
-    let Some(data) = common::data_folder() else { return };
-    let model = common::stories::load_stories(&data.join("small/stories260K.bin"));
-    let expected = ids(&json(&data.join("small/stories260K.greedy.json"))["greedy_ids"]);
+    let files = ["small/stories260K.bin", "small/stories260K.greedy.json"].map(common::shared);
+    let [Some(stories), Some(expected)] = files else { return };
+    let model = common::stories::load_stories(&stories);
+    let expected = ids(&json(&expected)["greedy_ids"]);
     let story = greedy(&model, vec![expected[0]], expected.len() - 1, Vec::new());
     assert_eq!(story, expected[1..]);
 }
 
 #[test]
 fn smollm2_answers_as_the_reference_does() {
-    let (Some(data), Some(gguf)) = (common::data_folder(), common::smollm2()) else { return };
-    let reference = json(&data.join("real-text/smollm2-135m.reference.json"));
+    let reference = common::shared("real-text/smollm2-135m.reference.json");
+    let (Some(reference), Some(gguf)) = (reference, common::smollm2()) else { return };
+    let reference = json(&reference);
     let Checkpoint { model, tokenizer, generation } = Checkpoint::load(&gguf).unwrap();
     let system = Message::new("system", reference["system"].as_str().unwrap());
     for chat in reference["chat"].as_array().unwrap() {

@@ -98,8 +98,8 @@ impl Lengths {
         let plan = options.plan(examples.len(), least);
         let again = |item: &Sequences<'_>| if mismatched { computed(item) - item.prompt.len() } else { 0 };
         let of_batch = |batch: &Vec<usize>| {
-            let items: Vec<Sequences<'_>> = batch.iter().map(|&example| examples[example].clone()).collect();
-            packing.computed(&items) + items.iter().map(again).sum::<usize>()
+            let items: Vec<&Sequences<'_>> = batch.iter().map(|&example| &examples[example]).collect();
+            packing.computed(&items) + items.iter().copied().map(again).sum::<usize>()
         };
         Self {
             largest: all().map(computed).max().unwrap_or(0),
@@ -382,5 +382,24 @@ mod tests {
         let lengths = Lengths::new(&config, &pairs, &examples, &[], 1, false);
         let largest = pairs.plan(10, 1).batches.iter().map(|b| b.iter().map(|i| 9 * i + 18).sum::<usize>()).max();
         assert_eq!((lengths.largest, Some(lengths.batch), lengths.longest), (99, largest, 100));
+    }
+    #[test]
+    fn what_all_prompts_of_a_batch_begin_with_counts_once_and_for_mismatched_pairs_as_well() {
+        let config = config();
+        let system: Vec<u32> = (0..20).collect();
+        let prompts: Vec<Vec<u32>> = (100..104).map(|token| [&system[..], &[token, 9]].concat()).collect();
+        let response = [7, 8, 9, 2];
+        let examples: Vec<_> =
+            prompts.iter().map(|prompt| Sequences { prompt, responses: vec![&response[..]], row: 1 }).collect();
+        let options = TrainOptions { batch_size: 4, ..free() };
+        let lengths =
+            |options: &TrainOptions, mismatched| Lengths::new(&config, options, &examples, &[], 1, mismatched);
+        // the last token of a response is not computed
+        let batch = 20 + 4 * (2 + 3);
+        assert_eq!(lengths(&options, false), Lengths { largest: 22 + 3, batch, longest: 22 + 4 });
+        assert_eq!(lengths(&options, true).batch, batch + 4 * 3);
+        let lora = Some(LoraOptions { dropout: 0.1, ..LoraOptions::default() });
+        let apart = TrainOptions { lora, ..options };
+        assert_eq!(lengths(&apart, false).batch, 4 * (22 + 3), "with dropout nothing is shared");
     }
 }

@@ -48,7 +48,7 @@ impl Passes {
     /// For batches of tasks with sequences of at most `longest` tokens, which train `policy`.
     pub(super) fn new(policy: &Policy, dtype: Precision, longest: usize, plan: &MemoryPlan) -> Self {
         Self {
-            decoder: Decoder::new(policy.base(), longest).with_precision(dtype),
+            decoder: Decoder::new(policy.base(), longest).with_precision(dtype).with_rows(plan.largest_pass),
             keep: plan.keep(),
             micro_batch_tokens: plan.micro_batch_tokens,
             for_scores: policy.base().config.head.is_score(),

@@ -80,7 +80,7 @@ impl Decoder {
         let mut gradient = pass.gradient(gradient);
         let (d_logps, d_divergences) = (batch.spread_responses(d_logps), batch.spread_responses(d_divergences));
         let chunk = self.divergence_chunk(batch);
-        fit(&mut self.scratch.dx, batch.rows() * self.hidden).fill(0.0);
+        self.room(batch.rows()).of(&mut self.scratch.dx, self.hidden).fill(0.0);
         let derivatives = d_logps.chunks(chunk).zip(d_divergences.chunks(chunk));
         for ((rows, targets, reference), (d_logps, d_divergences)) in
             chunks(chunk, self.hidden, reference, batch).zip(derivatives)

@@ -4,10 +4,27 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::parameters::Kept;
+use crate::ops::attention::Heads;
 use crate::ops::simd::{dispatch, of_bf16, to_bf16};
+use crate::ops::{Zeros, fit};
 
 /// Numbers per task.
 const CHUNK: usize = 1 << 14;
+
+/// How many rows a pass has, and for how many its buffers are made, so that they need not grow with the next pass.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Room {
+    pub(super) rows: usize,
+    /// At least `rows`.
+    pub(super) most: usize,
+}
+
+impl Room {
+    /// The rows of a buffer of rows of this width.
+    pub(super) fn of<T: Zeros>(self, buffer: &mut Vec<T>, width: usize) -> &mut [T] {
+        &mut fit(buffer, self.most * width)[..self.rows * width]
+    }
+}
 
 /// What the backward pass of one block reads, besides the block's input.
 #[derive(Debug, Default)]
@@ -54,10 +71,11 @@ impl CompactTape {
 
 impl CompactTape {
     /// Takes what a tape holds; the tape keeps memory for another block.
-    pub(super) fn store(&mut self, tape: &mut BlockTape) {
+    pub(super) fn store(&mut self, tape: &mut BlockTape, heads: Heads, room: Room) {
         self.exchange(tape);
-        for (from, to) in [(&tape.qkv, &mut self.qkv), (&tape.attention, &mut self.attention)] {
-            to.resize(from.len(), bf16::ZERO);
+        let [qkv, attention] = [heads.qkv_width(), heads.query_width()];
+        for (from, to, width) in [(&tape.qkv, &mut self.qkv, qkv), (&tape.attention, &mut self.attention, attention)] {
+            let to = room.of(to, width);
             to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
                 dispatch(
                     #[inline(always)]
@@ -68,10 +86,11 @@ impl CompactTape {
     }
 
     /// Gives it back to a tape.
-    pub(super) fn restore(&mut self, tape: &mut BlockTape) {
+    pub(super) fn restore(&mut self, tape: &mut BlockTape, heads: Heads, room: Room) {
         self.exchange(tape);
-        for (to, from) in [(&mut tape.qkv, &self.qkv), (&mut tape.attention, &self.attention)] {
-            to.resize(from.len(), 0.0);
+        let [qkv, attention] = [heads.qkv_width(), heads.query_width()];
+        for (to, from, width) in [(&mut tape.qkv, &self.qkv, qkv), (&mut tape.attention, &self.attention, attention)] {
+            let to = room.of(to, width);
             to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
                 dispatch(
                     #[inline(always)]

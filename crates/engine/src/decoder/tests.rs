@@ -155,28 +155,31 @@ fn the_softmax_of_rows_beyond_the_kept_ones_is_computed_again() {
 
 #[test]
 fn responses_behind_a_batch_change_nothing_before_them() {
-    let (mut own, d_logps) = (PackedBatch::default(), [0.7, -0.4, 1.1]);
-    own.push(&[1, 5, 3], &[&[4, 2], &[9, 9, 10, 2]]);
-    own.push(&[1, 7], &[&[8, 2]]);
-    let mut whole = own.clone();
-    whole.push_response(1, &[9, 9, 10, 2]);
-    whole.push_response(0, &[8, 2, 6]);
-    // as responses to their prompts from the start
-    let mut together = PackedBatch::default();
-    together.push(&[1, 5, 3], &[&[4, 2], &[9, 9, 10, 2], &[8, 2, 6]]);
-    together.push(&[1, 7], &[&[8, 2], &[9, 9, 10, 2]]);
-    for (model, precision) in in_both_precisions() {
-        let mut decoder = Decoder::new(&model, 16).with_precision(precision);
-        let expected = decoder.logps(&model.weights, &together);
-        for keep in [Keep::All, Keep::Inputs] {
-            let [mut alone, mut before] = [(); 2].map(|()| vec![0.0; model.layout.len]);
-            let logps = decoder.forward(&model.weights, &own, keep);
-            decoder.backward(&model.weights, &own, &d_logps, &mut alone);
-            assert_eq!(logps, [expected[0], expected[1], expected[3]]);
-            let logps = decoder.forward(&model.weights, &whole, keep);
-            decoder.backward(&model.weights, &own, &d_logps, &mut before);
-            assert_eq!(logps, [0, 1, 3, 4, 2].map(|response| expected[response]));
-            assert_eq!(alone, before);
+    let d_logps = [0.7, -0.4, 1.1];
+    for common in [&[][..], &[1, 6]] {
+        let mut own = PackedBatch::default().with_common(common);
+        // as responses to their prompts from the start
+        let mut together = own.clone();
+        own.push(&[1, 6, 5, 3], &[&[4, 2], &[9, 9, 10, 2]]);
+        own.push(&[1, 6, 7], &[&[8, 2]]);
+        let mut whole = own.clone();
+        whole.push_response(1, &[9, 9, 10, 2]);
+        whole.push_response(0, &[8, 2, 6]);
+        together.push(&[1, 6, 5, 3], &[&[4, 2], &[9, 9, 10, 2], &[8, 2, 6]]);
+        together.push(&[1, 6, 7], &[&[8, 2], &[9, 9, 10, 2]]);
+        for (model, precision) in in_both_precisions() {
+            let mut decoder = Decoder::new(&model, 16).with_precision(precision);
+            let expected = decoder.logps(&model.weights, &together);
+            for keep in [Keep::All, Keep::Inputs] {
+                let [mut alone, mut before] = [(); 2].map(|()| vec![0.0; model.layout.len]);
+                let logps = decoder.forward(&model.weights, &own, keep);
+                decoder.backward(&model.weights, &own, &d_logps, &mut alone);
+                assert_eq!(logps, [expected[0], expected[1], expected[3]]);
+                let logps = decoder.forward(&model.weights, &whole, keep);
+                decoder.backward(&model.weights, &own, &d_logps, &mut before);
+                assert_eq!(logps, [0, 1, 3, 4, 2].map(|response| expected[response]));
+                assert_eq!(alone, before);
+            }
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
-/// Bytes from which an allocation asks for large pages, of which it then fills several.
-const LARGE: usize = 8 << 20;
+/// Bytes from which an allocation asks for large pages. Such allocations lie next to each other, so that they fill large pages
+/// together where one alone would not.
+const LARGE: usize = 1 << 20;
 
 /// The system's allocator, which asks the kernel for large pages where an allocation is large: weights, gradients and
 /// activations span gigabytes, and finding a page of 4 KiB costs more than reading a row of it. A kernel that gives large pages only

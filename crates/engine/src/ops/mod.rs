@@ -18,6 +18,9 @@ pub(crate) mod score;
 pub(crate) mod simd;
 pub(crate) mod swiglu;
 
+use half::bf16;
+use half::vec::HalfBitsVecExt;
+
 use crate::profile::{self, Span, Stage, Work};
 
 #[cfg(test)]
@@ -28,10 +31,31 @@ fn elementwise(bytes: usize) -> Span {
     profile::span(Stage::Elementwise, || Work::Bytes(bytes as f64))
 }
 
-/// The first `len` elements of a buffer that grows as needed; their values are arbitrary.
-pub(crate) fn fit<T: Clone + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+/// The first `len` elements of a buffer that is made anew where it is too small; their values are arbitrary.
+///
+/// New memory is not written to: the system gives a page of it to the thread that uses it first.
+pub(crate) fn fit<T: Zeros>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
-        buffer.resize(len, T::default());
+        // what there is goes first, so that both are never there together
+        *buffer = Vec::new();
+        *buffer = T::zeros(len);
     }
     &mut buffer[..len]
+}
+
+/// Numbers of which many may be had in memory that nobody has written to.
+pub(crate) trait Zeros: Sized {
+    fn zeros(len: usize) -> Vec<Self>;
+}
+
+impl Zeros for f32 {
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0.0; len]
+    }
+}
+
+impl Zeros for bf16 {
+    fn zeros(len: usize) -> Vec<Self> {
+        vec![0u16; len].reinterpret_into()
+    }
 }

@@ -2,36 +2,16 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 pub mod gguf;
+mod shared_data;
 pub mod stories;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use engine::tokenizer::Tokenizer;
 use engine::{ModelConfig, OutputHead, RopeScaling};
 use serde_json::{Map, Value, json};
 
-/// The folder with shared data, or `None` after a loud line when it is not there.
-pub fn data_folder() -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data");
-    present(
-        std::env::var_os("SACPO_DATA").unwrap_or(default.into()).into(),
-        "Set SACPO_DATA to the folder of test data",
-    )
-}
-
-/// The GGUF file of SmolLM2-135M-Instruct, or `None` after a loud line when it is not there.
-pub fn smollm2() -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    present(std::env::var_os("SACPO_SMOLLM2").unwrap_or(default.into()).into(), "Run scripts/fetch_smollm2.sh")
-}
-
-fn present(path: PathBuf, advice: &str) -> Option<PathBuf> {
-    if path.exists() {
-        return Some(path);
-    }
-    eprintln!("SKIPPED: {} is not there. {advice}.", path.display());
-    None
-}
+pub(crate) use shared_data::{shared, smollm2};
 
 /// The shape of a tiny model: grouped queries, an untied head, scaled rope, and a vocabulary for [`tokenizer`].
 pub fn tiny_config() -> ModelConfig {

@@ -1,5 +1,5 @@
-//! What a training that is not complete leaves: the trainer's state in the folder of its policy, and in the run's cache what names
-//! everything that it depends on.
+//! What a training that is not complete leaves: the trainer's state in the folder of its policy, and in the run's cache the
+//! arithmetic that it began with, and what names everything else that it depends on.
 
 use std::path::{Path, PathBuf};
 
@@ -24,24 +24,34 @@ pub(super) fn note(cache: &Path, folder: &Path, key: &str) -> Result<()> {
         return Ok(());
     }
     std::fs::create_dir_all(cache).map_err(Error::io("create", cache))?;
-    atomic::write_file(&key_file(cache, folder), |out| out.write_all(key.as_bytes()))
+    let noted = format!("{}\n{key}", engine::arithmetic());
+    atomic::write_file(&key_file(cache, folder), |out| out.write_all(noted.as_bytes()))
 }
 
-/// Checks that a training which was stopped, if there is one, is that of this key. The trainer would find out too, but only once the
-/// run is at work.
+/// Checks that a training which was stopped, if there is one, is that of this key and began with this arithmetic. The trainer would
+/// find out too, but only once the run is at work, and not which of the two differs.
 ///
 /// # Errors
 /// A training that depends on something else.
 pub(super) fn check(cache: &Path, folder: &Path, key: &str) -> Result<()> {
-    let noted = std::fs::read_to_string(key_file(cache, folder));
-    if has_state(folder) && noted.is_ok_and(|noted| noted != key) {
-        return Err(Error::input(format!(
-            "What is saved in {} belongs to another training: the model, the data or the options have changed. Put them back as \
-             they were, choose another output folder (run.out, or --out), or delete that folder to train from the start.",
-            folder.display()
-        )));
-    }
-    Ok(())
+    let Ok(noted) = std::fs::read_to_string(key_file(cache, folder)) else { return Ok(()) };
+    let (arithmetic, noted) = noted.split_once('\n').unwrap_or_default();
+    let now = engine::arithmetic();
+    let why = match has_state(folder) {
+        true if noted != key => {
+            "belongs to another training: the model, the data or the options have changed. Put them back as they were"
+                .to_owned()
+        }
+        true if arithmetic != now => format!(
+            "is of a training that began with another version of sacpo or on another kind of processor ({arithmetic}, here \
+             {now}), where sums are rounded otherwise. Continue it there"
+        ),
+        _ => return Ok(()),
+    };
+    Err(Error::input(format!(
+        "What is saved in {} {why}, choose another output folder (run.out, or --out), or delete that folder to train from the start.",
+        folder.display()
+    )))
 }
 
 /// Removes all of it once the policy is complete.
@@ -68,6 +78,10 @@ mod tests {
         assert!(check(&cache, &folder, "other").unwrap_err().to_string().contains("another training"));
         note(&cache, &folder, "other").unwrap();
         check(&cache, &folder, "one").unwrap();
+        let noted = key_file(&cache, &folder);
+        std::fs::write(&noted, "v0 portable\none").unwrap();
+        assert!(check(&cache, &folder, "one").unwrap_err().to_string().contains("v0 portable, here v"));
+        assert!(check(&cache, &folder, "other").unwrap_err().to_string().contains("another training"));
         // of a state whose key is not known the trainer finds out
         std::fs::remove_dir_all(&cache).unwrap();
         note(&cache, &folder, "other").unwrap();

@@ -3,9 +3,11 @@
 // each test file uses a part
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../../engine/tests/common/shared_data.rs"]
+mod shared_data;
+
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
@@ -16,6 +18,8 @@ use engine::checkpoint::{Checkpoint, GenerationConfig};
 use engine::tokenizer::Tokenizer;
 use serde_json::Value;
 use tempfile::TempDir;
+
+pub(crate) use shared_data::{shared, smollm2};
 
 /// The program under test.
 pub(crate) const SACPO: &str = env!("CARGO_BIN_EXE_sacpo");
@@ -209,30 +213,6 @@ pub(crate) fn weights(folder: impl AsRef<Path>) -> BTreeMap<PathBuf, Vec<u8>> {
     files.retain(|path, _| path.file_name().is_some_and(|name| name == "model.safetensors"));
     assert!(!files.is_empty());
     files
-}
-
-/// A file of the shared test data, or nothing (loudly) where that is absent.
-pub(crate) fn shared(name: &str) -> Option<PathBuf> {
-    let root = std::env::var_os("SACPO_DATA")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data")), PathBuf::from);
-    present(root.join(name), "set SACPO_DATA to the folder of the shared test data")
-}
-
-/// The GGUF file of SmolLM2-135M-Instruct, or nothing (loudly) where that is absent.
-pub(crate) fn smollm2() -> Option<PathBuf> {
-    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../models/SmolLM2-135M-Instruct.Q4_1.gguf");
-    let path = std::env::var_os("SACPO_SMOLLM2").map_or_else(|| PathBuf::from(default), PathBuf::from);
-    present(path, "run scripts/fetch_smollm2.sh")
-}
-
-/// The path if something is there, or nothing, and a loud line that says so.
-fn present(path: PathBuf, remedy: &str) -> Option<PathBuf> {
-    if path.exists() {
-        return Some(path);
-    }
-    // not `eprintln!`, which a passing test hides
-    let _ = writeln!(std::io::stderr(), "SKIPPED: {} is not there; {remedy}.", path.display());
-    None
 }
 
 /// A copy of the base model, to damage.

@@ -1,5 +1,7 @@
 //! KTO's z₀ and BCO's δ.
 
+use std::collections::BTreeSet;
+
 use super::adapters::adapted;
 use super::*;
 
@@ -45,25 +47,42 @@ fn shifts_are_those_of_the_whole_batch_however_it_is_cut() {
 /// responses are scored with dropout.
 #[test]
 fn mismatched_responses_cost_no_prompts_where_the_batch_is_one_pass() {
-    let examples = examples(&fixture());
+    let plain = examples(&fixture());
+    let system = [1, 3, 4, 6, 5, 8, 2, 9, 7, 3];
+    let behind_system = plain.iter().map(|example| {
+        let prompt = [&system[..], &example.prompt].concat().into();
+        TokenizedExample { prompt, ..example.clone() }
+    });
+    check_mismatched_cost(&behind_system.collect::<Vec<_>>(), system.len());
+    check_mismatched_cost(&plain, 0);
+}
+
+/// As above, of examples whose prompts begin with so many tokens in common.
+fn check_mismatched_cost(examples: &[TokenizedExample], common: usize) {
     let start = moved("untied_gqa");
-    let reference = example_scores(&start, &examples);
+    let reference = example_scores(&start, examples);
     let batch: Vec<usize> = (0..examples.len()).collect();
-    let others = mismatched(&examples, &batch, longest(&examples));
+    let others = mismatched(examples, &batch, longest(examples));
     // so much less that z₀ is not cut at 0
     let mismatched_reference = [scores(&start, &others).iter().map(|logp| logp - 1.0).collect::<Vec<_>>()];
-    let task = LabelledResponses::new(&examples, &reference, &KTO, &mismatched_reference);
+    let task = LabelledResponses::new(examples, &reference, &KTO, &mismatched_reference);
     let run = |dropout: f64, micro_batch_tokens: usize| {
         let policy = adapted(&start, dropout);
         gradient(&policy, &task, &batch, cut(micro_batch_tokens, false))
     };
-    let own: usize = batch.iter().map(|&example| task.sequences(example).computed(false)).sum();
-    let apart: usize = others.iter().map(|item| item.computed(false)).sum();
-    let prompts: usize = others.iter().map(|item| item.prompt.len()).sum();
-    let together = own + apart - prompts;
-    for (dropout, micro_batch_tokens, tokens) in
-        [(0.0, together, together), (0.0, together - 1, own + apart), (0.4, together, own + apart)]
-    {
+    // the prompt of a pair is that of both examples, and what all prompts begin with is computed once a pass; not with dropout
+    let distinct: BTreeSet<&[u32]> = examples.iter().map(|example| &*example.prompt).collect();
+    let prompts = common + distinct.iter().map(|prompt| prompt.len() - common).sum::<usize>();
+    let alone: Vec<Sequences<'_>> = batch.iter().map(|&example| task.sequences(example)).collect();
+    let computed = |items: &[Sequences<'_>]| -> usize { items.iter().map(|item| item.computed(false)).sum() };
+    let responses =
+        |items: &[Sequences<'_>]| computed(items) - items.iter().map(|item| item.prompt.len()).sum::<usize>();
+    let together = prompts + responses(&alone) + responses(&others);
+    for (dropout, micro_batch_tokens, tokens) in [
+        (0.0, together, together),
+        (0.0, together - 1, prompts + together),
+        (0.4, 10_000, computed(&alone) + prompts + responses(&others)),
+    ] {
         let pass = run(dropout, micro_batch_tokens);
         assert_eq!(pass.tokens, tokens);
         let whole = run(0.0, 10_000);
