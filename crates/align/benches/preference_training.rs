@@ -93,7 +93,7 @@ fn arranged<T: Clone>(rows: &[T], batches: &[Vec<usize>]) -> Vec<T> {
 /// prompts that are there.
 fn useful_flops(config: &engine::ModelConfig, data: &Dataset) -> f64 {
     let items = data.sequences();
-    let mut batch = Packing { for_scores: false, dropout: false }.pack(&items, &(0..items.len()).collect::<Vec<_>>());
+    let mut batch = Packing { for_scores: false, dropout: false }.pack(&items, &[]);
     let trained = roofline::forward_flops(config, &batch);
     if let Dataset::Examples(examples) = data {
         let all: Vec<usize> = (0..examples.len()).collect();

@@ -1,7 +1,6 @@
 //! What the decoder scores: prompts with the responses that follow them.
 
-use std::borrow::Borrow;
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::ops::Range;
 
 use engine::PackedBatch;
@@ -53,25 +52,24 @@ pub struct Packing {
 
 impl Packing {
     /// The tokens with which the prompts of all items begin, which a pass computes once: a system prompt, as a rule. At least one
-    /// token of every prompt is not among them.
-    fn common<'a>(self, items: &[impl Borrow<Sequences<'a>>]) -> &'a [u32] {
+    /// token of every prompt is not among them. Prompts that are the same have none: they are computed once as a whole.
+    fn common<'a>(self, items: &[Sequences<'a>]) -> &'a [u32] {
         let [first, others @ ..] = items else { return &[] };
-        let first = first.borrow();
-        let shared = |len: usize, other: &_| {
-            let other: &Sequences<'a> = Borrow::borrow(other);
+        let shared = |len: usize, other: &Sequences<'_>| {
             let pairs = first.prompt[..len].iter().zip(&other.prompt[..other.prompt.len() - 1]);
             pairs.take_while(|(a, b)| a == b).count()
         };
         match others.iter().fold(first.prompt.len() - 1, shared) {
-            len if len >= WORTH_SHARING && !others.is_empty() && !self.dropout => &first.prompt[..len],
-            _ => &[],
+            len if len < WORTH_SHARING || self.dropout => &[],
+            _ if others.iter().all(|other| other.prompt == first.prompt) => &[],
+            len => &first.prompt[..len],
         }
     }
 
     /// Number of tokens that a pass computes for items.
-    pub(crate) fn computed<'a>(self, items: &[impl Borrow<Sequences<'a>>]) -> usize {
+    pub(crate) fn computed(self, items: &[Sequences<'_>]) -> usize {
         let (common, mut prompts) = (self.common(items).len(), HashSet::new());
-        common + items.iter().map(|item| self.further(item.borrow(), common, &mut prompts)).sum::<usize>()
+        common + items.iter().map(|item| self.further(item, common, &mut prompts)).sum::<usize>()
     }
 
     /// Number of tokens that a pass computes for one item more, beside the `common` ones, after items with these `prompts`.
@@ -101,38 +99,19 @@ impl Packing {
     }
 
     /// The items as one packed batch, in which items share a prompt that is the same. With dropout they share nothing, and
-    /// `keys` has the number of each.
+    /// `keys` has the number of each, which tells it from all others.
     pub fn pack(self, items: &[Sequences<'_>], keys: &[usize]) -> PackedBatch {
         let empty = if self.for_scores { PackedBatch::for_scores() } else { PackedBatch::default() };
         let mut packed = empty.with_common(self.common(items));
         if self.dropout {
+            assert_eq!(keys.len(), items.len(), "every item has a key");
             for (item, &key) in items.iter().zip(keys) {
                 packed.push_keyed(key as u64, item.prompt, &item.responses);
             }
-            return packed;
+        } else {
+            packed.push_all(&items.iter().map(|item| (item.prompt, item.responses.as_slice())).collect::<Vec<_>>());
         }
-        let (mut groups, mut of_prompt) = (Vec::<Vec<usize>>::new(), HashMap::new());
-        let mut prompts = Vec::with_capacity(items.len());
-        for (at, item) in items.iter().enumerate() {
-            let group = *of_prompt.entry(item.prompt).or_insert(groups.len());
-            if group == groups.len() {
-                groups.push(Vec::new());
-            }
-            groups[group].push(at);
-            prompts.push(group);
-        }
-        let (mut first_response, mut pushed) = (vec![0; items.len()], 0);
-        for group in groups {
-            for &at in &group {
-                first_response[at] = pushed;
-                pushed += items[at].responses.len();
-            }
-            let responses: Vec<&[u32]> = group.iter().flat_map(|&at| &items[at].responses).copied().collect();
-            packed.push(items[group[0]].prompt, &responses);
-        }
-        let responses: Vec<usize> =
-            items.iter().zip(first_response).flat_map(|(item, first)| first..first + item.responses.len()).collect();
-        packed.in_order(&prompts, &responses)
+        packed
     }
 }
 
@@ -189,7 +168,7 @@ mod tests {
         let item = |prompt| Sequences { prompt, responses: vec![&[7, 2]], row: 0 };
         let packing = Packing { for_scores: false, dropout: false };
         assert_eq!(packing.common(&[item(&long), item(&short)]).len(), 11);
-        assert_eq!(packing.common(&[item(&short), item(&short)]).len(), 11);
+        assert_eq!(packing.common(&[item(&short), item(&short)]).len(), 0, "the whole of it is");
         assert_eq!(packing.common(&[item(&long), item(&short[..WORTH_SHARING])]).len(), 0, "not worth it");
         assert_eq!(packing.common(&[item(&long)]).len(), 0);
     }

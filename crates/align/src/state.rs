@@ -69,7 +69,8 @@ impl TrainingState<'_> {
         let metadata = header.metadata().clone().unwrap_or_default();
         if metadata.get("identity").map(String::as_str) != Some(identity) {
             return Err(refused(
-                "belongs to another training: the model, the data, the options or the version of sacpo have changed",
+                "belongs to another training: the model, the data, the options, the version of sacpo or the kind of processor have \
+                 changed",
             ));
         }
         let steps = metadata.get("steps").and_then(|steps| steps.parse().ok()).ok_or_else(damaged)?;

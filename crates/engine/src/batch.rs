@@ -1,5 +1,6 @@
 //! Packed batches: sequences of different lengths in one flat array, without padding.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use crate::ops::attention::{Prefix, Span};
@@ -7,7 +8,7 @@ use crate::ops::dropout::mix;
 
 /// Prompts with their responses, ready for the decoder.
 ///
-/// A prompt that has several responses is computed once; each response attends to it and to itself,
+/// A prompt that has several responses is computed once, and what all prompts begin with may be ([`with_common`](Self::with_common)); each response attends to it and to itself,
 /// and takes the positions after it. The last token of a response predicts nothing and is not computed, unless the
 /// batch is [`for_scores`](Self::for_scores).
 #[derive(Debug, Clone, Default)]
@@ -79,16 +80,37 @@ impl PackedBatch {
         }
     }
 
-    /// The same batch with its examples in another order: the i-th has the prompt that was the `prompts[i]`-th, which several may
-    /// have, and what was the `responses[i]`-th response is the i-th.
+    /// Adds prompts with their responses to a batch that has no others; a prompt that several examples have is computed once.
+    ///
+    /// Rows come prompt by prompt, since the gradient of attention takes a prompt with all that continues it; examples and
+    /// responses have the order in which they are given.
     ///
     /// # Panics
-    /// If there is no such prompt or response.
-    pub fn in_order(mut self, prompts: &[usize], responses: &[usize]) -> Self {
-        assert_eq!(responses.len(), self.responses.len(), "every response has a place");
-        self.prompts = prompts.iter().map(|&prompt| self.prompts[prompt].clone()).collect();
-        self.responses = responses.iter().map(|&response| self.responses[response].clone()).collect();
-        self
+    /// As [`push`](Self::push), or if the batch has examples.
+    pub fn push_all(&mut self, examples: &[(&[u32], &[&[u32]])]) {
+        assert!(self.prompts.is_empty(), "the batch has examples");
+        let (mut groups, mut of_prompt) = (Vec::<Vec<usize>>::new(), HashMap::new());
+        let mut prompts = Vec::with_capacity(examples.len());
+        for (example, (prompt, _)) in examples.iter().enumerate() {
+            let group = *of_prompt.entry(*prompt).or_insert(groups.len());
+            if group == groups.len() {
+                groups.push(Vec::new());
+            }
+            groups[group].push(example);
+            prompts.push(group);
+        }
+        let mut of_example = vec![Vec::new(); examples.len()];
+        for group in groups {
+            let (prompt, first) = (examples[group[0]].0, self.responses.len());
+            let responses: Vec<&[u32]> = group.iter().flat_map(|&example| examples[example].1).copied().collect();
+            self.push(prompt, &responses);
+            let mut pushed = self.responses[first..].iter().cloned();
+            for example in group {
+                of_example[example] = pushed.by_ref().take(examples[example].1.len()).collect();
+            }
+        }
+        self.prompts = prompts.iter().map(|&group| self.prompts[group].clone()).collect();
+        self.responses = of_example.concat();
     }
 
     /// Adds a response to a prompt that is there already, that of the `prompt`-th example from 0. Its rows come last and have no keys.
@@ -260,19 +282,18 @@ mod tests {
     }
 
     #[test]
-    fn examples_in_another_order_keep_what_is_theirs() {
+    fn examples_with_one_prompt_share_it_and_keep_their_order() {
         let mut batch = PackedBatch::default();
-        batch.push(&[5, 6], &[&[7, 2], &[9]]);
-        batch.push(&[4], &[&[3, 2]]);
-        let sums = batch.sum_responses(&[1.0, 2.0, 4.0, 8.0, 16.0]);
-        assert_eq!(sums, [3.0, 4.0, 24.0]);
-        // the first prompt's second response is an example of its own
-        let mut batch = batch.in_order(&[0, 1, 0], &[0, 2, 1]);
-        assert_eq!(batch.sum_responses(&[1.0, 2.0, 4.0, 8.0, 16.0]), [3.0, 24.0, 4.0]);
-        assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0]), [1.0, 1.0, 3.0, 2.0, 2.0]);
+        batch.push_all(&[(&[5, 6], &[&[7, 2]]), (&[4], &[&[3, 2]]), (&[5, 6], &[&[9], &[8, 2]])]);
+        assert_eq!(batch.tokens, [5, 6, 7, 8, 4, 3]);
+        assert_eq!(batch.targets, [7, 2, 9, 8, 2, 3, 2]);
+        assert_eq!(batch.responses, [0..2, 5..7, 2..3, 3..5]);
+        assert_eq!(batch.sum_responses(&[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]), [3.0, 96.0, 4.0, 24.0]);
+        assert_eq!(batch.spread_responses(&[1.0, 2.0, 3.0, 4.0]), [1.0, 1.0, 3.0, 4.0, 4.0, 2.0, 2.0]);
+        // the prompt of the third example is the first's
         batch.push_response(2, &[8, 2]);
         assert_eq!(batch.segments.last().map(|segment| segment.prefix.clone()), Some([0..0, 0..2]));
-        assert_eq!(batch.responses[3], 5..7);
+        assert_eq!(batch.responses[4], 7..9);
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::ops::rope::RopeTable;
 use crate::ops::{embedding, fit, linear, logprob, lora, rmsnorm, score, swiglu};
 use crate::precision::Precision;
 
+pub use memory::PassSize;
 pub use parameters::Parameters;
 use parameters::{Gradient, Pass};
 use tape::{BlockTape, CompactTape, Room};
@@ -136,7 +137,8 @@ impl Decoder {
         Self { precision, ..self }
     }
 
-    /// The same decoder, whose buffers are made for passes of `rows` tokens at once. They grow for larger ones.
+    /// The same decoder, whose buffers are made for passes of `rows` tokens at once, so that those of its blocks need not grow from
+    /// one pass to the next.
     pub fn with_rows(self, rows: usize) -> Self {
         Self { most_rows: rows, ..self }
     }
@@ -145,7 +147,7 @@ impl Decoder {
     pub fn logps<'a>(&mut self, parameters: impl Into<Parameters<'a>>, batch: &'a PackedBatch) -> Vec<f64> {
         let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, None);
-        self.head_forward(&pass, batch, 0)
+        self.head_forward(&pass, batch, None)
     }
 
     /// As [`logps`](Self::logps), keeping what [`backward`](Self::backward) needs.
@@ -157,7 +159,7 @@ impl Decoder {
     ) -> Vec<f64> {
         let pass = Pass::new(self.precision, parameters.into(), batch);
         self.run_blocks(&pass, batch, Some(keep));
-        self.head_forward(&pass, batch, logprob::kept_rows(self.precision, batch.targets.len(), self.vocab()))
+        self.head_forward(&pass, batch, Some(keep))
     }
 
     /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] with respect to every weight of what is trained:
@@ -279,7 +281,7 @@ impl Decoder {
         keep == Some(Keep::All) && self.precision == Precision::Bf16
     }
 
-    /// Gives back all memory before a pass that is larger than all before it. A buffer that grew by itself would leave a hole into
+    /// Gives back all memory before a pass that is larger than all before it, and than was [announced](Self::with_rows). A buffer that grew by itself would leave a hole into
     /// which none of the others fits, as they have to grow too.
     fn release(&mut self) {
         self.tapes.clear();
@@ -463,9 +465,9 @@ impl Decoder {
         }
     }
 
-    /// Log-probabilities, or scores, of the batch's responses from `self.x`; keeps the softmax of the first `kept` scored
-    /// rows.
-    fn head_forward(&mut self, pass: &Pass<'_>, batch: &PackedBatch, kept: usize) -> Vec<f64> {
+    /// Log-probabilities, or scores, of the batch's responses from `self.x`; keeps the softmax of the first scored rows, as many
+    /// as `keep` allows.
+    fn head_forward(&mut self, pass: &Pass<'_>, batch: &PackedBatch, keep: Option<Keep>) -> Vec<f64> {
         if self.scores {
             self.gather_normed(pass, &batch.scored_rows);
             let normed = &self.scratch.head.normed[..batch.scored_rows.len() * self.hidden];
@@ -473,9 +475,11 @@ impl Decoder {
         }
         let (weights, vocab) = (pass.base(&self.layout.head), self.vocab());
         self.inverse_sums.clear();
+        let kept_of = |rows| keep.map_or(0, |keep| logprob::kept_rows(keep, rows, vocab));
+        let kept = kept_of(batch.targets.len());
         if kept > 0 {
-            // as a prompt's last row predicts the first tokens of two responses, one row more may be scored than there are
-            let room = vocab * logprob::kept_rows(self.precision, self.most_rows + 1, vocab).max(kept);
+            // a pass seldom scores more tokens than it computes
+            let room = vocab * kept_of(self.most_rows).max(kept);
             match self.precision {
                 Precision::F32 => _ = fit(&mut self.excess, room),
                 Precision::Bf16 => _ = fit(&mut self.rounded_excess, room),
@@ -593,6 +597,7 @@ impl Decoder {
 
 /// Copies numbers on all threads.
 fn copy(from: &[f32], to: &mut [f32]) {
+    assert_eq!(from.len(), to.len());
     to.par_chunks_mut(COPIED).zip(from.par_chunks(COPIED)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 

@@ -25,14 +25,6 @@ impl Precision {
         self == Self::F32 || bf16::is_native()
     }
 
-    /// Bytes of a number that is kept in this precision.
-    pub(crate) fn bytes(self) -> usize {
-        match self {
-            Self::F32 => size_of::<f32>(),
-            Self::Bf16 => size_of::<half::bf16>(),
-        }
-    }
-
     /// The name in recipes.
     pub fn name(self) -> &'static str {
         match self {

@@ -3,10 +3,11 @@
 use super::{Policy, TrainOptions};
 use crate::task::{Scored, Task};
 
-/// A hash of all that decides the course of a training of `policy`, on the first task, validated on the others.
+/// A hash of all that decides the course of a training of `policy`, on the first task, validated on the others; the arithmetic
+/// decides its last bits.
 pub(super) fn identity(policy: &Policy, tasks: &[&dyn Task], options: &TrainOptions) -> String {
     let mut hasher = blake3::Hasher::new();
-    hasher.update(format!("{} {}", policy.hash(), options.course()).as_bytes());
+    hasher.update(format!("{} {} {}", engine::arithmetic(), policy.hash(), options.course()).as_bytes());
     for task in tasks {
         hasher.update(task.parameters().as_bytes());
         for example in 0..task.len() {

@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use engine::decoder::PassSize;
 use engine::memory::{available, in_words, resident, trim};
 use engine::optim::OptimizerKind;
 use engine::{AdapterLayout, Decoder, Error, Keep, Layout, LoraOptions, ModelConfig, Result};
@@ -78,6 +79,9 @@ pub(crate) struct Lengths {
     batch: usize,
     /// Of the longest sequence.
     pub(super) longest: usize,
+    /// Responses of the batch that has most. A pass scores at most so many tokens more than it computes: of each response it
+    /// computes all tokens but the last.
+    responses: usize,
 }
 
 impl Lengths {
@@ -96,15 +100,22 @@ impl Lengths {
         let computed = |item: &Sequences<'_>| item.computed(for_scores);
         let all = || examples.iter().chain(validation);
         let plan = options.plan(examples.len(), least);
+        // with dropout they are not computed in the same pass
+        let mismatched = mismatched && !packing.dropout;
         let again = |item: &Sequences<'_>| if mismatched { computed(item) - item.prompt.len() } else { 0 };
+        let responses = |batch: &Vec<usize>| {
+            let responses = batch.iter().map(|&example| examples[example].responses.len()).sum::<usize>();
+            if mismatched { 2 * responses } else { responses }
+        };
         let of_batch = |batch: &Vec<usize>| {
-            let items: Vec<&Sequences<'_>> = batch.iter().map(|&example| &examples[example]).collect();
-            packing.computed(&items) + items.iter().copied().map(again).sum::<usize>()
+            let items: Vec<Sequences<'_>> = batch.iter().map(|&example| examples[example].clone()).collect();
+            packing.computed(&items) + items.iter().map(again).sum::<usize>()
         };
         Self {
             largest: all().map(computed).max().unwrap_or(0),
             batch: plan.batches.iter().map(of_batch).max().unwrap_or(0),
             longest: all().map(Sequences::longest).max().unwrap_or(0),
+            responses: plan.batches.iter().map(responses).max().unwrap_or(0),
         }
     }
 }
@@ -153,13 +164,14 @@ impl Footprint<'_> {
         // validation has no larger passes than the largest batch
         let micro_batch_tokens = tokens.min(lengths.batch).max(1);
         let largest_pass = micro_batch_tokens.max(lengths.largest);
-        let training = self.state_bytes() + Decoder::bytes(config, options.dtype, lora, [largest_pass, lengths.longest], Some(keep))
+        let of_pass = |rows: usize| PassSize { rows, scored: rows + lengths.responses, longest: lengths.longest };
+        let pass = of_pass(largest_pass);
+        let training = self.state_bytes() + Decoder::bytes(config, options.dtype, lora, pass, Some(keep))
             // the reference's last rows of a pass
-            + if *keeps_reference { size_of::<f32>() * largest_pass * config.hidden_size } else { 0 };
+            + if *keeps_reference { size_of::<f32>() * pass.scored * config.hidden_size } else { 0 };
         // before, the reference's log-probabilities are computed
         let scored = options.micro_batch_tokens.unwrap_or(reference::TOKENS).max(lengths.largest);
-        let scoring =
-            model_bytes(config) + Decoder::bytes(config, options.dtype, None, [scored, lengths.longest], None);
+        let scoring = model_bytes(config) + Decoder::bytes(config, options.dtype, None, of_pass(scored), None);
         let peak_bytes = others + work_bytes() + training.max(scoring);
         MemoryPlan { micro_batch_tokens, largest_pass, recompute: keep == Keep::Inputs, peak_bytes }
     }
@@ -265,7 +277,7 @@ mod tests {
         TrainOptions { micro_batch_tokens: None, ..options() }
     }
 
-    const LENGTHS: Lengths = Lengths { largest: 300, batch: 5000, longest: 250 };
+    const LENGTHS: Lengths = Lengths { largest: 300, batch: 5000, longest: 250, responses: 16 };
     const GIB: usize = 1 << 30;
 
     fn footprint<'a>(config: &'a ModelConfig, options: &'a TrainOptions) -> Footprint<'a> {
@@ -319,7 +331,7 @@ mod tests {
         assert_eq!((small.micro_batch_tokens, small.largest_pass), (1500, 1500));
         let long = of(Lengths { largest: 4000, longest: 4000, ..LENGTHS });
         assert_eq!((long.micro_batch_tokens, long.largest_pass), (2048, 4000));
-        assert!(of(Lengths { largest: 0, batch: 0, longest: 0 }).micro_batch_tokens == 1);
+        assert!(of(Lengths { largest: 0, batch: 0, longest: 0, responses: 0 }).micro_batch_tokens == 1);
     }
 
     #[test]
@@ -377,12 +389,13 @@ mod tests {
         let options = TrainOptions { batch_size: 10, epochs: 2, ..free() };
         let lengths = Lengths::new(&config, &options, &examples, &[item(95)], 1, false);
         // the last token of a response is not computed
-        assert_eq!(lengths, Lengths { largest: 104, batch: 10 * 9 + 9 * 55, longest: 105 });
+        assert_eq!(lengths, Lengths { largest: 104, batch: 10 * 9 + 9 * 55, longest: 105, responses: 10 });
         let pairs = TrainOptions { batch_size: 2, ..options };
         let lengths = Lengths::new(&config, &pairs, &examples, &[], 1, false);
         let largest = pairs.plan(10, 1).batches.iter().map(|b| b.iter().map(|i| 9 * i + 18).sum::<usize>()).max();
         assert_eq!((lengths.largest, Some(lengths.batch), lengths.longest), (99, largest, 100));
     }
+
     #[test]
     fn what_all_prompts_of_a_batch_begin_with_counts_once_and_for_mismatched_pairs_as_well() {
         let config = config();
@@ -396,10 +409,14 @@ mod tests {
             |options: &TrainOptions, mismatched| Lengths::new(&config, options, &examples, &[], 1, mismatched);
         // the last token of a response is not computed
         let batch = 20 + 4 * (2 + 3);
-        assert_eq!(lengths(&options, false), Lengths { largest: 22 + 3, batch, longest: 22 + 4 });
-        assert_eq!(lengths(&options, true).batch, batch + 4 * 3);
+        assert_eq!(lengths(&options, false), Lengths { largest: 22 + 3, batch, longest: 22 + 4, responses: 4 });
+        let mismatched = lengths(&options, true);
+        assert_eq!((mismatched.batch, mismatched.responses), (batch + 4 * 3, 8));
         let lora = Some(LoraOptions { dropout: 0.1, ..LoraOptions::default() });
         let apart = TrainOptions { lora, ..options };
-        assert_eq!(lengths(&apart, false).batch, 4 * (22 + 3), "with dropout nothing is shared");
+        for mismatched in [false, true] {
+            let lengths = lengths(&apart, mismatched);
+            assert_eq!((lengths.batch, lengths.responses), (4 * (22 + 3), 4), "with dropout nothing is shared");
+        }
     }
 }

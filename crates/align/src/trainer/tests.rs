@@ -60,7 +60,7 @@ struct Cut {
 
 /// Passes of so many tokens in f32.
 fn cut(micro_batch_tokens: usize, recompute: bool) -> Cut {
-    let plan = MemoryPlan { micro_batch_tokens, largest_pass: 0, recompute, peak_bytes: 0 };
+    let plan = MemoryPlan { micro_batch_tokens, largest_pass: micro_batch_tokens, recompute, peak_bytes: 0 };
     Cut { dtype: Precision::F32, plan }
 }
 
@@ -172,6 +172,13 @@ fn behind_a_system_prompt(mut pairs: Vec<TokenizedPair>) -> Vec<TokenizedPair> {
     for pair in &mut pairs {
         pair.prompt = [&[1, 3, 4, 6, 5, 8, 2, 9, 7, 3], &*pair.prompt].concat().into();
     }
+    pairs
+}
+
+/// The pairs with two prompts in turns, so that several pairs of a batch have the same.
+fn with_two_prompts(mut pairs: Vec<TokenizedPair>) -> Vec<TokenizedPair> {
+    let prompts = [0, 1].map(|pair| pairs[pair].prompt.clone());
+    pairs.iter_mut().zip(prompts.iter().cycle()).for_each(|(pair, prompt)| pair.prompt = prompt.clone());
     pairs
 }
 
@@ -295,6 +302,8 @@ fn loss_and_gradient_do_not_depend_on_the_cut_or_on_recomputing() {
     do_not_depend_on_the_cut(&pairs(&fixture()), [1e-5; 2]);
     // gradients of what is computed once are rounded as sums, and with every cut as other sums
     do_not_depend_on_the_cut(&behind_a_system_prompt(pairs(&fixture())), [1e-5, 1e-2]);
+    do_not_depend_on_the_cut(&with_two_prompts(pairs(&fixture())), [1e-5, 1e-2]);
+    do_not_depend_on_the_cut(&behind_a_system_prompt(with_two_prompts(pairs(&fixture()))), [1e-5, 1e-2]);
 }
 
 /// `tolerances` are those of gradients in f32 and in bf16.

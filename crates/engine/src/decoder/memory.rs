@@ -7,16 +7,27 @@ use crate::ops::attention::{self, Heads};
 use crate::ops::{linear, logprob};
 use crate::precision::Precision;
 
+/// Numbers of tokens in a pass, at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PassSize {
+    /// Computed ones.
+    pub rows: usize,
+    /// Scored ones, which may be more: the last row of a prompt predicts the first token of each of its responses.
+    pub scored: usize,
+    /// Those of the longest sequence.
+    pub longest: usize,
+}
+
 impl Decoder {
-    /// Bytes that a decoder for models of this shape, adapted by `lora` if at all, takes at most after passes over at most
-    /// `rows` tokens, in sequences of at most `longest`: passes that keep what `keep` says and train, or that keep nothing.
+    /// Bytes that a decoder for models of this shape, adapted by `lora` if at all, takes at most after passes of at most this size
+    /// that keep what `keep` says and train, or that keep nothing.
     ///
     /// A pass that gives divergences from a reference takes as much, besides the reference's rows that it is given.
     pub fn bytes(
         config: &ModelConfig,
         precision: Precision,
         lora: Option<&LoraOptions>,
-        [rows, longest]: [usize; 2],
+        PassSize { rows, scored, longest }: PassSize,
         keep: Option<Keep>,
     ) -> usize {
         let (d, f, blocks) = (config.hidden_size, config.intermediate_size, config.num_hidden_layers);
@@ -42,21 +53,21 @@ impl Decoder {
             Some(Keep::Inputs) => blocks * d + tape + stream + forward + backward,
             None => tape + stream + forward,
         };
-        // as a prompt's last row predicts the first tokens of two responses, one row more may be scored than there are
         let (head, factor) = if config.head.is_score() {
             (rows * (4 * d + 1), rows * (4 * d + 1))
         } else {
-            let kept = if keep.is_some() { logprob::kept_rows(precision, rows + 1, config.vocab_size) } else { 0 };
+            let scored = scored.max(rows);
+            let kept = keep.map_or(0, |keep| logprob::kept_rows(keep, scored, config.vocab_size));
             let most = logprob::chunk_rows(config.vocab_size);
-            let others = most.min(rows + 1 - kept);
+            let others = most.min(scored - kept);
             let softmax = match precision {
                 Precision::F32 => kept + others,
                 // logits of a chunk are in f32, and the softmax of as many in 16 bits as are kept or computed again
-                Precision::Bf16 if keep.is_some() => most.min(rows + 1) + (kept + others).div_ceil(2),
+                Precision::Bf16 if keep.is_some() => most.min(scored) + (kept + others).div_ceil(2),
                 Precision::Bf16 => others,
             };
             let chunk = kept.max(others);
-            (softmax * config.vocab_size + chunk * (4 * d + 1), chunk * config.vocab_size)
+            (softmax * config.vocab_size + chunk * (4 * d + 1) + kept, chunk * config.vocab_size)
         };
         // without instructions for it, a product in bf16 is that of rounded copies of its factors, of which the head's are largest
         let copies =
@@ -156,7 +167,8 @@ mod tests {
                 }
                 let common = if keep.is_some() { attention::common_bytes(decoder.heads(), longest) } else { 0 };
                 let held = held(&decoder) + size_of::<f32>() * longest * model.config.head_dim + common;
-                let foretold = Decoder::bytes(&model.config, precision, lora.as_ref(), [batch.rows(), longest], keep);
+                let size = PassSize { rows: batch.rows(), scored: batch.targets.len(), longest };
+                let foretold = Decoder::bytes(&model.config, precision, lora.as_ref(), size, keep);
                 let slack = if keep.is_none() || for_scores || precision == Precision::Bf16 { 1.5 } else { 1.05 };
                 assert!(
                     held <= foretold && foretold as f64 <= slack * held as f64,

@@ -115,6 +115,30 @@ fn a_small_batch_after_a_large_one_reads_nothing_stale() {
     Precision::ALL.into_iter().for_each(|precision| reads_nothing_stale(&model, precision));
 }
 
+#[test]
+fn buffers_of_announced_rows_stay_where_they_are_and_change_nothing() {
+    let batch = batch();
+    let mut small = PackedBatch::default();
+    small.push(&[1, 2], &[&[3, 4]]);
+    for (model, precision) in in_both_precisions() {
+        for keep in [Keep::All, Keep::Inputs] {
+            let run = |decoder: &mut Decoder, batch: &PackedBatch| {
+                let mut gradient = vec![0.0; model.layout.len];
+                let logps = decoder.forward(&model.weights, batch, keep);
+                decoder.backward(&model.weights, batch, &vec![0.5; logps.len()], &mut gradient);
+                (logps, gradient)
+            };
+            let decoder = || Decoder::new(&model, 16).with_precision(precision);
+            let mut roomy = decoder().with_rows(batch.rows() + 3);
+            assert_eq!(run(&mut roomy, &small), run(&mut decoder(), &small));
+            let place = |decoder: &Decoder| [&decoder.x, &decoder.inputs[1], &decoder.scratch.dx].map(|x| x.as_ptr());
+            let before = place(&roomy);
+            assert_eq!(run(&mut roomy, &batch), run(&mut decoder(), &batch));
+            assert_eq!(place(&roomy), before);
+        }
+    }
+}
+
 fn reads_nothing_stale(model: &Model, precision: Precision) {
     let decoder = || Decoder::new(model, 16).with_precision(precision);
     let mut small = PackedBatch::default();
@@ -140,7 +164,7 @@ fn the_softmax_of_rows_beyond_the_kept_ones_is_computed_again() {
     let (mut batch, d_logps) = (PackedBatch::default(), [0.7, -0.4, 1.1]);
     batch.push(&[1, 2], &[&response, &response[1..], &response[2..]]);
     for precision in Precision::ALL {
-        let kept = logprob::kept_rows(precision, batch.targets.len(), vocab_size);
+        let kept = logprob::kept_rows(Keep::All, batch.targets.len(), vocab_size);
         assert!(kept > 200 && kept < batch.targets.len(), "{kept} rows are kept");
         let mut decoder = Decoder::new(&model, 256).with_precision(precision);
         let [mut some_kept, mut none_kept] = [(); 2].map(|()| vec![0.0; model.layout.len]);

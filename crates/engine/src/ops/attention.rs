@@ -257,6 +257,11 @@ impl Tile<'_> {
     }
 }
 
+/// How many scores the last tile of a span has, which has most: made room for at once, memory does not grow tile by tile.
+fn scores_of_last_tile(pieces: &[Piece; 3]) -> usize {
+    TILE * pieces.iter().map(|piece| piece.tokens).sum::<usize>()
+}
+
 /// `[keys, TILE]` numbers, vector by vector.
 fn by_vector(scores: &mut [f32], keys: usize) -> &mut [[[f32; LANES]; 2]] {
     scores[..keys * TILE].as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0
@@ -311,6 +316,7 @@ impl WithSimd for Forward<'_> {
         let Self { qkv, heads, span, head, out, lse, scratch: Scratch { q, p, .. } } = self;
         let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
         let pieces = pieces(qkv, heads, span, heads.key_head(head));
+        fit(p, scores_of_last_tile(&pieces));
         for tile in Tile::of(span, &pieces) {
             tile.transpose(&qkv[tile.row * width + head * dim..], width, dim, q);
             tile.scores(simd, |piece| piece.keys, q, dim, p);

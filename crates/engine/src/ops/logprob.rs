@@ -1,7 +1,7 @@
 //! The vocabulary head as log-probabilities of given tokens: log p(t|x) = (x·Wᵀ)ₜ − logsumexp(x·Wᵀ).
 //!
 //! Only rows that predict a token of a response come here, in chunks; of their softmax as much is kept for the backward pass as [`KEPT`]
-//! says. In bf16 it is kept in 16 bits, of which products read it: log-probabilities are of the logits in f32.
+//! says. In bf16 it is in 16 bits, of which products read it: log-probabilities are of the logits in f32.
 
 use std::ops::Range;
 
@@ -11,14 +11,16 @@ use rayon::prelude::*;
 use super::divergence::Head;
 use super::simd::{dispatch, exp_sum, max, to_bf16};
 use super::{fit, linear};
+use crate::decoder::Keep;
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
 
 /// Logits held at once: 64 MiB of f32.
 const LOGITS: usize = 1 << 24;
 
-/// Bytes of the softmax that a forward pass keeps for the backward pass.
-const KEPT: usize = 128 << 20;
+/// Numbers of the softmax that a forward pass keeps for the backward pass: 256 MiB of f32, 128 MiB in bf16. Half as many where
+/// blocks are computed again because memory is short.
+const KEPT: usize = 1 << 26;
 
 /// The most rows to process at once for a vocabulary of this size.
 pub(crate) fn chunk_rows(vocab: usize) -> usize {
@@ -32,8 +34,9 @@ pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
 }
 
 /// How many of `rows` have their softmax kept for the backward pass.
-pub(crate) fn kept_rows(precision: Precision, rows: usize, vocab: usize) -> usize {
-    rows.min(KEPT / (precision.bytes() * vocab))
+pub(crate) fn kept_rows(keep: Keep, rows: usize, vocab: usize) -> usize {
+    let most = if keep == Keep::All { KEPT } else { KEPT / 2 };
+    rows.min(most / vocab)
 }
 
 /// Cuts `rows` into the first `kept` and chunks of the others.
@@ -274,11 +277,8 @@ mod tests {
     #[test]
     fn what_is_kept_comes_first_and_the_rest_in_chunks() {
         let cut = |rows, kept| cut(rows, kept, 49_152).collect::<Vec<_>>();
-        let kept = |precision, rows| kept_rows(precision, rows, 49_152);
-        assert_eq!(
-            (kept(Precision::F32, 5), kept(Precision::F32, 5_000), kept(Precision::Bf16, 5_000)),
-            (5, 682, 1365)
-        );
+        let kept = |rows| kept_rows(Keep::All, rows, 49_152);
+        assert_eq!((kept(5), kept(5_000), kept_rows(Keep::Inputs, 5_000, 49_152)), (5, 1365, 682));
         assert_eq!(cut(682, 682).len(), 1);
         assert_eq!(cut(700, 0), [0..341, 341..682, 682..700]);
         assert_eq!(cut(700, 682), [0..682, 682..700]);

@@ -33,7 +33,7 @@ fn elementwise(bytes: usize) -> Span {
 
 /// The first `len` elements of a buffer that is made anew where it is too small; their values are arbitrary.
 ///
-/// New memory is not written to: the system gives a page of it to the thread that uses it first.
+/// Memory that is new to the process is not written to: the system gives a page of it to the thread that uses it first.
 pub(crate) fn fit<T: Zeros>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
         // what there is goes first, so that both are never there together

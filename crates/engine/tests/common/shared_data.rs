@@ -1,4 +1,4 @@
-//! Data and models that tests need and the repository does not hold.
+//! Data and models that tests need and the repository does not hold; the tests of other crates include this file by its path.
 
 use std::io::Write;
 use std::path::PathBuf;

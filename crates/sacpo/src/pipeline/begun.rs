@@ -28,28 +28,33 @@ pub(super) fn note(cache: &Path, folder: &Path, key: &str) -> Result<()> {
     atomic::write_file(&key_file(cache, folder), |out| out.write_all(noted.as_bytes()))
 }
 
-/// Checks that a training which was stopped, if there is one, is that of this key and began with this arithmetic. The trainer would
-/// find out too, but only once the run is at work, and not which of the two differs.
+/// Checks that a training which was stopped, if there is one, is that of this key and began with this arithmetic. The trainer finds
+/// out too, but only once the run is at work, and not which of the two differs.
 ///
 /// # Errors
 /// A training that depends on something else.
 pub(super) fn check(cache: &Path, folder: &Path, key: &str) -> Result<()> {
+    if !has_state(folder) {
+        return Ok(());
+    }
     let Ok(noted) = std::fs::read_to_string(key_file(cache, folder)) else { return Ok(()) };
-    let (arithmetic, noted) = noted.split_once('\n').unwrap_or_default();
+    // earlier versions noted the key alone
+    let (arithmetic, noted) = noted.split_once('\n').unwrap_or(("an earlier version", &noted));
     let now = engine::arithmetic();
-    let why = match has_state(folder) {
-        true if noted != key => {
-            "belongs to another training: the model, the data or the options have changed. Put them back as they were"
-                .to_owned()
-        }
-        true if arithmetic != now => format!(
+    let why = if noted != key {
+        "belongs to another training: the model, the data or the options have changed. Put them back as they were"
+            .to_owned()
+    } else if arithmetic != now {
+        format!(
             "is of a training that began with another version of sacpo or on another kind of processor ({arithmetic}, here \
              {now}), where sums are rounded otherwise. Continue it there"
-        ),
-        _ => return Ok(()),
+        )
+    } else {
+        return Ok(());
     };
     Err(Error::input(format!(
-        "What is saved in {} {why}, choose another output folder (run.out, or --out), or delete that folder to train from the start.",
+        "What is saved in {} {why}, choose another output folder (run.out, or --out), or delete that folder to train from \
+         the start.",
         folder.display()
     )))
 }
@@ -79,8 +84,10 @@ mod tests {
         note(&cache, &folder, "other").unwrap();
         check(&cache, &folder, "one").unwrap();
         let noted = key_file(&cache, &folder);
-        std::fs::write(&noted, "v0 portable\none").unwrap();
-        assert!(check(&cache, &folder, "one").unwrap_err().to_string().contains("v0 portable, here v"));
+        for (kept, shown) in [("v0 portable\none", "v0 portable, here v"), ("one", "an earlier version, here v")] {
+            std::fs::write(&noted, kept).unwrap();
+            assert!(check(&cache, &folder, "one").unwrap_err().to_string().contains(shown));
+        }
         assert!(check(&cache, &folder, "other").unwrap_err().to_string().contains("another training"));
         // of a state whose key is not known the trainer finds out
         std::fs::remove_dir_all(&cache).unwrap();

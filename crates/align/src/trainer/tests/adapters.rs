@@ -41,13 +41,17 @@ fn an_adapter_starts_at_margin_zero_and_leaves_the_model_as_it_is() {
 /// What is dropped of an example depends on seed, step and example alone; the divergence on policy and reference alone.
 #[test]
 fn dropout_and_divergence_do_not_depend_on_the_cut() {
-    let pairs = pairs(&fixture());
+    dropout_and_divergence_of(&pairs(&fixture()));
+    dropout_and_divergence_of(&with_two_prompts(pairs(&fixture())));
+}
+
+fn dropout_and_divergence_of(pairs: &[TokenizedPair]) {
     let start = tiny("untied_gqa");
-    let reference = reference(&start, &pairs);
+    let reference = reference(&start, pairs);
     let all: Vec<usize> = (0..pairs.len()).collect();
     let tdpo = Pairwise::Tdpo { beta: 0.5, alpha: 0.5 };
     for (objective, dropout) in [(&DPO, 0.4), (&tdpo, 0.0), (&tdpo, 0.4)] {
-        let task = Preferences::new(&pairs, &reference, &start, objective);
+        let task = Preferences::new(pairs, &reference, &start, objective);
         let policy = adapted(&start, dropout);
         let run = |cut| gradient(&policy, &task, &all, cut);
         let whole = run(whole());

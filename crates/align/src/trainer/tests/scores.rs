@@ -91,6 +91,19 @@ fn a_stopped_training_of_scores_continues_bit_exactly() {
 }
 
 #[test]
+fn pairs_with_one_prompt_have_the_gradient_that_they_have_alone() {
+    let pairs = with_two_prompts(pairs(&fixture()["pairs"]));
+    let (policy, all) = (Policy::Whole(scorer()), (0..pairs.len()).collect::<Vec<_>>());
+    for loss in [ScoreLoss::Reward, ScoreLoss::Cost] {
+        let task = ScoredPairs::new(&pairs, loss);
+        let [alone, together] = [1, 10_000].map(|tokens| gradient(&policy, &task, &all, cut(tokens, false)));
+        assert_eq!(alone.means, together.means);
+        assert_close(&together.gradient, &alone.gradient);
+        assert!(together.tokens < alone.tokens);
+    }
+}
+
+#[test]
 fn losses_and_labels_tell_trainings_apart() {
     let fixture = fixture();
     let pairs = pairs(&fixture["pairs"]);

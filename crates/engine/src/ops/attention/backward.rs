@@ -6,7 +6,9 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::kernel::product;
-use super::{Heads, Prefix, STRIP, Scratch, Shared, Span, TILE, Tile, by_vector, check, flops, pieces};
+use super::{
+    Heads, Prefix, STRIP, Scratch, Shared, Span, TILE, Tile, by_vector, check, fit, flops, pieces, scores_of_last_tile,
+};
 use crate::ops::linear::Matrix;
 use crate::ops::simd::{LANES, dot, exp};
 use crate::profile::{self, Stage, Work};
@@ -131,6 +133,9 @@ impl WithSimd for Backward<'_> {
         for span in spans {
             let pieces = pieces(pass.qkv, pass.heads, span, key_head);
             let gradients = pass.gradients(span, key_head, d_common);
+            for scores in [&mut scratch.p, &mut scratch.ds] {
+                fit(scores, scores_of_last_tile(&pieces));
+            }
             for head in key_head * repeats..(key_head + 1) * repeats {
                 for tile in Tile::of(span, &pieces) {
                     pass.tile(simd, tile, &gradients, head, scratch);
