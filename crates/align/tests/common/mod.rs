@@ -1,5 +1,5 @@
 //! What the tests of preference data share.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, unused_imports, clippy::unwrap_used)]
 
 #[path = "../../../engine/tests/common/shared_data.rs"]
 mod shared_data;

@@ -1,5 +1,5 @@
 //! What several integration tests share.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
+#![allow(dead_code, unused_imports, unreachable_pub, clippy::unwrap_used, clippy::expect_used)]
 
 pub mod gguf;
 mod shared_data;

@@ -1,7 +1,7 @@
 //! Running the command, and the small models and data that its tests share.
 
 // each test file uses a part
-#![allow(dead_code, clippy::unwrap_used, clippy::expect_used)]
+#![allow(dead_code, unused_imports, clippy::unwrap_used, clippy::expect_used)]
 
 #[path = "../../../engine/tests/common/shared_data.rs"]
 mod shared_data;
