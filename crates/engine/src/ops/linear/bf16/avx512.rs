@@ -370,41 +370,50 @@ struct Tile {
 /// The processor must have the instructions. The tile must be valid to read and write, for this thread alone.
 unsafe fn compute(a: &[u32], b: &[u32], tile: Tile, scale: f32, add: bool) {
     macro_rules! of_rows {
-        ($($rows:literal)*) => {
+        ($vectors:literal: $($rows:literal)*) => {
             match tile.rows {
                 // SAFETY: the caller's promise.
-                $($rows => unsafe { kernel::<$rows>(a, b, tile, scale, add) },)*
+                $($rows => unsafe { kernel::<$rows, $vectors>(a, b, tile, scale, add) },)*
                 rows => unreachable!("a tile of {rows} rows"),
             }
         };
     }
-    of_rows!(1 2 3 4 5 6 7 8 9 10 11 12);
+    if tile.columns <= 16 {
+        of_rows!(1: 1 2 3 4 5 6 7 8 9 10 11 12);
+    } else {
+        of_rows!(2: 1 2 3 4 5 6 7 8 9 10 11 12);
+    }
 }
 
-/// As [`compute`], of a tile of `R` rows. Every element is summed in the order of the pairs, whatever R is.
+/// As [`compute`], of a tile of `R` rows and `V` vectors of columns. Every element is summed in the order of the pairs, whatever
+/// these are.
 ///
 /// # Safety
-/// As for [`compute`], and the tile must have R rows.
+/// As for [`compute`], and the tile must have R rows and columns in V vectors.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn kernel<const R: usize>(a: &[u32], b: &[u32], tile: Tile, scale: f32, add: bool) {
-    let mut sums = [[_mm512_setzero_ps(); 2]; R];
+unsafe fn kernel<const R: usize, const V: usize>(a: &[u32], b: &[u32], tile: Tile, scale: f32, add: bool) {
+    let mut sums = [[_mm512_setzero_ps(); V]; R];
     for (a, b) in a.as_chunks::<ROWS>().0.iter().zip(b.as_chunks::<COLUMNS>().0) {
-        let (low, high) = b.split_at(16);
-        // SAFETY: both halves have 16 words; transmutations between vectors of 512 bits.
-        let [low, high] = [low, high]
-            .map(|half| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(half.as_ptr().cast())) });
+        let mut right = [_mm512_setzero_si512(); V];
+        for (right, b) in right.iter_mut().zip(b.as_chunks::<16>().0) {
+            // SAFETY: 16 words to read.
+            *right = unsafe { _mm512_loadu_si512(b.as_ptr().cast()) };
+        }
+        // SAFETY: a transmutation between vectors of 512 bits.
+        let right = right.map(|right| unsafe { std::mem::transmute::<__m512i, __m512bh>(right) });
         for (sums, &a) in sums.iter_mut().zip(a) {
             // SAFETY: as above.
             let a = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(a as i32)) };
-            sums[0] = _mm512_dpbf16_ps(sums[0], a, low);
-            sums[1] = _mm512_dpbf16_ps(sums[1], a, high);
+            for (sum, right) in sums.iter_mut().zip(right) {
+                *sum = _mm512_dpbf16_ps(*sum, a, right);
+            }
         }
     }
     let scale = _mm512_set1_ps(scale);
-    let masks = [mask(tile.columns), mask(tile.columns.saturating_sub(16))];
     for (row, sums) in sums.into_iter().enumerate() {
-        for (half, (sum, mask)) in sums.into_iter().zip(masks).enumerate() {
-            let to = tile.start.wrapping_add(row * tile.row_stride + 16 * half);
+        for (vector, sum) in sums.into_iter().enumerate() {
+            let mask = mask(tile.columns - 16 * vector);
+            let to = tile.start.wrapping_add(row * tile.row_stride + 16 * vector);
             let mut result = _mm512_mul_ps(sum, scale);
             // SAFETY: the mask leaves elements of the tile alone.
             unsafe {
