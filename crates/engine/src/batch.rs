@@ -30,6 +30,8 @@ pub struct PackedBatch {
     pub targets: Vec<u32>,
     /// For each response, its range in `scored_rows`.
     pub responses: Vec<Range<usize>>,
+    /// Rows of the responses that were [added behind](Self::push_response); the last ones.
+    rows_behind: usize,
     /// For dropout, what tells each row from all others of a training, `[rows]`; see [`push_keyed`](Self::push_keyed).
     pub(crate) row_keys: Vec<u64>,
 }
@@ -62,8 +64,10 @@ impl PackedBatch {
     ///
     /// # Panics
     /// If the prompt is empty: the first token of a sequence is predicted by nothing. Nor may a response be, unless the batch
-    /// is for scores. If the prompt has not the batch's [common](Self::with_common) tokens and at least one more.
+    /// is for scores. If the prompt has not the batch's [common](Self::with_common) tokens and at least one more. If responses
+    /// were [added behind](Self::push_response).
     pub fn push(&mut self, prompt: &[u32], responses: &[&[u32]]) {
+        assert_eq!(self.rows_behind, 0, "examples come before responses that are added behind");
         let (common, prompt) = prompt.split_at_checked(self.common).unwrap_or_default();
         assert!(common == &self.tokens[..self.common], "a prompt does not begin as all others do");
         assert!(!prompt.is_empty(), "a prompt has at least one token, after those that are common");
@@ -76,7 +80,7 @@ impl PackedBatch {
         }
         self.add_segment(prompt, 0..0);
         for response in responses {
-            self.push_response(self.prompts.len() - 1, response);
+            self.add_response(self.prompts.len() - 1, response);
         }
     }
 
@@ -121,6 +125,13 @@ impl PackedBatch {
     /// # Panics
     /// If there is no such prompt, or as [`push`](Self::push) of empty responses.
     pub fn push_response(&mut self, prompt: usize, response: &[u32]) {
+        let before = self.rows();
+        self.add_response(prompt, response);
+        self.rows_behind += self.rows() - before;
+    }
+
+    /// Adds a response to the prompt of an example.
+    fn add_response(&mut self, prompt: usize, response: &[u32]) {
         let prompt = self.prompts[prompt].clone();
         let rows = self.add_segment(self.computed(response), prompt.clone());
         self.score(prompt.end - 1, rows.start, response);
@@ -199,6 +210,11 @@ impl PackedBatch {
     /// Number of tokens that the decoder computes.
     pub fn rows(&self) -> usize {
         self.tokens.len()
+    }
+
+    /// Number of them before the responses that were [added behind](Self::push_response): those of which a gradient may be taken.
+    pub(crate) fn rows_before(&self) -> usize {
+        self.rows() - self.rows_behind
     }
 
     /// What each segment attends to.

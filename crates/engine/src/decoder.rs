@@ -75,8 +75,10 @@ pub struct Decoder {
     inverse_sums: Vec<f32>,
     kept: Option<Keep>,
     scratch: Scratch,
-    /// Rows for which buffers are made: those of the largest batch so far, or announced by [`with_rows`](Self::with_rows).
+    /// Rows for which buffers are made, those of the largest batch so far or announced by [`with_rows`](Self::with_rows), and
+    /// those of which the backward pass may read.
     most_rows: usize,
+    most_kept: usize,
 }
 
 /// Memory that holds nothing between operations.
@@ -129,6 +131,7 @@ impl Decoder {
             kept: None,
             scratch: Scratch::default(),
             most_rows: 0,
+            most_kept: 0,
         }
     }
 
@@ -137,10 +140,10 @@ impl Decoder {
         Self { precision, ..self }
     }
 
-    /// The same decoder, whose buffers are made for passes of `rows` tokens at once, so that those of its blocks need not grow from
-    /// one pass to the next.
-    pub fn with_rows(self, rows: usize) -> Self {
-        Self { most_rows: rows, ..self }
+    /// The same decoder, whose buffers are made at once for passes of `rows` tokens that train and as many `behind` as
+    /// [`PassSize`] says, so that those of its blocks need not grow from one pass to the next.
+    pub fn with_rows(self, rows: usize, behind: usize) -> Self {
+        Self { most_rows: rows + behind, most_kept: rows, ..self }
     }
 
     /// The log-probability of each response of the batch, summed over its tokens; or its score.
@@ -271,6 +274,17 @@ impl Decoder {
         Room { rows, most: self.most_rows.max(rows) }
     }
 
+    /// As [`room`](Self::room), of what the backward pass reads.
+    fn kept_room(&self, rows: usize) -> Room {
+        Room { rows, most: self.most_kept.max(rows) }
+    }
+
+    /// Whether a pass that keeps what `keep` says for the backward pass keeps it of responses [added
+    /// behind](PackedBatch::push_response) too, which needs none of it.
+    pub fn keeps_behind(precision: Precision, adapted: bool, keep: Keep) -> bool {
+        keep == Keep::All && (precision == Precision::F32 || adapted)
+    }
+
     /// Whether every block has a tape of its own.
     fn has_tapes(&self, keep: Option<Keep>) -> bool {
         keep == Some(Keep::All) && self.precision == Precision::F32
@@ -299,9 +313,14 @@ impl Decoder {
         assert_eq!(batch.for_scores, self.scores, "the batch is not for this head");
         // what was kept of the softmax is of another batch
         self.inverse_sums.clear();
-        if batch.rows() > self.most_rows {
+        let kept = match keep {
+            None => 0,
+            Some(keep) if Self::keeps_behind(self.precision, pass.is_adapted(), keep) => batch.rows(),
+            Some(_) => batch.rows_before(),
+        };
+        if batch.rows() > self.most_rows || kept > self.most_kept {
             self.release();
-            self.most_rows = batch.rows();
+            (self.most_rows, self.most_kept) = (self.most_rows.max(batch.rows()), self.most_kept.max(kept));
         }
         let blocks = self.layout.blocks.len();
         let (apart, compact) = (self.has_tapes(keep), self.has_compact_tapes(keep));
@@ -310,19 +329,20 @@ impl Decoder {
         self.inputs.resize_with(if keep.is_some() { blocks } else { 0 }, Vec::new);
         let d = self.hidden;
         let mut x = std::mem::take(&mut self.x);
-        let room = self.room(batch.rows());
+        let (room, kept_room) = (self.room(batch.rows()), self.kept_room(kept));
         let rows = room.of(&mut x, d);
         embedding::forward(pass.base(&self.layout.embedding), &batch.tokens, rows, d);
         let spans = batch.spans();
         for index in 0..blocks {
             if keep.is_some() {
-                copy(rows, room.of(&mut self.inputs[index], d));
+                copy(&rows[..kept * d], kept_room.of(&mut self.inputs[index], d));
             }
             let place = if apart { index } else { 0 };
             let mut tape = std::mem::take(&mut self.tapes[place]);
             self.block_forward(pass, index, &spans, &batch.positions, rows, &mut tape);
             if compact {
-                self.compact[index].store(&mut tape, self.heads, room);
+                let moves = kept_room.most == room.most;
+                self.compact[index].store(&mut tape, [d, self.intermediate], self.heads, kept_room, moves);
             }
             self.tapes[place] = tape;
         }
@@ -385,7 +405,7 @@ impl Decoder {
             let place = if self.has_tapes(Some(keep)) { index } else { 0 };
             let mut tape = std::mem::take(&mut self.tapes[place]);
             if self.has_compact_tapes(Some(keep)) {
-                self.compact[index].restore(&mut tape, self.heads, room);
+                self.compact[index].lend(&mut tape, self.heads, room);
             }
             if keep == Keep::Inputs {
                 let mut x = std::mem::take(&mut self.x);
@@ -394,6 +414,9 @@ impl Decoder {
                 self.x = x;
             }
             self.block_backward(pass, index, &spans, &batch.positions, &mut tape, gradient);
+            if self.has_compact_tapes(Some(keep)) {
+                self.compact[index].exchange(&mut tape);
+            }
             self.tapes[place] = tape;
         }
         if let Some(d_embedding) = gradient.base(&self.layout.embedding) {

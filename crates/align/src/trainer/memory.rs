@@ -38,8 +38,10 @@ fn work_bytes() -> usize {
 pub struct MemoryPlan {
     /// Tokens per forward and backward pass at most; a longer example passes alone.
     pub micro_batch_tokens: usize,
-    /// Tokens of the largest pass.
+    /// Tokens of the largest pass, besides
     pub largest_pass: usize,
+    /// those of mismatched responses that a pass computes behind its examples, of which nothing is kept.
+    pub behind: usize,
     /// Whether the backward pass computes every block again (gradient checkpointing).
     pub recompute: bool,
     /// Bytes of resident memory that the process holds at most while it trains.
@@ -75,8 +77,12 @@ pub(crate) struct Footprint<'a> {
 pub(crate) struct Lengths {
     /// Of the largest example.
     largest: usize,
-    /// Of the largest batch, with what is computed beside it.
+    /// Of the largest batch.
     batch: usize,
+    /// Of the mismatched responses of a batch, and
+    behind: usize,
+    /// of a batch with them.
+    together: usize,
     /// Of the longest sequence.
     pub(super) longest: usize,
     /// Responses of the batch that has most. A pass scores at most so many tokens more than it computes: of each response it
@@ -109,11 +115,14 @@ impl Lengths {
         };
         let of_batch = |batch: &Vec<usize>| {
             let items: Vec<Sequences<'_>> = batch.iter().map(|&example| examples[example].clone()).collect();
-            packing.computed(&items) + items.iter().map(again).sum::<usize>()
+            (packing.computed(&items), items.iter().map(again).sum::<usize>())
         };
+        let batches: Vec<(usize, usize)> = plan.batches.iter().map(of_batch).collect();
         Self {
             largest: all().map(computed).max().unwrap_or(0),
-            batch: plan.batches.iter().map(of_batch).max().unwrap_or(0),
+            batch: batches.iter().map(|&(own, _)| own).max().unwrap_or(0),
+            behind: batches.iter().map(|&(_, behind)| behind).max().unwrap_or(0),
+            together: batches.iter().map(|&(own, behind)| own + behind).max().unwrap_or(0),
             longest: all().map(Sequences::longest).max().unwrap_or(0),
             responses: plan.batches.iter().map(responses).max().unwrap_or(0),
         }
@@ -161,19 +170,28 @@ impl Footprint<'_> {
     fn with_cut(&self, others: usize, tokens: usize, keep: Keep) -> MemoryPlan {
         let Self { config, options, keeps_reference, lengths } = self;
         let lora = options.lora.as_ref();
+        // where mismatched responses take as much memory as others, they count as such
+        let (batch, behind) = match Decoder::keeps_behind(options.dtype, lora.is_some(), keep) {
+            true => (lengths.together, 0),
+            false => (lengths.batch, lengths.behind),
+        };
         // validation has no larger passes than the largest batch
-        let micro_batch_tokens = tokens.min(lengths.batch).max(1);
+        let micro_batch_tokens = tokens.min(batch).max(1);
+        let behind = behind.min(micro_batch_tokens);
         let largest_pass = micro_batch_tokens.max(lengths.largest);
-        let of_pass = |rows: usize| PassSize { rows, scored: rows + lengths.responses, longest: lengths.longest };
-        let pass = of_pass(largest_pass);
+        let of_pass = |rows: usize, behind: usize| {
+            let scored = rows + behind + lengths.responses;
+            PassSize { rows, behind, scored, longest: lengths.longest }
+        };
+        let pass = of_pass(largest_pass, behind);
         let training = self.state_bytes() + Decoder::bytes(config, options.dtype, lora, pass, Some(keep))
             // the reference's last rows of a pass
             + if *keeps_reference { size_of::<f32>() * pass.scored * config.hidden_size } else { 0 };
         // before, the reference's log-probabilities are computed
         let scored = options.micro_batch_tokens.unwrap_or(reference::TOKENS).max(lengths.largest);
-        let scoring = model_bytes(config) + Decoder::bytes(config, options.dtype, None, of_pass(scored), None);
+        let scoring = model_bytes(config) + Decoder::bytes(config, options.dtype, None, of_pass(scored, 0), None);
         let peak_bytes = others + work_bytes() + training.max(scoring);
-        MemoryPlan { micro_batch_tokens, largest_pass, recompute: keep == Keep::Inputs, peak_bytes }
+        MemoryPlan { micro_batch_tokens, largest_pass, behind, recompute: keep == Keep::Inputs, peak_bytes }
     }
 
     /// Bytes of weights, gradient, and all that changes with them.
@@ -277,7 +295,8 @@ mod tests {
         TrainOptions { micro_batch_tokens: None, ..options() }
     }
 
-    const LENGTHS: Lengths = Lengths { largest: 300, batch: 5000, longest: 250, responses: 16 };
+    const LENGTHS: Lengths =
+        Lengths { largest: 300, batch: 5000, behind: 0, together: 5000, longest: 250, responses: 16 };
     const GIB: usize = 1 << 30;
 
     fn footprint<'a>(config: &'a ModelConfig, options: &'a TrainOptions) -> Footprint<'a> {
@@ -327,11 +346,14 @@ mod tests {
     fn no_pass_is_larger_than_the_largest_batch_or_smaller_than_the_largest_example() {
         let (config, options) = (config(), free());
         let of = |lengths| Footprint { lengths, ..footprint(&config, &options) }.plan_within(0, usize::MAX).unwrap();
-        let small = of(Lengths { batch: 1500, ..LENGTHS });
+        let small = of(Lengths { batch: 1500, together: 1500, ..LENGTHS });
         assert_eq!((small.micro_batch_tokens, small.largest_pass), (1500, 1500));
         let long = of(Lengths { largest: 4000, longest: 4000, ..LENGTHS });
         assert_eq!((long.micro_batch_tokens, long.largest_pass), (2048, 4000));
-        assert!(of(Lengths { largest: 0, batch: 0, longest: 0, responses: 0 }).micro_batch_tokens == 1);
+        assert!(
+            of(Lengths { largest: 0, batch: 0, together: 0, longest: 0, responses: 0, ..LENGTHS }).micro_batch_tokens
+                == 1
+        );
     }
 
     #[test]
@@ -389,7 +411,9 @@ mod tests {
         let options = TrainOptions { batch_size: 10, epochs: 2, ..free() };
         let lengths = Lengths::new(&config, &options, &examples, &[item(95)], 1, false);
         // the last token of a response is not computed
-        assert_eq!(lengths, Lengths { largest: 104, batch: 10 * 9 + 9 * 55, longest: 105, responses: 10 });
+        let batch = 10 * 9 + 9 * 55;
+        let expected = Lengths { largest: 104, batch, behind: 0, together: batch, longest: 105, responses: 10 };
+        assert_eq!(lengths, expected);
         let pairs = TrainOptions { batch_size: 2, ..options };
         let lengths = Lengths::new(&config, &pairs, &examples, &[], 1, false);
         let largest = pairs.plan(10, 1).batches.iter().map(|b| b.iter().map(|i| 9 * i + 18).sum::<usize>()).max();
@@ -409,14 +433,15 @@ mod tests {
             |options: &TrainOptions, mismatched| Lengths::new(&config, options, &examples, &[], 1, mismatched);
         // the last token of a response is not computed
         let batch = 20 + 4 * (2 + 3);
-        assert_eq!(lengths(&options, false), Lengths { largest: 22 + 3, batch, longest: 22 + 4, responses: 4 });
-        let mismatched = lengths(&options, true);
-        assert_eq!((mismatched.batch, mismatched.responses), (batch + 4 * 3, 8));
+        let expected = Lengths { largest: 22 + 3, batch, behind: 0, together: batch, longest: 22 + 4, responses: 4 };
+        assert_eq!(lengths(&options, false), expected);
+        let mismatched = Lengths { behind: 4 * 3, together: batch + 4 * 3, responses: 8, ..expected };
+        assert_eq!(lengths(&options, true), mismatched);
         let lora = Some(LoraOptions { dropout: 0.1, ..LoraOptions::default() });
         let apart = TrainOptions { lora, ..options };
         for mismatched in [false, true] {
             let lengths = lengths(&apart, mismatched);
-            assert_eq!((lengths.batch, lengths.responses), (4 * (22 + 3), 4), "with dropout nothing is shared");
+            assert_eq!((lengths.together, lengths.responses), (4 * (22 + 3), 4), "with dropout nothing is shared");
         }
     }
 }

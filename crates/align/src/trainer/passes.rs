@@ -22,6 +22,8 @@ pub(super) struct Passes {
     decoder: Decoder,
     keep: Keep,
     micro_batch_tokens: usize,
+    /// Tokens of mismatched responses that a pass may have behind its examples, where they do not count as theirs.
+    behind: Option<usize>,
     /// Whether the policy has a score head.
     for_scores: bool,
 }
@@ -47,9 +49,12 @@ impl Batch<'_> {
 impl Passes {
     /// For batches of tasks with sequences of at most `longest` tokens, which train `policy`.
     pub(super) fn new(policy: &Policy, dtype: Precision, longest: usize, plan: &MemoryPlan) -> Self {
+        let decoder = Decoder::new(policy.base(), longest).with_precision(dtype);
+        let adapted = matches!(policy, Policy::Adapted(..));
         Self {
-            decoder: Decoder::new(policy.base(), longest).with_precision(dtype).with_rows(plan.largest_pass),
+            decoder: decoder.with_rows(plan.largest_pass, plan.behind),
             keep: plan.keep(),
+            behind: (!Decoder::keeps_behind(dtype, adapted, plan.keep())).then_some(plan.behind),
             micro_batch_tokens: plan.micro_batch_tokens,
             for_scores: policy.base().config.head.is_score(),
         }
@@ -163,7 +168,11 @@ impl Passes {
     /// Whether items, and further responses to their prompts, are one micro-batch.
     fn fit_together(&self, packing: Packing, items: &[Sequences<'_>], others: &[&[u32]]) -> bool {
         let lengths: Vec<usize> = others.iter().map(|other| other.len()).collect();
-        packing.computed(items) + packed_rows(0, &lengths, self.for_scores) <= self.micro_batch_tokens
+        let (own, others) = (packing.computed(items), packed_rows(0, &lengths, self.for_scores));
+        match self.behind {
+            Some(behind) => own <= self.micro_batch_tokens && others <= behind,
+            None => own + others <= self.micro_batch_tokens,
+        }
     }
 
     /// How a pass of these parameters computes items.

@@ -60,7 +60,13 @@ struct Cut {
 
 /// Passes of so many tokens in f32.
 fn cut(micro_batch_tokens: usize, recompute: bool) -> Cut {
-    let plan = MemoryPlan { micro_batch_tokens, largest_pass: micro_batch_tokens, recompute, peak_bytes: 0 };
+    let plan = MemoryPlan {
+        micro_batch_tokens,
+        largest_pass: micro_batch_tokens,
+        behind: micro_batch_tokens,
+        recompute,
+        peak_bytes: 0,
+    };
     Cut { dtype: Precision::F32, plan }
 }
 

@@ -10,8 +10,11 @@ use crate::precision::Precision;
 /// Numbers of tokens in a pass, at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PassSize {
-    /// Computed ones.
+    /// Computed ones, besides
     pub rows: usize,
+    /// those of responses [added behind](crate::PackedBatch::push_response), unless the decoder
+    /// [keeps as much of them](Decoder::keeps_behind): they then count as the others.
+    pub behind: usize,
     /// Scored ones, which may be more: the last row of a prompt predicts the first token of each of its responses.
     pub scored: usize,
     /// Those of the longest sequence.
@@ -27,7 +30,7 @@ impl Decoder {
         config: &ModelConfig,
         precision: Precision,
         lora: Option<&LoraOptions>,
-        PassSize { rows, scored, longest }: PassSize,
+        PassSize { rows, behind, scored, longest }: PassSize,
         keep: Option<Keep>,
     ) -> usize {
         let (d, f, blocks) = (config.hidden_size, config.intermediate_size, config.num_hidden_layers);
@@ -42,17 +45,15 @@ impl Decoder {
         };
         let tape = narrow + wide + rounded;
         let (stream, forward, backward) = (d, d + activation, d_activation + 2 * d + query + qkv);
-        let per_row = match keep {
-            Some(Keep::All) => {
-                let tapes = match precision {
-                    Precision::F32 => blocks * tape,
-                    Precision::Bf16 => blocks * (narrow + wide.div_ceil(2)) + tape,
-                };
-                blocks * d + tapes + stream + forward + backward
-            }
-            Some(Keep::Inputs) => blocks * d + tape + stream + forward + backward,
-            None => tape + stream + forward,
+        // what every row has at any time, and what is kept of it
+        let (per_row, kept) = match keep {
+            Some(Keep::All) if precision == Precision::F32 => (stream + forward + backward, blocks * (d + tape)),
+            Some(Keep::All) => (tape + stream + forward + backward, blocks * (d + narrow + wide.div_ceil(2))),
+            Some(Keep::Inputs) => (tape + stream + forward + backward, blocks * d),
+            None => (tape + stream + forward, 0),
         };
+        let of_rows = (rows + behind) * per_row + rows * kept;
+        let rows = rows + behind;
         let (head, factor) = if config.head.is_score() {
             (rows * (4 * d + 1), rows * (4 * d + 1))
         } else {
@@ -77,7 +78,7 @@ impl Decoder {
         let adapter = lora.map_or(0, |lora| AdapterLayout::new(config, lora).pass_bytes(lora, rows, tapes));
         // in the backward pass, which has the whole of a sequence but a token in common with others at most
         let common = if keep.is_some() { attention::common_bytes(Heads::new(config), longest) } else { 0 };
-        size_of::<f32>() * (rows * per_row + head + copies + rope) + adapter + common
+        size_of::<f32>() * (of_rows + head + copies + rope) + adapter + common
     }
 }
 
@@ -150,24 +151,34 @@ mod tests {
             let mut smaller = batch.clone();
             batch.push_keyed(0, &prompt, &responses.each_ref().map(Vec::as_slice));
             smaller.push_keyed(0, &prompt, &[&responses[0], &responses[0]]);
+            let mut whole = batch.clone();
+            if !for_scores && lora.is_none() {
+                whole.push_response(0, &responses[1]);
+                whole.push_response(0, &responses[0]);
+            }
             let longest = 64;
             let adapter = lora.clone().map(|lora| Adapter::new(&model, lora, 1).unwrap());
             let parameters = Parameters { base: &model.weights, adapter: adapter.as_ref(), dropout_seed: Some(1) };
             let mut gradient = vec![0.0; adapter.as_ref().map_or(model.layout.len, |adapter| adapter.layout.len)];
             for keep in [None, Some(Keep::Inputs), Some(Keep::All)] {
                 let mut decoder = Decoder::new(&model, longest).with_precision(precision);
-                for batch in [&smaller, &batch] {
+                for (whole, batch) in [(&smaller, &smaller), (&whole, &batch)] {
                     match keep {
-                        None => drop(decoder.logps(parameters, batch)),
+                        None => drop(decoder.logps(parameters, whole)),
                         Some(keep) => {
-                            decoder.forward(parameters, batch, keep);
+                            decoder.forward(parameters, whole, keep);
                             decoder.backward(parameters, batch, &[0.3, -0.3], &mut gradient);
                         }
                     }
                 }
                 let common = if keep.is_some() { attention::common_bytes(decoder.heads(), longest) } else { 0 };
                 let held = held(&decoder) + size_of::<f32>() * longest * model.config.head_dim + common;
-                let size = PassSize { rows: batch.rows(), scored: batch.targets.len(), longest };
+                let rows = match keep {
+                    Some(keep) if !Decoder::keeps_behind(precision, lora.is_some(), keep) => batch.rows(),
+                    _ => whole.rows(),
+                };
+                let (behind, scored) = (whole.rows() - rows, whole.targets.len());
+                let size = PassSize { rows, behind, scored, longest };
                 let foretold = Decoder::bytes(&model.config, precision, lora.as_ref(), size, keep);
                 let slack = if keep.is_none() || for_scores || precision == Precision::Bf16 { 1.5 } else { 1.05 };
                 assert!(

@@ -86,6 +86,11 @@ impl<'a> Pass<'a> {
         Self { packed, ..self }
     }
 
+    /// Whether an adapter is trained.
+    pub(super) fn is_adapted(&self) -> bool {
+        self.adapters.iter().any(Option::is_some)
+    }
+
     /// The weights of the model at a place.
     pub(super) fn base(&self, range: &Range<usize>) -> &'a [f32] {
         &self.base[range.clone()]

@@ -70,38 +70,39 @@ impl CompactTape {
 }
 
 impl CompactTape {
-    /// Takes what a tape holds; the tape keeps memory for another block.
-    pub(super) fn store(&mut self, tape: &mut BlockTape, heads: Heads, room: Room) {
-        self.exchange(tape);
-        let [qkv, attention] = [heads.qkv_width(), heads.query_width()];
-        for (from, to, width) in [(&tape.qkv, &mut self.qkv, qkv), (&tape.attention, &mut self.attention, attention)] {
-            let to = room.of(to, width);
-            to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
-                dispatch(
-                    #[inline(always)]
-                    || to.iter_mut().zip(from).for_each(|(to, from)| *to = to_bf16(*from)),
-                );
-            });
+    /// Takes what a tape holds of so many rows; the tape keeps memory for another block. With `moves`, what is as wide in both
+    /// moves without a copy, for which this must have room for all rows of the tape.
+    pub(super) fn store(
+        &mut self,
+        tape: &mut BlockTape,
+        [hidden, intermediate]: [usize; 2],
+        heads: Heads,
+        room: Room,
+        moves: bool,
+    ) {
+        if moves {
+            self.exchange(tape);
+        } else {
+            let (narrow, copy) = (&mut self.narrow, |x: f32| x);
+            convert(&tape.r_attention, room.of(&mut narrow.r_attention, 1), copy);
+            convert(&tape.lse, room.of(&mut narrow.lse, heads.query), copy);
+            convert(&tape.middle, room.of(&mut narrow.middle, hidden), copy);
+            convert(&tape.r_feed_forward, room.of(&mut narrow.r_feed_forward, 1), copy);
+            convert(&tape.rounded_gate_up, room.of(&mut narrow.rounded_gate_up, 2 * intermediate), |x| x);
         }
+        convert(&tape.qkv, room.of(&mut self.qkv, heads.qkv_width()), to_bf16);
+        convert(&tape.attention, room.of(&mut self.attention, heads.query_width()), to_bf16);
     }
 
-    /// Gives it back to a tape.
-    pub(super) fn restore(&mut self, tape: &mut BlockTape, heads: Heads, room: Room) {
+    /// Lends a tape what it holds, until [`exchange`](Self::exchange) takes it back.
+    pub(super) fn lend(&mut self, tape: &mut BlockTape, heads: Heads, room: Room) {
         self.exchange(tape);
-        let [qkv, attention] = [heads.qkv_width(), heads.query_width()];
-        for (to, from, width) in [(&mut tape.qkv, &self.qkv, qkv), (&mut tape.attention, &self.attention, attention)] {
-            let to = room.of(to, width);
-            to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
-                dispatch(
-                    #[inline(always)]
-                    || to.iter_mut().zip(from).for_each(|(to, from)| *to = of_bf16(*from)),
-                );
-            });
-        }
+        convert(&self.qkv, room.of(&mut tape.qkv, heads.qkv_width()), of_bf16);
+        convert(&self.attention, room.of(&mut tape.attention, heads.query_width()), of_bf16);
     }
 
-    /// What is narrow stays in f32, gate and up are in 16 bits already: they move without a copy.
-    fn exchange(&mut self, tape: &mut BlockTape) {
+    /// Swaps what is no wider in a tape: what is narrow is in f32 in both, gate and up in 16 bits.
+    pub(super) fn exchange(&mut self, tape: &mut BlockTape) {
         let narrow = &mut self.narrow;
         std::mem::swap(&mut narrow.r_attention, &mut tape.r_attention);
         std::mem::swap(&mut narrow.lse, &mut tape.lse);
@@ -110,4 +111,15 @@ impl CompactTape {
         std::mem::swap(&mut narrow.rounded_gate_up, &mut tape.rounded_gate_up);
         std::mem::swap(&mut narrow.lora, &mut tape.lora);
     }
+}
+
+/// Converts the first numbers of a buffer, as many as there is room for, on all threads.
+fn convert<A: Copy + Sync, B: Send>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B + Sync) {
+    let from = &from[..to.len()];
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
+        dispatch(
+            #[inline(always)]
+            || to.iter_mut().zip(from).for_each(|(to, from)| *to = convert(*from)),
+        );
+    });
 }

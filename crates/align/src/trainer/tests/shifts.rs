@@ -90,6 +90,21 @@ fn check_mismatched_cost(examples: &[TokenizedExample], common: usize) {
         assert!(whole.means.metrics["kl"] > 0.1);
         assert_eq!(pass.means.loss == whole.means.loss, dropout == 0.0, "the batch's own responses are dropped from");
     }
+    // where nothing is kept of them, a pass has room for mismatched responses besides
+    let own = prompts + responses(&alone);
+    let behind = responses(&others);
+    for (dtype, recompute) in [(Precision::F32, true), (Precision::Bf16, false), (Precision::Bf16, true)] {
+        let run = |micro_batch_tokens, behind| {
+            let Cut { plan, .. } = cut(micro_batch_tokens, recompute);
+            let cut = Cut { dtype, plan: MemoryPlan { behind, ..plan } };
+            gradient(&Policy::Whole(start.clone()), &task, &batch, cut)
+        };
+        let [pass, apart, cut] = [(own, behind), (own, behind - 1), (own - 1, behind)].map(|(own, b)| run(own, b));
+        assert_eq!([pass.tokens, apart.tokens], [together, prompts + together]);
+        assert!(cut.tokens > apart.tokens);
+        assert_eq!((&pass.means, &pass.gradient), (&apart.means, &apart.gradient), "{dtype:?}, {recompute}");
+        assert_eq!(pass.means, cut.means);
+    }
 }
 
 /// A gradient of a loss whose shift is a constant: the finite difference keeps it where it was.
