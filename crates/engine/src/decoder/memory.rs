@@ -58,7 +58,7 @@ impl Decoder {
             (rows * (4 * d + 1), rows * (4 * d + 1))
         } else {
             let scored = scored.max(rows);
-            let kept = keep.map_or(0, |keep| logprob::kept_rows(keep, scored, config.vocab_size));
+            let kept = keep.map_or(0, |keep| logprob::kept_rows(keep == Keep::All, scored, config.vocab_size));
             let most = logprob::chunk_rows(config.vocab_size);
             let others = most.min(scored - kept);
             let softmax = match precision {

@@ -8,7 +8,7 @@ use crate::ops::attention::Heads;
 use crate::ops::simd::{dispatch, of_bf16, to_bf16};
 use crate::ops::{Zeros, fit};
 
-/// Numbers per task.
+/// Numbers that a task converts.
 const CHUNK: usize = 1 << 14;
 
 /// How many rows a pass has, and for how many its buffers are made, so that they need not grow with the next pass.
@@ -114,7 +114,7 @@ impl CompactTape {
 }
 
 /// Converts the first numbers of a buffer, as many as there is room for, on all threads.
-fn convert<A: Copy + Sync, B: Send>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B + Sync) {
+pub(super) fn convert<A: Copy + Sync, B: Send>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B + Sync) {
     let from = &from[..to.len()];
     to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
         dispatch(

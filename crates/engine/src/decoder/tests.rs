@@ -5,6 +5,7 @@ use super::*;
 use crate::config::ModelConfig;
 use crate::model::tests::tiny_config;
 use crate::ops::finite_difference::check;
+use crate::ops::logprob;
 
 fn batch() -> PackedBatch {
     let mut batch = PackedBatch::default();
@@ -167,7 +168,7 @@ fn the_softmax_of_rows_beyond_the_kept_ones_is_computed_again() {
     let (mut batch, d_logps) = (PackedBatch::default(), [0.7, -0.4, 1.1]);
     batch.push(&[1, 2], &[&response, &response[1..], &response[2..]]);
     for precision in Precision::ALL {
-        let kept = logprob::kept_rows(Keep::All, batch.targets.len(), vocab_size);
+        let kept = logprob::kept_rows(true, batch.targets.len(), vocab_size);
         assert!(kept > 200 && kept < batch.targets.len(), "{kept} rows are kept");
         let mut decoder = Decoder::new(&model, 256).with_precision(precision);
         let [mut some_kept, mut none_kept] = [(); 2].map(|()| vec![0.0; model.layout.len]);

@@ -11,15 +11,14 @@ use rayon::prelude::*;
 use super::divergence::Head;
 use super::simd::{dispatch, exp_sum, max, to_bf16};
 use super::{fit, linear};
-use crate::decoder::Keep;
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
 
 /// Logits held at once: 64 MiB of f32.
 const LOGITS: usize = 1 << 24;
 
-/// Numbers of the softmax that a forward pass keeps for the backward pass: 256 MiB of f32, 128 MiB in bf16. Half as many where
-/// blocks are computed again because memory is short.
+/// Numbers of the softmax that a forward pass keeps for the backward pass: 256 MiB of f32, 128 MiB in bf16; and half as many
+/// where memory is short.
 const KEPT: usize = 1 << 26;
 
 /// The most rows to process at once for a vocabulary of this size.
@@ -33,9 +32,9 @@ pub(crate) fn even_chunk(rows: usize, vocab: usize) -> usize {
     (2..=most).rev().find(|chunk| rows % chunk != 1).unwrap_or(most)
 }
 
-/// How many of `rows` have their softmax kept for the backward pass.
-pub(crate) fn kept_rows(keep: Keep, rows: usize, vocab: usize) -> usize {
-    let most = if keep == Keep::All { KEPT } else { KEPT / 2 };
+/// How many of `rows` have their softmax kept for the backward pass, where there is ample memory or not.
+pub(crate) fn kept_rows(ample: bool, rows: usize, vocab: usize) -> usize {
+    let most = if ample { KEPT } else { KEPT / 2 };
     rows.min(most / vocab)
 }
 
@@ -277,8 +276,8 @@ mod tests {
     #[test]
     fn what_is_kept_comes_first_and_the_rest_in_chunks() {
         let cut = |rows, kept| cut(rows, kept, 49_152).collect::<Vec<_>>();
-        let kept = |rows| kept_rows(Keep::All, rows, 49_152);
-        assert_eq!((kept(5), kept(5_000), kept_rows(Keep::Inputs, 5_000, 49_152)), (5, 1365, 682));
+        let kept = |rows| kept_rows(true, rows, 49_152);
+        assert_eq!((kept(5), kept(5_000), kept_rows(false, 5_000, 49_152)), (5, 1365, 682));
         assert_eq!(cut(682, 682).len(), 1);
         assert_eq!(cut(700, 0), [0..341, 341..682, 682..700]);
         assert_eq!(cut(700, 682), [0..682, 682..700]);
