@@ -19,7 +19,7 @@ use crate::sequences::{Packing, Sequences};
 pub(crate) const TOKENS: usize = 2048;
 
 /// Prompts per block: some seconds of work on a small model.
-const BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 256;
 
 /// The log-probability of every response under a policy, or its score by a model with a score head, in order.
 ///

@@ -152,8 +152,8 @@ pub struct Answer {
 
 /// Generates one answer per prompt, in the order of the prompts.
 ///
-/// `decode` turns tokens into text. `finished` is called after each answer with the number of answers so far;
-/// an error from it stops the work and is returned.
+/// `decode` turns tokens into text. `progress` is called after each token of the answers at work with the number of answers that
+/// are finished; an error from it stops the work and is returned.
 ///
 /// # Errors
 /// Options out of range, an empty prompt, or one that leaves no room in the model's context
@@ -163,16 +163,16 @@ pub fn generate<'a>(
     prompts: &[Vec<u32>],
     options: &SamplingOptions,
     decode: &dyn Fn(&[u32]) -> Result<String>,
-    finished: &mut dyn FnMut(usize) -> Result<()>,
+    progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Answer>> {
     let request = |(index, prompt)| Request { index, prompt, seed: options.seed, stream: index as u64 };
     let requests: Vec<Request<'_>> = prompts.iter().map(Vec::as_slice).enumerate().map(request).collect();
     let mut answers: Vec<Option<Answer>> = vec![None; prompts.len()];
     let mut done = 0;
-    generate_each(policy, &requests, options, decode, &mut |index, answer| {
-        answers[index] = Some(answer);
-        done += 1;
-        finished(done)
+    generate_each(policy, &requests, options, decode, &mut |finished| {
+        done += finished.len();
+        finished.into_iter().for_each(|(index, answer)| answers[index] = Some(answer));
+        progress(done)
     })?;
     Ok(answers.into_iter().flatten().collect())
 }
@@ -190,16 +190,17 @@ pub struct Request<'a> {
     pub stream: u64,
 }
 
-/// As [`generate`], with each answer handed to `finished` as soon as it is complete, with its request's index.
+/// As [`generate`], with answers handed to `progress` as soon as they are complete, each with its request's index; after many tokens
+/// there are none.
 ///
 /// # Errors
-/// Those of [`generate`], and that of `finished`.
+/// Those of [`generate`], and that of `progress`.
 pub fn generate_each<'a>(
     policy: impl Into<Mixture<'a>>,
     requests: &[Request<'_>],
     options: &SamplingOptions,
     decode: &dyn Fn(&[u32]) -> Result<String>,
-    finished: &mut dyn FnMut(usize, Answer) -> Result<()>,
+    progress: &mut dyn FnMut(Vec<(usize, Answer)>) -> Result<()>,
 ) -> Result<()> {
     options.validate()?;
     let policy = policy.into();
@@ -214,16 +215,18 @@ pub fn generate_each<'a>(
     });
     let indices: HashMap<SequenceId, usize> = ids.collect::<Result<_>>()?;
     while !generator.is_empty() {
-        for (id, progress) in generator.step() {
+        let mut finished = Vec::new();
+        for (id, of_sequence) in generator.step() {
             let index = indices[&id];
-            let progress = progress.map_err(|error| match error {
+            let of_sequence = of_sequence.map_err(|error| match error {
                 Error::Failed(message) => Error::Failed(format!("For prompt {}: {message}", index + 1)),
                 other => other,
             });
-            if let Progress::Finished(answer) = progress? {
-                finished(index, answer)?;
+            if let Progress::Finished(answer) = of_sequence? {
+                finished.push((index, answer));
             }
         }
+        progress(finished)?;
     }
     Ok(())
 }

@@ -14,7 +14,7 @@ pub(crate) fn answer(
     policy: &Policy,
     prompts: &[Prompt],
     sampling: &SamplingOptions,
-    finished: &mut dyn FnMut(usize) -> Result<()>,
+    progress: &mut dyn FnMut(usize) -> Result<()>,
 ) -> Result<Vec<Answer>> {
     let Checkpoint { tokenizer, generation, .. } = &policy.first;
     let mixture = policy.mixture()?;
@@ -23,7 +23,7 @@ pub(crate) fn answer(
     sampling.end_tokens.extend(&generation.eos_token_ids);
     generate(mixture, &tokens, &sampling, &|ids| tokenizer.decode(ids), &mut |done| {
         interrupt::check()?;
-        finished(done)
+        progress(done)
     })
 }
 

@@ -331,7 +331,7 @@ pub(crate) struct Generate {
     /// Answers generated at once.
     #[arg(long, default_value_t = 16)]
     pub(crate) batch_size: usize,
-    /// What the matrices are read in: fewer bits are faster, and move the answers.
+    /// What the matrices are read in: fewer bits are faster, and move the answers. A copy of them is made beside the weights in f32.
     #[arg(long, default_value = "f32", value_parser = dtype_parser())]
     pub(crate) dtype: Dtype,
     /// Seed of the random draws.
@@ -378,7 +378,7 @@ pub(crate) struct Serve {
     /// Answers generated at once; each takes memory for its keys and values.
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = positive)]
     pub(crate) batch_size: usize,
-    /// What the matrices are read in: fewer bits are faster, and move the answers.
+    /// What the matrices are read in: fewer bits are faster, and move the answers. A copy of them is made beside the weights in f32.
     #[arg(long, default_value = "f32", value_parser = dtype_parser())]
     pub(crate) dtype: Dtype,
     /// Answers that may wait for their turn; a request beyond gets status 503.

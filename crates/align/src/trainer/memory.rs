@@ -85,6 +85,8 @@ pub(crate) struct Lengths {
     together: usize,
     /// Of the longest sequence.
     pub(super) longest: usize,
+    /// At most what the reference computes of prompts that it could score in one pass.
+    scored: usize,
     /// Responses of the batch that has most. A pass scores at most so many tokens more than it computes: of each response it
     /// computes all tokens but the last.
     responses: usize,
@@ -105,6 +107,7 @@ impl Lengths {
         let packing = Packing { for_scores, dropout: options.lora.as_ref().is_some_and(|lora| lora.dropout > 0.0) };
         let computed = |item: &Sequences<'_>| item.computed(for_scores);
         let all = || examples.iter().chain(validation);
+        let longest = all().map(Sequences::longest).max().unwrap_or(0);
         let plan = options.plan(examples.len(), least);
         // with dropout they are not computed in the same pass
         let mismatched = mismatched && !packing.dropout;
@@ -118,12 +121,18 @@ impl Lengths {
             (packing.computed(&items), items.iter().map(again).sum::<usize>())
         };
         let batches: Vec<(usize, usize)> = plan.batches.iter().map(of_batch).collect();
+        // without what they share, and mismatched responses with prompts of their own
+        let of_block = |items: &[Sequences<'_>]| {
+            items.iter().map(|item| computed(item) + if mismatched { longest } else { 0 }).sum::<usize>()
+        };
+        let blocks = examples.chunks(reference::BLOCK).chain(validation.chunks(reference::BLOCK));
         Self {
             largest: all().map(computed).max().unwrap_or(0),
             batch: batches.iter().map(|&(own, _)| own).max().unwrap_or(0),
             behind: batches.iter().map(|&(_, behind)| behind).max().unwrap_or(0),
             together: batches.iter().map(|&(own, behind)| own + behind).max().unwrap_or(0),
-            longest: all().map(Sequences::longest).max().unwrap_or(0),
+            longest,
+            scored: blocks.map(of_block).max().unwrap_or(0),
             responses: plan.batches.iter().map(responses).max().unwrap_or(0),
         }
     }
@@ -188,7 +197,7 @@ impl Footprint<'_> {
             // the reference's last rows of a pass
             + if *keeps_reference { size_of::<f32>() * pass.scored * config.hidden_size } else { 0 };
         // before, the reference's log-probabilities are computed
-        let scored = options.micro_batch_tokens.unwrap_or(reference::TOKENS).max(lengths.largest);
+        let scored = options.micro_batch_tokens.unwrap_or(reference::TOKENS).min(lengths.scored).max(lengths.largest);
         let scoring = model_bytes(config) + Decoder::bytes(config, options.dtype, None, of_pass(scored, 0), None);
         let peak_bytes = others + work_bytes() + training.max(scoring);
         MemoryPlan { micro_batch_tokens, largest_pass, behind, recompute: keep == Keep::Inputs, peak_bytes }
@@ -218,30 +227,34 @@ impl Footprint<'_> {
 
     /// Says what is needed, what there is, and which options need less.
     fn refusal(&self, others: usize, limit: usize) -> Error {
-        let needs = |options: &TrainOptions| in_words(Footprint { options, ..self.clone() }.least(others));
+        let least = self.least(others);
+        let needs = |options: &TrainOptions| Footprint { options, ..self.clone() }.least(others);
         let options = self.options;
-        let mut remedies = Vec::new();
+        let mut changes = Vec::new();
+        if options.micro_batch_tokens.is_some() {
+            let chosen = TrainOptions { micro_batch_tokens: None, ..options.clone() };
+            changes.push(("leave micro_batch_tokens out".to_owned(), needs(&chosen)));
+        }
         if options.lora.is_none() {
             let adapted = TrainOptions { lora: Some(LoraOptions::default()), ..options.clone() };
             let rank = LoraOptions::default().rank;
-            remedies.push(format!("train an adapter (lora_rank = {rank} needs {})", needs(&adapted)));
+            changes.push((format!("train an adapter (lora_rank = {rank})"), needs(&adapted)));
         }
         if options.optimizer != OptimizerKind::AdamW8bit {
             let kind = OptimizerKind::AdamW8bit;
             let smaller = TrainOptions { optimizer: kind, ..options.clone() };
-            remedies.push(format!("use another optimizer ({} needs {})", kind.name(), needs(&smaller)));
+            changes.push((format!("use another optimizer ({})", kind.name()), needs(&smaller)));
         }
-        if options.micro_batch_tokens.is_some() {
-            let chosen = TrainOptions { micro_batch_tokens: None, ..options.clone() };
-            remedies.push(format!("leave micro_batch_tokens out ({})", needs(&chosen)));
-        }
+        let helps = changes.into_iter().filter(|(_, needed)| *needed < least);
+        let mut remedies: Vec<String> =
+            helps.map(|(change, needed)| format!("{change}, which needs {}", in_words(needed))).collect();
         remedies.push(format!("shorten the examples (max_length; the longest has {} tokens)", self.lengths.longest));
         if options.memory_bytes.is_some() {
             remedies.push("allow more (run.memory_gib)".to_owned());
         }
         Error::input(format!(
             "This training needs {} of memory at least, and may take {}{}. To need less: {}.",
-            in_words(self.least(others)),
+            in_words(least),
             in_words(limit),
             if options.memory_bytes.is_some() { ", as run.memory_gib says" } else { " on this machine" },
             remedies.join(", or ")
@@ -296,7 +309,7 @@ mod tests {
     }
 
     const LENGTHS: Lengths =
-        Lengths { largest: 300, batch: 5000, behind: 0, together: 5000, longest: 250, responses: 16 };
+        Lengths { largest: 300, batch: 5000, behind: 0, together: 5000, longest: 250, scored: 5000, responses: 16 };
     const GIB: usize = 1 << 30;
 
     fn footprint<'a>(config: &'a ModelConfig, options: &'a TrainOptions) -> Footprint<'a> {
@@ -351,7 +364,8 @@ mod tests {
         let long = of(Lengths { largest: 4000, longest: 4000, ..LENGTHS });
         assert_eq!((long.micro_batch_tokens, long.largest_pass), (2048, 4000));
         assert!(
-            of(Lengths { largest: 0, batch: 0, together: 0, longest: 0, responses: 0, ..LENGTHS }).micro_batch_tokens
+            of(Lengths { largest: 0, batch: 0, together: 0, longest: 0, scored: 0, responses: 0, ..LENGTHS })
+                .micro_batch_tokens
                 == 1
         );
     }
@@ -379,9 +393,9 @@ mod tests {
         let footprint_of = |options| footprint(&config, options);
         let least = in_words(footprint_of(&options).least(0));
         let smaller = TrainOptions { optimizer: OptimizerKind::AdamW8bit, ..options.clone() };
-        let smaller = format!("adamw-8bit needs {}", in_words(footprint_of(&smaller).least(0)));
+        let smaller = format!("(adamw-8bit), which needs {}", in_words(footprint_of(&smaller).least(0)));
         let refusal = footprint_of(&options).plan_within(0, GIB).unwrap_err().to_string();
-        for part in [&*least, "1.00 GiB on this machine", "lora_rank = 16 needs", &smaller, "250 tokens"] {
+        for part in [&*least, "1.00 GiB on this machine", "(lora_rank = 16), which needs", &smaller, "250 tokens"] {
             assert!(refusal.contains(part), "{part}: {refusal}");
         }
         let limited = TrainOptions {
@@ -399,6 +413,25 @@ mod tests {
     }
 
     #[test]
+    fn passes_are_no_larger_than_the_data_and_what_would_not_help_is_not_offered() {
+        let config = config();
+        let short =
+            Lengths { largest: 300, batch: 400, behind: 0, together: 400, longest: 250, scored: 600, responses: 2 };
+        let peak = |micro_batch_tokens| {
+            let options = TrainOptions { micro_batch_tokens: Some(micro_batch_tokens), ..options() };
+            Footprint { lengths: short, ..footprint(&config, &options) }.plan_within(0, usize::MAX).unwrap().peak_bytes
+        };
+        assert_eq!(peak(600), peak(1_000_000_000));
+        // the reference's pass is the larger one beside a small adapter
+        let lora = Some(LoraOptions { rank: 1, ..LoraOptions::default() });
+        let options = TrainOptions { lora, micro_batch_tokens: Some(1 << 20), ..options() };
+        let long = Lengths { scored: 1 << 20, ..short };
+        let refusal = Footprint { lengths: long, ..footprint(&config, &options) }.plan_within(0, GIB).unwrap_err();
+        let refusal = refusal.to_string();
+        assert!(refusal.contains("leave micro_batch_tokens out") && !refusal.contains("adamw-8bit"), "{refusal}");
+    }
+
+    #[test]
     fn lengths_are_those_of_the_batches_that_are_drawn() {
         let config = config();
         let tokens: Vec<u32> = (0..200).collect();
@@ -412,7 +445,8 @@ mod tests {
         let lengths = Lengths::new(&config, &options, &examples, &[item(95)], 1, false);
         // the last token of a response is not computed
         let batch = 10 * 9 + 9 * 55;
-        let expected = Lengths { largest: 104, batch, behind: 0, together: batch, longest: 105, responses: 10 };
+        let expected =
+            Lengths { largest: 104, batch, behind: 0, together: batch, longest: 105, scored: batch, responses: 10 };
         assert_eq!(lengths, expected);
         let pairs = TrainOptions { batch_size: 2, ..options };
         let lengths = Lengths::new(&config, &pairs, &examples, &[], 1, false);
@@ -433,9 +467,12 @@ mod tests {
             |options: &TrainOptions, mismatched| Lengths::new(&config, options, &examples, &[], 1, mismatched);
         // the last token of a response is not computed
         let batch = 20 + 4 * (2 + 3);
-        let expected = Lengths { largest: 22 + 3, batch, behind: 0, together: batch, longest: 22 + 4, responses: 4 };
+        // those that the reference scores are counted by themselves
+        let (longest, scored) = (22 + 4, 4 * (22 + 3));
+        let expected = Lengths { largest: 22 + 3, batch, behind: 0, together: batch, longest, scored, responses: 4 };
         assert_eq!(lengths(&options, false), expected);
-        let mismatched = Lengths { behind: 4 * 3, together: batch + 4 * 3, responses: 8, ..expected };
+        let scored = scored + 4 * longest;
+        let mismatched = Lengths { behind: 4 * 3, together: batch + 4 * 3, scored, responses: 8, ..expected };
         assert_eq!(lengths(&options, true), mismatched);
         let lora = Some(LoraOptions { dropout: 0.1, ..LoraOptions::default() });
         let apart = TrainOptions { lora, ..options };

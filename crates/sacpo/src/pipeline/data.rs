@@ -185,7 +185,7 @@ fn say_what_was_left_out(report: &Report) {
     for (count, what) in [
         (report.dropped_prompts, "rows left out, since their prompt leaves no room for a response"),
         (report.cut_prompts, "prompts that lost their beginning"),
-        (report.truncated_responses, "responses cut to the longest length"),
+        (report.truncated_responses, "responses cut to max_length"),
         (report.not_kept, "rows left out, from which the objective cannot learn"),
         (report.bad, "bad rows left out"),
         (report.excluded, "rows left out, since their prompts are held out or among those of data.exclude_prompts"),

@@ -53,7 +53,7 @@ impl<'a> Drawing<'a> {
         self,
         policy: &Mixture<'_>,
         decode: &dyn Fn(&[u32]) -> Result<String>,
-        finished: &mut dyn FnMut(usize) -> Result<()>,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Answer>> {
         let Self { blocks, options, places, mut kept } = self;
         let per_block = blocks.first().map_or(1, |block| block.len());
@@ -68,17 +68,19 @@ impl<'a> Drawing<'a> {
         }
         let mut drawn: Vec<Vec<Option<Answer>>> = blocks.iter().map(|block| vec![None; block.len()]).collect();
         let mut done = kept.iter().flatten().map(Vec::len).sum();
-        generate_each(policy.clone(), &requests, &options, decode, &mut |index, answer| {
-            let number = index / per_block;
-            let block = &mut drawn[number];
-            block[index % per_block] = Some(answer);
-            if block.iter().all(Option::is_some) {
-                let answers: Vec<Answer> = std::mem::take(block).into_iter().flatten().collect();
-                keep(&places[number], &answers)?;
-                kept[number] = Some(answers);
+        generate_each(policy.clone(), &requests, &options, decode, &mut |answers| {
+            done += answers.len();
+            for (index, answer) in answers {
+                let number = index / per_block;
+                let block = &mut drawn[number];
+                block[index % per_block] = Some(answer);
+                if block.iter().all(Option::is_some) {
+                    let answers: Vec<Answer> = std::mem::take(block).into_iter().flatten().collect();
+                    keep(&places[number], &answers)?;
+                    kept[number] = Some(answers);
+                }
             }
-            done += 1;
-            finished(done)
+            progress(done)
         })?;
         Ok(kept.into_iter().flatten().flatten().collect())
     }
