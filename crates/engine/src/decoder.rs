@@ -367,7 +367,7 @@ impl Decoder {
         self.rope.forward(qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
         round_kept(self.precision, qkv);
         let attended = room.of(&mut tape.attention, heads.query_width());
-        attention::forward(qkv, heads, spans, attended, room.of(&mut tape.lse, heads.query));
+        attention::forward(qkv, heads, spans, self.precision, attended, room.of(&mut tape.lse, heads.query));
         round_kept(self.precision, attended);
         let output = pass.linear(block, index, Product::Output);
         output.forward(attended, x, heads.query_width(), true, &mut tape.lora, lora);
@@ -469,7 +469,7 @@ impl Decoder {
         output.backward_input(dx, Some(d_attended), heads.query_width(), lora);
         output.backward_weight(dx, attended, heads.query_width(), gradient, &tape.lora, lora);
         let d_qkv = room.of(&mut scratch.d_qkv, heads.qkv_width());
-        attention::backward(qkv, heads, spans, attended, &tape.lse[..n * heads.query], d_attended, d_qkv);
+        attention::backward(qkv, heads, spans, &tape.lse[..n * heads.query], d_attended, d_qkv);
         self.rope.backward(d_qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
         let x = &self.inputs[index][..n * d];
         let (norm, r) = (pass.base(&block.attention_norm), &tape.r_attention[..n]);

@@ -11,19 +11,23 @@
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::fit;
 use super::linear::Matrix;
 use super::simd::{LANES, exp};
 use crate::config::ModelConfig;
+use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
 
+mod arithmetic;
 mod backward;
+#[cfg(target_arch = "x86_64")]
+mod bf16;
 mod kernel;
 mod single;
 
+use arithmetic::{Arithmetic, Task, dispatch};
 pub(crate) use backward::{backward, common_bytes};
 use kernel::product;
 
@@ -127,53 +131,74 @@ impl Shared {
     }
 }
 
-/// Keys and values of consecutive tokens for one head.
+/// A matrix in up to three places, one part above the other.
 #[derive(Clone, Copy)]
-struct Piece {
-    keys: Matrix,
-    values: Matrix,
-    tokens: usize,
+struct Stack<T = f32> {
+    /// The parts, and how many rows each has.
+    parts: [(Matrix<T>, usize); 3],
 }
 
-impl Piece {
-    /// The first of its tokens, as many as lie below `end` when it starts at `start`.
-    fn until(&self, start: usize, end: usize) -> usize {
-        self.tokens.min(end.saturating_sub(start))
+impl<T: Copy> Stack<T> {
+    /// One part.
+    fn of(matrix: Matrix<T>, rows: usize) -> Self {
+        let none = || (Matrix::rows(std::ptr::null(), 0), 0);
+        Self { parts: [(matrix, rows), none(), none()] }
+    }
+
+    fn map<U>(self, of: impl Fn(Matrix<T>) -> Matrix<U>) -> Stack<U> {
+        Stack { parts: self.parts.map(|(matrix, rows)| (of(matrix), rows)) }
+    }
+
+    /// Rows of all parts.
+    fn rows(&self) -> usize {
+        self.parts.iter().map(|&(_, rows)| rows).sum()
+    }
+
+    /// The start of every row.
+    fn row_starts(&self) -> impl Iterator<Item = *const T> {
+        let of_part = |(matrix, rows): &(Matrix<T>, usize)| {
+            let (start, stride) = (matrix.start, matrix.row_stride);
+            (0..*rows).map(move |row| start.wrapping_add(row * stride))
+        };
+        self.parts.iter().flat_map(of_part)
+    }
+
+    /// The parts, each with the number of its first row, and how many of its rows lie before `end`.
+    fn until(&self, end: usize) -> impl Iterator<Item = (usize, Matrix<T>, usize)> {
+        let mut start = 0;
+        self.parts.iter().map(move |&(matrix, rows)| {
+            let first = start;
+            start += rows;
+            (first, matrix, rows.min(end.saturating_sub(first)))
+        })
     }
 }
 
-/// What a span's head attends to, in order: the two parts of its prefix, each of which may be empty, and itself.
-fn pieces(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [Piece; 3] {
+/// The keys, and the values, that a span's head attends to, in order: those of the two parts of its prefix, each of which may be
+/// empty, and its own.
+fn keys_and_values(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [Stack; 2] {
     let width = heads.qkv_width();
     let within = |rows: &Range<usize>| {
         assert!(rows.start <= rows.end && rows.end * width <= qkv.len(), "a span reaches beyond the batch");
         let start = qkv.as_ptr().wrapping_add(rows.start * width);
-        Piece {
-            keys: Matrix::rows(start.wrapping_add(heads.key_column(head)), width),
-            values: Matrix::rows(start.wrapping_add(heads.value_column(head)), width),
-            tokens: rows.len(),
-        }
+        [heads.key_column(head), heads.value_column(head)]
+            .map(|column| (Matrix::rows(start.wrapping_add(column), width), rows.len()))
     };
-    let own = within(&span.rows);
-    match &span.prefix {
-        Prefix::Rows([first, second]) => [within(first), within(second), own],
+    let (parts, own) = match &span.prefix {
+        Prefix::Rows([first, second]) => ([within(first), within(second)], within(&span.rows)),
         Prefix::Cache { keys, values } => {
             let (keys, values) = (&keys[head], &values[head]);
             assert_eq!(keys.len(), values.len());
-            let cached = Piece {
-                keys: Matrix::rows(keys.as_ptr(), heads.dim),
-                values: Matrix::rows(values.as_ptr(), heads.dim),
-                tokens: keys.len() / heads.dim,
-            };
-            [within(&(0..0)), cached, own]
+            let cached = [keys, values].map(|of| (Matrix::rows(of.as_ptr(), heads.dim), of.len() / heads.dim));
+            ([within(&(0..0)), cached], within(&span.rows))
         }
-    }
+    };
+    [0, 1].map(|of| Stack { parts: [parts[0][of], parts[1][of], own[of]] })
 }
 
 /// One tile: some rows of a span under one query head.
 #[derive(Clone, Copy)]
-struct Tile<'p> {
-    pieces: &'p [Piece; 3],
+struct Tile {
     /// The first row in the batch.
     row: usize,
     rows: usize,
@@ -181,16 +206,14 @@ struct Tile<'p> {
     before: usize,
 }
 
-impl Tile<'_> {
-    /// The tiles of a span.
-    fn of<'p>(span: &Span, pieces: &'p [Piece; 3]) -> impl Iterator<Item = Tile<'p>> {
+impl Tile {
+    /// The tiles of a span with so many keys, those of its own rows included.
+    fn of(span: &Span, keys: usize) -> impl Iterator<Item = Tile> {
         let (start, len) = (span.rows.start, span.rows.len());
-        let prefix = pieces[0].tokens + pieces[1].tokens;
         (0..len).step_by(TILE).map(move |first| Tile {
-            pieces,
             row: start + first,
             rows: TILE.min(len - first),
-            before: prefix + first,
+            before: keys - len + first,
         })
     }
 
@@ -199,52 +222,29 @@ impl Tile<'_> {
         self.before + self.rows
     }
 
-    /// The pieces, each with the number of its first key, and how many of its keys lie before `end`.
-    fn pieces_until(&self, end: usize) -> impl Iterator<Item = (usize, &Piece, usize)> {
-        let mut start = 0;
-        self.pieces.iter().map(move |piece| {
-            let first = start;
-            start += piece.tokens;
-            (first, piece, piece.until(first, end))
-        })
-    }
-
     /// Vectors of rows.
     fn vectors(&self) -> usize {
         self.rows.div_ceil(LANES)
     }
 
-    /// Writes the tile's rows, which are `stride` apart, as columns to `out` `[dim, TILE]`; zero in the place of rows that it lacks.
-    #[inline(always)]
-    fn transpose(&self, rows: &[f32], stride: usize, dim: usize, out: &mut Vec<f32>) {
-        let out = fit(out, dim * TILE).as_chunks_mut::<TILE>().0;
-        for row in 0..LANES * self.vectors() {
-            if row < self.rows {
-                let values = &rows[row * stride..row * stride + dim];
-                out.iter_mut().zip(values).for_each(|(out, &value)| out[row] = value);
-            } else {
-                out.iter_mut().for_each(|out| out[row] = 0.0);
-            }
-        }
-    }
-
     /// Writes the products of all keys (or values) with the transposed rows to `out` `[keys, TILE]`.
+    ///
+    /// # Safety
+    /// Words of `dim` numbers of keys and of rows must be valid to read.
     #[inline(always)]
-    fn scores<S: Simd>(
+    unsafe fn scores<A: Arithmetic>(
         &self,
-        simd: S,
-        of: impl Fn(&Piece) -> Matrix,
-        transposed: &[f32],
+        arithmetic: A,
+        keys: &Stack<u32>,
+        transposed: Matrix<u32>,
         dim: usize,
         out: &mut Vec<f32>,
     ) {
         let out = fit(out, self.keys() * TILE).as_mut_ptr();
-        assert!(transposed.len() >= dim * TILE);
-        for (first, piece, tokens) in self.pieces_until(self.keys()) {
-            let shape = [tokens, LANES * self.vectors(), dim];
-            let columns = Matrix::rows(transposed.as_ptr(), TILE);
-            // SAFETY: the piece was checked in `pieces`; the columns and the keys of `out` are those that were sized above.
-            unsafe { product(simd, shape, of(piece), columns, out.wrapping_add(first * TILE), TILE, false) };
+        for (first, keys, count) in keys.until(self.keys()) {
+            let shape = [count, LANES * self.vectors(), dim.div_ceil(A::NUMBERS)];
+            // SAFETY: the caller's promise; the keys of `out` are those that were sized above.
+            unsafe { product(arithmetic, shape, keys, transposed, out.wrapping_add(first * TILE), TILE, false) };
         }
     }
 
@@ -257,11 +257,6 @@ impl Tile<'_> {
     }
 }
 
-/// How many scores the last tile of a span has, which has most: made room for at once, memory does not grow tile by tile.
-fn scores_of_last_tile(pieces: &[Piece; 3]) -> usize {
-    TILE * pieces.iter().map(|piece| piece.tokens).sum::<usize>()
-}
-
 /// `[keys, TILE]` numbers, vector by vector.
 fn by_vector(scores: &mut [f32], keys: usize) -> &mut [[[f32; LANES]; 2]] {
     scores[..keys * TILE].as_chunks_mut::<LANES>().0.as_chunks_mut::<2>().0
@@ -271,7 +266,14 @@ fn by_vector(scores: &mut [f32], keys: usize) -> &mut [[[f32; LANES]; 2]] {
 ///
 /// qkv `[n, qkv_width]` with rotated queries and keys; out `[n, query_width]`; lse `[n, query heads]`
 /// keeps the log-sum-exp of each row's scaled scores for the backward pass.
-pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32], lse: &mut [f32]) {
+pub(crate) fn forward(
+    qkv: &[f32],
+    heads: Heads,
+    spans: &[Span],
+    precision: Precision,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
     let _span = profile::span(Stage::Attention, || Work::Flops(flops(heads, spans)));
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && out.len() == n * heads.query_width() && lse.len() == n * heads.query);
@@ -282,19 +284,33 @@ pub(crate) fn forward(qkv: &[f32], heads: Heads, spans: &[Span], out: &mut [f32]
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..heads.query).map(move |h| (s, h))).collect();
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (span, head)| {
-        pulp::Arch::new().dispatch(Forward { qkv, heads, span, head, out, lse, scratch });
+        dispatch(precision, Forward { qkv, heads, span, head, out, lse, scratch });
     });
 }
 
 /// Memory of a task.
 #[derive(Default)]
 struct Scratch {
-    /// Queries and gradients of a tile, transposed.
-    q: Vec<f32>,
-    d_out: Vec<f32>,
     /// Scores and their gradients.
     p: Vec<f32>,
     ds: Vec<f32>,
+    /// Words of factors.
+    words: Words,
+}
+
+/// Memory for words of numbers beside each other, and of the same factors' numbers below each other.
+#[derive(Default)]
+struct Words {
+    keys: Vec<u32>,
+    keys_below: Vec<u32>,
+    values: Vec<u32>,
+    q: Vec<u32>,
+    q_below: Vec<u32>,
+    d_out: Vec<u32>,
+    d_out_below: Vec<u32>,
+    p: Vec<u32>,
+    ds: Vec<u32>,
+    ds_below: Vec<u32>,
 }
 
 /// The task of one span and query head.
@@ -308,18 +324,25 @@ struct Forward<'a> {
     scratch: &'a mut Scratch,
 }
 
-impl WithSimd for Forward<'_> {
-    type Output = ();
-
+impl Task for Forward<'_> {
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let Self { qkv, heads, span, head, out, lse, scratch: Scratch { q, p, .. } } = self;
+    fn run<A: Arithmetic>(self, arithmetic: A) {
+        let Self { qkv, heads, span, head, out, lse, scratch: Scratch { p, words, .. } } = self;
         let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
-        let pieces = pieces(qkv, heads, span, heads.key_head(head));
-        fit(p, scores_of_last_tile(&pieces));
-        for tile in Tile::of(span, &pieces) {
-            tile.transpose(&qkv[tile.row * width + head * dim..], width, dim, q);
-            tile.scores(simd, |piece| piece.keys, q, dim, p);
+        let [keys, values] = keys_and_values(qkv, heads, span, heads.key_head(head));
+        fit(p, TILE * keys.rows());
+        let tiles = Tile::of(span, keys.rows());
+        // SAFETY: keys and values were checked in `keys_and_values`, and the words of each have memory of their own.
+        let (keys, values) = unsafe {
+            (arithmetic.beside(keys, dim, &mut words.keys), arithmetic.below(values, dim, &mut words.values))
+        };
+        for tile in tiles {
+            let q = Matrix::rows(qkv[tile.row * width + head * dim..].as_ptr(), width);
+            // SAFETY: the rows of the span were checked with its keys.
+            unsafe {
+                let q = arithmetic.transposed(q, [tile.rows, dim], &mut words.q);
+                tile.scores(arithmetic, &keys, q, dim, p);
+            }
             let scores = by_vector(p, tile.keys());
             tile.hide(scores, f32::NEG_INFINITY);
             let mut inverse_sums = [[0f32; LANES]; 2];
@@ -333,17 +356,20 @@ impl WithSimd for Forward<'_> {
                 }
             }
             tile.hide(scores, 0.0);
+            let weights = Stack::of(Matrix::rows(p.as_ptr(), TILE), tile.keys());
+            // SAFETY: of every key a row of `p`.
+            let weights = unsafe { arithmetic.below(weights, TILE, &mut words.p) }.parts[0].0;
             for strip in (0..tile.rows).step_by(STRIP) {
                 let rows = STRIP.min(tile.rows - strip);
                 let out = out.at((tile.row + strip) * out_width + head * dim);
                 let mut add = false;
-                for (first, piece, tokens) in tile.pieces_until(tile.before + strip + rows) {
-                    let start = p.as_ptr().wrapping_add(first * TILE + strip);
+                for (first, values, count) in values.until((tile.before + strip + rows).div_ceil(A::NUMBERS)) {
+                    let start = weights.start.wrapping_add(first * TILE + strip);
                     let weights = Matrix { start, row_stride: 1, column_stride: TILE };
-                    if tokens > 0 {
-                        // SAFETY: pieces as in `scores`, and weights lie in `p`; the rows of this span in the columns of this
-                        // head of `out` belong to this task alone.
-                        unsafe { product(simd, [rows, dim, tokens], weights, piece.values, out, out_width, add) };
+                    if count > 0 {
+                        // SAFETY: of every key there is a weight; the rows of this span in the columns of this head of `out` belong
+                        // to this task alone.
+                        unsafe { product(arithmetic, [rows, dim, count], weights, values, out, out_width, add) };
                         add = true;
                     }
                 }

@@ -34,16 +34,23 @@ const TASK_BYTES: usize = 1 << 16;
 
 /// A read-only matrix inside a larger allocation.
 #[derive(Clone, Copy)]
-pub(crate) struct Matrix {
-    pub(crate) start: *const f32,
+pub(crate) struct Matrix<T = f32> {
+    pub(crate) start: *const T,
     pub(crate) row_stride: usize,
     pub(crate) column_stride: usize,
 }
 
-impl Matrix {
+impl<T> Matrix<T> {
     /// The matrix whose rows are `row_stride` apart and whose columns are adjacent.
-    pub(crate) fn rows(start: *const f32, row_stride: usize) -> Self {
+    pub(crate) fn rows(start: *const T, row_stride: usize) -> Self {
         Self { start, row_stride, column_stride: 1 }
+    }
+}
+
+impl Matrix {
+    /// The bits of its elements.
+    pub(crate) fn to_bits(self) -> Matrix<u32> {
+        Matrix { start: self.start.cast(), row_stride: self.row_stride, column_stride: self.column_stride }
     }
 }
 

@@ -2,15 +2,17 @@
 
 use std::ops::Range;
 
-use pulp::{Simd, WithSimd};
+use pulp::Simd;
 use rayon::prelude::*;
 
+use super::arithmetic::{Arithmetic, Task, dispatch};
 use super::kernel::product;
 use super::{
-    Heads, Prefix, STRIP, Scratch, Shared, Span, TILE, Tile, by_vector, check, fit, flops, pieces, scores_of_last_tile,
+    Heads, Prefix, STRIP, Scratch, Shared, Span, Stack, TILE, Tile, by_vector, check, fit, flops, keys_and_values,
 };
 use crate::ops::linear::Matrix;
-use crate::ops::simd::{LANES, dot, exp};
+use crate::ops::simd::{LANES, exp};
+use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
 
 /// Parts of a batch, and as many sums of gradients of each row that all of it continues.
@@ -22,19 +24,11 @@ const RUNS: usize = 8;
 ///
 /// # Panics
 /// If the spans are not grouped so, or have a cache as their prefix.
-pub(crate) fn backward(
-    qkv: &[f32],
-    heads: Heads,
-    spans: &[Span],
-    out: &[f32],
-    lse: &[f32],
-    d_out: &[f32],
-    d_qkv: &mut [f32],
-) {
+pub(crate) fn backward(qkv: &[f32], heads: Heads, spans: &[Span], lse: &[f32], d_out: &[f32], d_qkv: &mut [f32]) {
     let _span = profile::span(Stage::AttentionBackward, || Work::Flops(2.0 * flops(heads, spans)));
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && d_qkv.len() == qkv.len() && lse.len() == n * heads.query);
-    assert!(out.len() == n * heads.query_width() && d_out.len() == out.len());
+    assert_eq!(d_out.len(), n * heads.query_width());
     check(heads, spans);
     d_qkv.par_chunks_mut(1 << 16).for_each(|d| d.fill(0.0));
     let (groups, common) = groups(spans);
@@ -45,10 +39,10 @@ pub(crate) fn backward(
     let mut of_common = vec![0f32; tasks.len() * common.len() * 2 * heads.dim];
     let of_task = of_common.len() / tasks.len().max(1);
     let (d_qkv, d_common) = (Shared(d_qkv.as_mut_ptr()), Shared(of_common.as_mut_ptr()));
-    let pass = Pass { qkv, heads, out, lse, d_out, d_qkv };
+    let pass = Pass { qkv, heads, lse, d_out, d_qkv };
     tasks.par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, &(spans, key_head))| {
         let d_common = Shared(d_common.at(task * of_task));
-        pulp::Arch::new().dispatch(Backward { pass: &pass, d_common, spans, key_head, scratch });
+        dispatch(Precision::F32, Backward { pass: &pass, d_common, spans, key_head, scratch });
     });
     for ((_, key_head), of_task) in tasks.iter().zip(of_common.chunks_exact(of_task.max(1))) {
         for (row, added) in common.clone().zip(of_task.chunks_exact(2 * heads.dim)) {
@@ -107,7 +101,6 @@ fn groups<'s, 'a>(spans: &'s [Span<'a>]) -> (Vec<&'s [Span<'a>]>, Range<usize>) 
 struct Pass<'a> {
     qkv: &'a [f32],
     heads: Heads,
-    out: &'a [f32],
     lse: &'a [f32],
     d_out: &'a [f32],
     d_qkv: Shared,
@@ -123,133 +116,183 @@ struct Backward<'a> {
     scratch: &'a mut Scratch,
 }
 
-impl WithSimd for Backward<'_> {
-    type Output = ();
-
+impl Task for Backward<'_> {
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
+    fn run<A: Arithmetic>(self, arithmetic: A) {
         let Self { pass, d_common, spans, key_head, scratch } = self;
-        let repeats = pass.heads.query / pass.heads.key_value;
+        let (repeats, dim) = (pass.heads.query / pass.heads.key_value, pass.heads.dim);
         for span in spans {
-            let pieces = pieces(pass.qkv, pass.heads, span, key_head);
+            let [keys, values] = keys_and_values(pass.qkv, pass.heads, span, key_head);
             let gradients = pass.gradients(span, key_head, d_common);
             for scores in [&mut scratch.p, &mut scratch.ds] {
-                fit(scores, scores_of_last_tile(&pieces));
+                fit(scores, TILE * keys.rows());
             }
+            let words = &mut scratch.words;
+            // SAFETY: keys and values were checked in `keys_and_values`, and the words of each have memory of their own.
+            let factors = unsafe {
+                Factors {
+                    keys: arithmetic.beside(keys, dim, &mut words.keys),
+                    keys_below: arithmetic.below(keys, dim, &mut words.keys_below),
+                    values: arithmetic.beside(values, dim, &mut words.values),
+                }
+            };
             for head in key_head * repeats..(key_head + 1) * repeats {
-                for tile in Tile::of(span, &pieces) {
-                    pass.tile(simd, tile, &gradients, head, scratch);
+                for tile in Tile::of(span, keys.rows()) {
+                    pass.tile(arithmetic, tile, &factors, &gradients, head, scratch);
                 }
             }
         }
     }
 }
 
-/// Where the gradients of a piece's keys and values are added, in rows that are `stride` apart.
-struct PieceGradient {
+/// Keys and values as factors: words of numbers beside each other, and below each other.
+struct Factors {
+    keys: Stack<u32>,
+    keys_below: Stack<u32>,
+    values: Stack<u32>,
+}
+
+/// Where the gradients of some tokens' keys and values are added, in rows that are `stride` apart.
+struct KeyGradient {
     keys: *mut f32,
     values: *mut f32,
     stride: usize,
+    tokens: usize,
 }
 
 impl Pass<'_> {
-    /// Where the gradients of the pieces of a span's head are added.
-    fn gradients(&self, span: &Span, key_head: usize, d_common: Shared) -> [PieceGradient; 3] {
+    /// Where the gradients of the keys and values of a span's head are added: of the parts of its prefix, and of itself.
+    fn gradients(&self, span: &Span, key_head: usize, d_common: Shared) -> [KeyGradient; 3] {
         let (heads, width) = (self.heads, self.heads.qkv_width());
-        let of_rows = |rows: &Range<usize>| PieceGradient {
+        let of_rows = |rows: &Range<usize>| KeyGradient {
             keys: self.d_qkv.at(rows.start * width + heads.key_column(key_head)),
             values: self.d_qkv.at(rows.start * width + heads.value_column(key_head)),
             stride: width,
+            tokens: rows.len(),
         };
-        let prompt = if let Prefix::Rows([_, prompt]) = &span.prefix { prompt } else { &(0..0) };
-        let common = PieceGradient { keys: d_common.at(0), values: d_common.at(heads.dim), stride: 2 * heads.dim };
-        [common, of_rows(prompt), of_rows(&span.rows)]
+        let [common, prompt] = if let Prefix::Rows(rows) = &span.prefix { rows.clone() } else { [0..0, 0..0] };
+        let common = KeyGradient {
+            keys: d_common.at(0),
+            values: d_common.at(heads.dim),
+            stride: 2 * heads.dim,
+            tokens: common.len(),
+        };
+        [common, of_rows(&prompt), of_rows(&span.rows)]
     }
 
     /// Adds the gradient of one tile.
     #[inline(always)]
-    fn tile<S: Simd>(
+    fn tile<A: Arithmetic>(
         &self,
-        simd: S,
-        tile: Tile<'_>,
-        gradients: &[PieceGradient; 3],
+        arithmetic: A,
+        tile: Tile,
+        factors: &Factors,
+        gradients: &[KeyGradient; 3],
         head: usize,
         scratch: &mut Scratch,
     ) {
         let heads = self.heads;
         let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
-        let Scratch { q, d_out, p, ds } = scratch;
-        let q_rows = &self.qkv[tile.row * width + head * dim..];
-        let d_out_rows = &self.d_out[tile.row * out_width + head * dim..];
-        tile.transpose(q_rows, width, dim, q);
-        tile.transpose(d_out_rows, out_width, dim, d_out);
-        tile.scores(simd, |piece| piece.keys, q, dim, p);
-        tile.scores(simd, |piece| piece.values, d_out, dim, ds);
-        for vector in 0..tile.vectors() {
-            let [mut lse, mut delta] = [[0f32; LANES]; 2];
-            for lane in 0..LANES.min(tile.rows - vector * LANES) {
-                let row = tile.row + vector * LANES + lane;
-                let at = row * out_width + head * dim;
-                lse[lane] = self.lse[row * heads.query + head];
-                delta[lane] = dot(&self.out[at..at + dim], &self.d_out[at..at + dim]);
-            }
-            let (p, ds) = (by_vector(p, tile.keys()), by_vector(ds, tile.keys()));
-            softmax_gradient(p, ds, vector, heads.scale(), lse, delta);
+        let Scratch { p, ds, words } = scratch;
+        let q_rows = Matrix::rows(self.qkv[tile.row * width + head * dim..].as_ptr(), width);
+        let d_out_rows = Matrix::rows(self.d_out[tile.row * out_width + head * dim..].as_ptr(), out_width);
+        // SAFETY: the rows of the span were checked with its keys.
+        unsafe {
+            let q = arithmetic.transposed(q_rows, [tile.rows, dim], &mut words.q);
+            let d_out = arithmetic.transposed(d_out_rows, [tile.rows, dim], &mut words.d_out);
+            tile.scores(arithmetic, &factors.keys, q, dim, p);
+            tile.scores(arithmetic, &factors.values, d_out, dim, ds);
         }
-        tile.hide(by_vector(p, tile.keys()), 0.0);
-        tile.hide(by_vector(ds, tile.keys()), 0.0);
-        let (p, ds) = (p.as_ptr(), ds.as_ptr());
+        let probability = by_vector(p, tile.keys());
+        for vector in 0..tile.vectors() {
+            let mut lse = [0f32; LANES];
+            for (lane, lse) in lse.iter_mut().enumerate().take(tile.rows - vector * LANES) {
+                *lse = self.lse[(tile.row + vector * LANES + lane) * heads.query + head];
+            }
+            probabilities(probability, vector, heads.scale(), lse);
+        }
+        tile.hide(probability, 0.0);
+        let len = tile.keys() * TILE;
+        score_gradients(arithmetic.simd(), &p[..len], &mut ds[..len], tile.vectors(), heads.scale());
+        let [p, ds] = [p, ds].map(|scores| Stack::of(Matrix::rows(scores.as_ptr(), TILE), tile.keys()));
+        let [q_rows, d_out_rows] = [q_rows, d_out_rows].map(|rows| Stack::of(rows, tile.rows));
+        // SAFETY: of every key a row of `p` and `ds`; rows as above.
+        let [p, ds, ds_below, q, d_out] = unsafe {
+            [
+                arithmetic.beside(p, TILE, &mut words.p),
+                arithmetic.beside(ds, TILE, &mut words.ds),
+                arithmetic.below(ds, TILE, &mut words.ds_below),
+                arithmetic.below(q_rows, dim, &mut words.q_below),
+                arithmetic.below(d_out_rows, dim, &mut words.d_out_below),
+            ]
+        }
+        .map(|stack| stack.parts[0].0);
         for strip in (0..tile.rows).step_by(STRIP) {
             let rows = STRIP.min(tile.rows - strip);
             let d_q = self.d_qkv.at((tile.row + strip) * width + head * dim);
-            for (first, piece, tokens) in tile.pieces_until(tile.before + strip + rows) {
-                let ds = Matrix { start: ds.wrapping_add(first * TILE + strip), row_stride: 1, column_stride: TILE };
-                // SAFETY: pieces as in `scores`, and `ds` has a place for every key of the tile; the rows of this span in the
-                // columns of this query head are written by this task alone.
-                unsafe { product(simd, [rows, dim, tokens], ds, piece.keys, d_q, width, true) };
+            let mut add = false;
+            for (first, keys, count) in factors.keys_below.until((tile.before + strip + rows).div_ceil(A::NUMBERS)) {
+                let start = ds_below.start.wrapping_add(first * TILE + strip);
+                let ds = Matrix { start, row_stride: 1, column_stride: TILE };
+                // SAFETY: `ds` has a place for every key of the tile; the rows of this span in the columns of this query head are
+                // written by this task alone.
+                unsafe { product(arithmetic, [rows, dim, count], ds, keys, d_q, width, add) };
+                add |= count > 0;
             }
         }
-        for ((first, piece, tokens), gradient) in tile.pieces_until(tile.keys()).zip(gradients) {
-            let seen_by_all = piece.until(first, tile.before);
+        let mut first = 0;
+        for gradient in gradients {
+            let before = |end: usize| gradient.tokens.min(end.saturating_sub(first));
+            let (tokens, seen_by_all) = (before(tile.keys()), before(tile.before));
             let mut key = 0;
             while key < tokens {
                 let (keys, hidden) = match key < seen_by_all {
                     true => (seen_by_all, 0),
                     false => (STRIP.min(tokens - key), first + key - tile.before),
                 };
-                let at = (first + key) * TILE + hidden;
-                for (weights, rows, stride, to) in
-                    [(ds, q_rows, width, gradient.keys), (p, d_out_rows, out_width, gradient.values)]
-                {
-                    let weights = Matrix::rows(weights.wrapping_add(at), TILE);
-                    let rows = Matrix::rows(rows.as_ptr().wrapping_add(hidden * stride), stride);
-                    let (shape, to) = ([keys, dim, tile.rows - hidden], to.wrapping_add(key * gradient.stride));
+                let shape = [keys, dim, (tile.rows - hidden).div_ceil(A::NUMBERS)];
+                // strips start with a word
+                let hidden = hidden / A::NUMBERS;
+                for (weights, rows, to) in [(ds, q, gradient.keys), (p, d_out, gradient.values)] {
+                    let start = weights.start.wrapping_add((first + key) * weights.row_stride + hidden);
+                    let weights = Matrix { start, ..weights };
+                    let rows = Matrix { start: rows.start.wrapping_add(hidden * rows.row_stride), ..rows };
+                    let to = to.wrapping_add(key * gradient.stride);
                     // SAFETY: reads as above. The rows of this group in the columns of this key head, and the task's own memory
                     // for the common rows, are written by this task alone.
-                    unsafe { product(simd, shape, weights, rows, to, gradient.stride, true) };
+                    unsafe { product(arithmetic, shape, weights, rows, to, gradient.stride, true) };
                 }
                 key += keys;
             }
+            first += gradient.tokens;
         }
     }
 }
 
-/// Turns the scores of one vector of rows into probabilities, and the products of values and output gradients into the gradient of
-/// the products of queries and keys.
+/// Turns the scores of one vector of rows into probabilities.
 #[inline(always)]
-fn softmax_gradient(
-    p: &mut [[[f32; LANES]; 2]],
-    ds: &mut [[[f32; LANES]; 2]],
-    vector: usize,
-    scale: f32,
-    lse: [f32; LANES],
-    delta: [f32; LANES],
-) {
-    for (p, ds) in p.iter_mut().zip(ds) {
+fn probabilities(scores: &mut [[[f32; LANES]; 2]], vector: usize, scale: f32, lse: [f32; LANES]) {
+    for scores in scores {
         for lane in 0..LANES {
-            let probability = exp(p[vector][lane].mul_add(scale, -lse[lane]));
-            p[vector][lane] = probability;
-            ds[vector][lane] = probability * (ds[vector][lane] - delta[lane]) * scale;
+            scores[vector][lane] = exp(scores[vector][lane].mul_add(scale, -lse[lane]));
+        }
+    }
+}
+
+/// Turns the gradients of the probabilities of some vectors of rows into those of the products of queries and keys.
+// by the vectors of `pulp`: the compiler takes the loops over arrays of lanes for loops over keys, whose numbers are far apart
+#[inline(always)]
+fn score_gradients<S: Simd>(simd: S, p: &[f32], gradients: &mut [f32], vectors: usize, scale: f32) {
+    let (p, gradients) = (S::as_simd_f32s(p).0, S::as_mut_simd_f32s(gradients).0);
+    let (width, scale) = (TILE / S::F32_LANES, simd.splat_f32s(scale));
+    for vector in 0..vectors * LANES / S::F32_LANES {
+        let mut mean = simd.splat_f32s(0.0);
+        for (p, d_p) in p.chunks_exact(width).zip(gradients.chunks_exact(width)) {
+            mean = simd.mul_add_e_f32s(p[vector], d_p[vector], mean);
+        }
+        for (p, gradient) in p.chunks_exact(width).zip(gradients.chunks_exact_mut(width)) {
+            let deviation = simd.sub_f32s(gradient[vector], mean);
+            gradient[vector] = simd.mul_f32s(simd.mul_f32s(p[vector], deviation), scale);
         }
     }
 }

@@ -159,6 +159,7 @@ mod tests {
     use super::super::{Span, forward as of_any};
     use super::*;
     use crate::ops::finite_difference::random;
+    use crate::precision::Precision;
 
     #[test]
     fn a_row_by_itself_is_that_of_the_general_attention() {
@@ -184,7 +185,7 @@ mod tests {
                 let both = [vec![0.0; heads.qkv_width()], qkv[row * heads.qkv_width()..][..heads.qkv_width()].to_vec()];
                 let spans = [Span { rows: 0..1, prefix: Prefix::Rows([0..0, 0..0]) }, span(row, 1)];
                 let (mut general, mut general_lse) = (vec![0.0; 2 * heads.query_width()], vec![0.0; 2 * heads.query]);
-                of_any(&both.concat(), heads, &spans, &mut general, &mut general_lse);
+                of_any(&both.concat(), heads, &spans, Precision::F32, &mut general, &mut general_lse);
                 let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
                 assert!(close(
                     &general[heads.query_width()..],

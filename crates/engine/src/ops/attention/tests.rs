@@ -1,13 +1,46 @@
 use super::*;
 use crate::ops::finite_difference::{check, random};
+use crate::ops::linear::bf16::round;
+use crate::precision::Precision::{Bf16, F32};
 
 const HEADS: Heads = Heads { query: 4, key_value: 2, dim: 6 };
 
 fn run(qkv: &[f32], heads: Heads, spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
+    run_in(F32, qkv, heads, spans)
+}
+
+fn run_in(precision: Precision, qkv: &[f32], heads: Heads, spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
     let n = qkv.len() / heads.qkv_width();
-    let (mut out, mut lse) = (vec![0.0; n * heads.query_width()], vec![0.0; n * heads.query]);
-    forward(qkv, heads, spans, &mut out, &mut lse);
+    let (mut out, mut lse) = (vec![f32::NAN; n * heads.query_width()], vec![f32::NAN; n * heads.query]);
+    forward(qkv, heads, spans, precision, &mut out, &mut lse);
     (out, lse)
+}
+
+fn rounded(mut x: Vec<f32>) -> Vec<f32> {
+    round(&mut x);
+    x
+}
+
+/// Asserts that no two numbers differ by more than a part of the largest of them.
+fn assert_close(got: &[f32], expected: &[f32], part: f32) {
+    let largest = expected.iter().fold(0f32, |m, x| m.max(x.abs()));
+    for (index, (got, expected)) in got.iter().zip(expected).enumerate() {
+        assert!((got - expected).abs() <= part * largest, "{index}: {got} instead of {expected}");
+    }
+}
+
+/// Spans of odd lengths and of several tiles: prompts with responses, one after the other, and two that continue common rows.
+fn many_spans() -> (usize, Vec<Span<'static>>) {
+    let spans = vec![
+        span(0..21, None),
+        third(21..90, 0..21, 0..0),
+        third(90..151, 0..21, 21..90),
+        third(151..158, 0..21, 21..90),
+        third(158..159, 0..21, 0..0),
+        third(159..200, 0..21, 158..159),
+        third(200..241, 0..21, 0..0),
+    ];
+    (241, spans)
 }
 
 fn span(rows: Range<usize>, prefix: Option<Range<usize>>) -> Span<'static> {
@@ -58,7 +91,9 @@ fn equals_the_definition_with_shared_prompts_and_several_tiles() {
 
 #[test]
 fn the_bits_of_a_row_do_not_depend_on_how_its_sequence_is_cut() {
-    for heads in [HEADS, Heads { query: 2, key_value: 1, dim: 64 }, Heads { query: 1, key_value: 1, dim: 40 }] {
+    let heads = [HEADS, Heads { query: 2, key_value: 1, dim: 64 }, Heads { query: 1, key_value: 1, dim: 40 }];
+    for (heads, precision) in heads.into_iter().flat_map(|heads| [(heads, F32), (heads, Bf16)]) {
+        let run = |qkv: &[f32], heads, spans: &[Span]| run_in(precision, qkv, heads, spans);
         let width = heads.qkv_width();
         let sequence = random(150 * width, 1);
         let (whole, whole_lse) = run(&sequence, heads, &[span(0..150, None)]);
@@ -102,6 +137,9 @@ fn a_cache_gives_what_the_rows_give() {
     let cached = [Span { rows: 0..3, prefix: Prefix::Cache { keys: &keys, values: &values } }];
     let (rest, _) = run(&qkv[6 * HEADS.qkv_width()..], HEADS, &cached);
     assert!(rest.iter().zip(&whole[6 * q..]).all(|(a, b)| (a - b).abs() < 1e-6));
+    let (whole, _) = run_in(Bf16, &qkv, HEADS, &[span(0..9, None)]);
+    let (rest, _) = run_in(Bf16, &qkv[6 * HEADS.qkv_width()..], HEADS, &cached);
+    assert_eq!(rest, whole[6 * q..]);
 }
 
 #[test]
@@ -125,9 +163,9 @@ fn gradient_matches_finite_differences() {
     ] {
         let qkv = random(11 * heads.qkv_width(), 5);
         let d_out = random(11 * heads.query_width(), 6);
-        let (out, lse) = run(&qkv, heads, &spans);
+        let (_, lse) = run(&qkv, heads, &spans);
         let mut d_qkv = vec![f32::NAN; qkv.len()];
-        backward(&qkv, heads, &spans, &out, &lse, &d_out, &mut d_qkv);
+        backward(&qkv, heads, &spans, &lse, &d_out, &mut d_qkv);
         check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
     }
 }
@@ -139,8 +177,28 @@ fn gradient_over_several_tiles_matches_finite_differences() {
         [span(0..40, None), third(40..66, 0..40, 0..0), third(66..100, 0..40, 40..66), third(100..133, 0..40, 0..0)];
     let qkv = random(133 * heads.qkv_width(), 7);
     let d_out = random(133 * heads.query_width(), 8);
-    let (out, lse) = run(&qkv, heads, &spans);
+    let (_, lse) = run(&qkv, heads, &spans);
     let mut d_qkv = vec![0.0; qkv.len()];
-    backward(&qkv, heads, &spans, &out, &lse, &d_out, &mut d_qkv);
+    backward(&qkv, heads, &spans, &lse, &d_out, &mut d_qkv);
     check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
+}
+
+const MANY_HEADS: [Heads; 4] = [
+    HEADS,
+    Heads { query: 6, key_value: 2, dim: 64 },
+    Heads { query: 2, key_value: 1, dim: 40 },
+    Heads { query: 1, key_value: 1, dim: 2 },
+];
+
+#[test]
+fn in_bf16_it_differs_by_the_rounding_of_the_weights() {
+    let (rows, spans) = many_spans();
+    for heads in MANY_HEADS {
+        let qkv = rounded(random(rows * heads.qkv_width(), 9));
+        let (exact, exact_lse) = run(&qkv, heads, &spans);
+        let (out, lse) = run_in(Bf16, &qkv, heads, &spans);
+        // a weight is off by a 512th of itself at most; queries and keys are factors as they are
+        assert_close(&out, &exact, 1.0 / 512.0);
+        assert_close(&lse, &exact_lse, 1e-5);
+    }
 }

@@ -15,7 +15,7 @@ use super::{View, ViewMut, product_f32};
 use crate::ops::simd::{dispatch, to_bf16};
 
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(in crate::ops) mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx512::{panels, product_of_panels};
 

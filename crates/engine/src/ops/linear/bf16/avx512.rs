@@ -34,7 +34,7 @@ thread_local! {
 }
 
 /// Whether this processor has what the kernels need.
-pub(super) fn is_available() -> bool {
+pub(in crate::ops) fn is_available() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
@@ -191,7 +191,7 @@ fn multiply<A: Number, B: Number>(a: View<'_, A>, b: Right<'_, B>, out: ViewMut<
 }
 
 /// The first `len` words of memory that grows as needed.
-fn fit(memory: &mut Vec<u32>, len: usize) -> &mut [u32] {
+pub(in crate::ops) fn fit(memory: &mut Vec<u32>, len: usize) -> &mut [u32] {
     if memory.len() < len {
         memory.resize(len, 0);
     }
@@ -223,7 +223,7 @@ fn pack<const W: usize>(matrix: View<'_, impl Number>, height: usize, panels: &m
 }
 
 /// The lowest `count` of 16 bits, all of them from 16 on.
-fn mask(count: usize) -> u16 {
+pub(in crate::ops) fn mask(count: usize) -> u16 {
     if count >= 16 { u16::MAX } else { (1 << count) - 1 }
 }
 
@@ -233,7 +233,7 @@ fn mask(count: usize) -> u16 {
 /// The processor must have the instructions. All elements that the shape and the strides reach from `start` must be valid to
 /// read, next to each other along one of the two directions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn pack_panel<const W: usize, T: Number>(
+pub(in crate::ops) unsafe fn pack_panel<const W: usize, T: Number>(
     start: *const T,
     [row_stride, stride]: [usize; 2],
     [rows, summed]: [usize; 2],
@@ -292,7 +292,7 @@ fn pack_row(row: &[f32], pairs: &mut [u32]) {
 /// # Safety
 /// The processor must have the instructions, and the numbers must be valid to read.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn load_pairs<T: Number>(start: *const T, count: usize) -> __m512i {
+pub(in crate::ops) unsafe fn load_pairs<T: Number>(start: *const T, count: usize) -> __m512i {
     const { assert!(size_of::<T>() == if T::IS_ROUNDED { 2 } else { 4 }) };
     let masks = [mask(count), mask(count.saturating_sub(16))];
     // SAFETY: the masks leave the numbers alone, which are of the type that the trait says; a transmutation between vectors of
