@@ -469,7 +469,7 @@ impl Decoder {
         output.backward_input(dx, Some(d_attended), heads.query_width(), lora);
         output.backward_weight(dx, attended, heads.query_width(), gradient, &tape.lora, lora);
         let d_qkv = room.of(&mut scratch.d_qkv, heads.qkv_width());
-        attention::backward(qkv, heads, spans, &tape.lse[..n * heads.query], d_attended, d_qkv);
+        attention::backward(qkv, heads, spans, self.precision, &tape.lse[..n * heads.query], d_attended, d_qkv);
         self.rope.backward(d_qkv, heads.qkv_width(), heads.query + heads.key_value, positions);
         let x = &self.inputs[index][..n * d];
         let (norm, r) = (pass.base(&block.attention_norm), &tape.r_attention[..n]);

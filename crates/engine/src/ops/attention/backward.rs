@@ -24,7 +24,15 @@ const RUNS: usize = 8;
 ///
 /// # Panics
 /// If the spans are not grouped so, or have a cache as their prefix.
-pub(crate) fn backward(qkv: &[f32], heads: Heads, spans: &[Span], lse: &[f32], d_out: &[f32], d_qkv: &mut [f32]) {
+pub(crate) fn backward(
+    qkv: &[f32],
+    heads: Heads,
+    spans: &[Span],
+    precision: Precision,
+    lse: &[f32],
+    d_out: &[f32],
+    d_qkv: &mut [f32],
+) {
     let _span = profile::span(Stage::AttentionBackward, || Work::Flops(2.0 * flops(heads, spans)));
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && d_qkv.len() == qkv.len() && lse.len() == n * heads.query);
@@ -42,7 +50,7 @@ pub(crate) fn backward(qkv: &[f32], heads: Heads, spans: &[Span], lse: &[f32], d
     let pass = Pass { qkv, heads, lse, d_out, d_qkv };
     tasks.par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, &(spans, key_head))| {
         let d_common = Shared(d_common.at(task * of_task));
-        dispatch(Precision::F32, Backward { pass: &pass, d_common, spans, key_head, scratch });
+        dispatch(precision, Backward { pass: &pass, d_common, spans, key_head, scratch });
     });
     for ((_, key_head), of_task) in tasks.iter().zip(of_common.chunks_exact(of_task.max(1))) {
         for (row, added) in common.clone().zip(of_task.chunks_exact(2 * heads.dim)) {

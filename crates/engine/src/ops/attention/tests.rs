@@ -165,7 +165,7 @@ fn gradient_matches_finite_differences() {
         let d_out = random(11 * heads.query_width(), 6);
         let (_, lse) = run(&qkv, heads, &spans);
         let mut d_qkv = vec![f32::NAN; qkv.len()];
-        backward(&qkv, heads, &spans, &lse, &d_out, &mut d_qkv);
+        backward(&qkv, heads, &spans, F32, &lse, &d_out, &mut d_qkv);
         check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
     }
 }
@@ -179,7 +179,7 @@ fn gradient_over_several_tiles_matches_finite_differences() {
     let d_out = random(133 * heads.query_width(), 8);
     let (_, lse) = run(&qkv, heads, &spans);
     let mut d_qkv = vec![0.0; qkv.len()];
-    backward(&qkv, heads, &spans, &lse, &d_out, &mut d_qkv);
+    backward(&qkv, heads, &spans, F32, &lse, &d_out, &mut d_qkv);
     check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
 }
 
@@ -200,5 +200,22 @@ fn in_bf16_it_differs_by_the_rounding_of_the_weights() {
         // a weight is off by a 512th of itself at most; queries and keys are factors as they are
         assert_close(&out, &exact, 1.0 / 512.0);
         assert_close(&lse, &exact_lse, 1e-5);
+    }
+}
+
+#[test]
+fn gradient_in_bf16_differs_by_the_rounding_of_its_factors() {
+    let (rows, spans) = many_spans();
+    for heads in MANY_HEADS {
+        let qkv = rounded(random(rows * heads.qkv_width(), 9));
+        let d_out = random(rows * heads.query_width(), 10);
+        let (_, lse) = run(&qkv, heads, &spans);
+        let [exact, got] = [F32, Bf16].map(|precision| {
+            let mut d_qkv = vec![f32::NAN; qkv.len()];
+            backward(&qkv, heads, &spans, precision, &lse, &d_out, &mut d_qkv);
+            d_qkv
+        });
+        // two roundings, by a 512th each: of the gradient of the output, and of weights or of their gradients
+        assert_close(&got, &exact, 2.0 / 512.0);
     }
 }
