@@ -1,0 +1,239 @@
+//! What runs kernels, and what they work on.
+//!
+//! Kernels run, and memory is copied, in the order in which the host asks for it. The host does not wait, except in
+//! [`Device::read`].
+#![allow(unsafe_code)]
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use bytemuck::Pod;
+
+use super::Module;
+use crate::error::Result;
+
+/// Something that runs kernels.
+pub(crate) trait Device {
+    /// A piece of its memory, which is free for others when this is dropped.
+    type Memory: Memory;
+
+    /// So many bytes, all zero.
+    ///
+    /// # Errors
+    /// [`Error::Failed`](crate::Error::Failed) where there is no room for them.
+    fn allocate(&self, bytes: usize) -> Result<Self::Memory>;
+
+    /// Copies bytes to the beginning of a piece of memory, which is at least as long.
+    ///
+    /// # Errors
+    /// [`Error::Failed`](crate::Error::Failed) where the device fails, now or in what it was asked for before.
+    fn write(&self, memory: &mut Self::Memory, bytes: &[u8]) -> Result<()>;
+
+    /// Copies the beginning of a piece of memory, which is at least as long, once all that was asked for before is done.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    fn read(&self, memory: &Self::Memory, bytes: &mut [u8]) -> Result<()>;
+
+    /// Runs a kernel; in no thread where the grid has no block.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel's definition, in number, order and type; with these and `shape` it stays within
+    /// the views among them.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write), and where the kernel does not compile.
+    unsafe fn launch(
+        &self,
+        module: &'static Module,
+        kernel: &str,
+        shape: Launch,
+        arguments: &[Argument<'_>],
+    ) -> Result<()>;
+}
+
+/// A piece of a device's memory.
+pub(crate) trait Memory {
+    /// Its address on the device.
+    fn address(&self) -> u64;
+}
+
+/// In how many threads a kernel runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(C)]
+pub(crate) struct Launch {
+    /// Blocks in each dimension.
+    pub(crate) grid: [u32; 3],
+    /// Threads of a block in each dimension.
+    pub(crate) block: [u32; 3],
+    /// Bytes of shared memory of a block, besides those of variables.
+    pub(crate) shared_bytes: u32,
+}
+
+impl Launch {
+    /// Threads of a block where nothing asks for another number.
+    pub(crate) const BLOCK: u32 = 256;
+
+    /// A thread for each of `count` things; the last block may have more.
+    pub(crate) fn threads(count: usize) -> Self {
+        Self::blocks(count.div_ceil(Self::BLOCK as usize))
+    }
+
+    /// A block of [`BLOCK`](Self::BLOCK) threads for each of `count` things.
+    pub(crate) fn blocks(count: usize) -> Self {
+        Self { grid: [count as u32, 1, 1], block: [Self::BLOCK, 1, 1], shared_bytes: 0 }
+    }
+}
+
+/// An argument of a kernel: a pointer, or a value of up to eight bytes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Argument<'a> {
+    /// The value's bytes come first.
+    bytes: [u8; 8],
+    /// Keeps what a pointer points to.
+    memory: PhantomData<&'a mut ()>,
+}
+
+impl Argument<'_> {
+    fn new(value: impl Pod) -> Self {
+        let mut bytes = [0; 8];
+        let value = bytemuck::bytes_of(&value);
+        bytes[..value.len()].copy_from_slice(value);
+        Self { bytes, memory: PhantomData }
+    }
+
+    /// Where the value is, as those who launch kernels want to have it.
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.bytes.as_ptr()
+    }
+}
+
+/// Makes arguments of what kernels take by value.
+macro_rules! by_value {
+    ($($type:ty),*) => {
+        $(impl From<$type> for Argument<'_> {
+            fn from(value: $type) -> Self {
+                Self::new(value)
+            }
+        })*
+    };
+}
+
+// sizes as `size_t`, structures of two `int`s as arrays
+by_value!(i32, u32, u64, usize, f32, [i32; 2]);
+
+impl<'a, T> From<View<'a, T>> for Argument<'a> {
+    fn from(view: View<'a, T>) -> Self {
+        Self::new(view.address)
+    }
+}
+
+impl<'a, T> From<ViewMut<'a, T>> for Argument<'a> {
+    fn from(view: ViewMut<'a, T>) -> Self {
+        Self::new(view.address)
+    }
+}
+
+/// Numbers in a device's memory.
+#[derive(Debug)]
+pub(crate) struct Buffer<D: Device, T> {
+    memory: D::Memory,
+    len: usize,
+    numbers: PhantomData<T>,
+}
+
+impl<D: Device, T: Pod> Buffer<D, T> {
+    /// Zeros.
+    ///
+    /// # Errors
+    /// Those of [`Device::allocate`].
+    pub(crate) fn zeros(device: &D, len: usize) -> Result<Self> {
+        Ok(Self { memory: device.allocate(len * size_of::<T>())?, len, numbers: PhantomData })
+    }
+
+    /// A copy of numbers of the host.
+    ///
+    /// # Errors
+    /// Those of [`Device::allocate`] and [`Device::write`].
+    pub(crate) fn of(device: &D, numbers: &[T]) -> Result<Self> {
+        let mut buffer = Self::zeros(device, numbers.len())?;
+        device.write(&mut buffer.memory, bytemuck::cast_slice(numbers))?;
+        Ok(buffer)
+    }
+
+    /// A copy on the host.
+    ///
+    /// # Errors
+    /// Those of [`Device::read`].
+    pub(crate) fn to_vec(&self, device: &D) -> Result<Vec<T>> {
+        let mut numbers = vec![T::zeroed(); self.len];
+        device.read(&self.memory, bytemuck::cast_slice_mut(&mut numbers))?;
+        Ok(numbers)
+    }
+
+    /// All of it, to read.
+    pub(crate) fn view(&self) -> View<'_, T> {
+        View { address: self.memory.address(), len: self.len, memory: PhantomData }
+    }
+
+    /// All of it, to write.
+    pub(crate) fn view_mut(&mut self) -> ViewMut<'_, T> {
+        ViewMut { address: self.memory.address(), len: self.len, memory: PhantomData }
+    }
+}
+
+/// Numbers next to each other in a device's memory, to read.
+#[derive(Debug)]
+pub(crate) struct View<'a, T> {
+    address: u64,
+    len: usize,
+    memory: PhantomData<&'a [T]>,
+}
+
+impl<T> Clone for View<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for View<'_, T> {}
+
+impl<T> View<'_, T> {
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub(crate) fn range(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len);
+        Self { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), memory: PhantomData }
+    }
+}
+
+/// Numbers next to each other in a device's memory, to write.
+#[derive(Debug)]
+pub(crate) struct ViewMut<'a, T> {
+    address: u64,
+    len: usize,
+    memory: PhantomData<&'a mut [T]>,
+}
+
+impl<T> ViewMut<'_, T> {
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub(crate) fn range(self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len);
+        Self { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), memory: PhantomData }
+    }
+}
