@@ -8,6 +8,7 @@
 mod device;
 #[cfg(test)]
 mod emulator;
+mod nvrtc;
 mod ops;
 
 /// A file of kernels.
