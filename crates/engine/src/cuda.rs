@@ -5,9 +5,11 @@
 //! machine that runs them. Results do not depend on the order in which threads run: no kernel adds to a number in memory that another thread
 //! adds to.
 
+mod cache;
 mod device;
 #[cfg(test)]
 mod emulator;
+mod gpu;
 mod nvrtc;
 mod ops;
 
