@@ -26,7 +26,16 @@ pub(crate) struct Module {
 
 /// All kernels.
 #[cfg(test)]
-const MODULES: [&Module; 1] = [&ops::cast::MODULE];
+const MODULES: [&Module; 8] = [
+    &ops::dropout::MODULE,
+    &ops::elementwise::MODULE,
+    &ops::logprob::MODULE,
+    &ops::optimizer::MODULE,
+    &ops::rmsnorm::MODULE,
+    &ops::rope::MODULE,
+    &ops::rows::MODULE,
+    &ops::swiglu::MODULE,
+];
 
 impl Module {
     /// The text that a compiler takes: what all kernels share, then the file.

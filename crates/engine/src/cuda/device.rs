@@ -4,10 +4,12 @@
 //! [`Device::read`].
 #![allow(unsafe_code)]
 
+use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use bytemuck::Pod;
+use half::bf16;
 
 use super::Module;
 use crate::error::Result;
@@ -53,7 +55,7 @@ pub(crate) trait Device {
 }
 
 /// A piece of a device's memory.
-pub(crate) trait Memory {
+pub(crate) trait Memory: Debug {
     /// Its address on the device.
     fn address(&self) -> u64;
 }
@@ -74,37 +76,37 @@ impl Launch {
     /// Threads of a block where nothing asks for another number.
     pub(crate) const BLOCK: u32 = 256;
 
-    /// A thread for each of `count` things; the last block may have more.
+    /// As many threads, and more to the end of the last block.
     pub(crate) fn threads(count: usize) -> Self {
         Self::blocks(count.div_ceil(Self::BLOCK as usize))
     }
 
-    /// A block of [`BLOCK`](Self::BLOCK) threads for each of `count` things.
+    /// As many blocks of [`BLOCK`](Self::BLOCK) threads.
     pub(crate) fn blocks(count: usize) -> Self {
         Self { grid: [count as u32, 1, 1], block: [Self::BLOCK, 1, 1], shared_bytes: 0 }
     }
 }
 
-/// An argument of a kernel: a pointer, or a value of up to eight bytes.
+/// An argument of a kernel: a pointer, or a value of up to 32 bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Argument<'a> {
     /// The value's bytes come first.
-    bytes: [u8; 8],
+    words: [u64; 4],
     /// Keeps what a pointer points to.
     memory: PhantomData<&'a mut ()>,
 }
 
 impl Argument<'_> {
     fn new(value: impl Pod) -> Self {
-        let mut bytes = [0; 8];
+        let mut words = [0; 4];
         let value = bytemuck::bytes_of(&value);
-        bytes[..value.len()].copy_from_slice(value);
-        Self { bytes, memory: PhantomData }
+        bytemuck::bytes_of_mut(&mut words)[..value.len()].copy_from_slice(value);
+        Self { words, memory: PhantomData }
     }
 
     /// Where the value is, as those who launch kernels want to have it.
     pub(super) fn as_ptr(&self) -> *const u8 {
-        self.bytes.as_ptr()
+        self.words.as_ptr().cast()
     }
 }
 
@@ -119,8 +121,8 @@ macro_rules! by_value {
     };
 }
 
-// sizes as `size_t`, structures of two `int`s as arrays
-by_value!(i32, u32, u64, usize, f32, [i32; 2]);
+// a size is a `size_t`, and an array a structure of as many
+by_value!(i32, u32, u64, usize, f32, [i32; 2], [f32; 8]);
 
 impl<'a, T> From<View<'a, T>> for Argument<'a> {
     fn from(view: View<'a, T>) -> Self {
@@ -132,6 +134,20 @@ impl<'a, T> From<ViewMut<'a, T>> for Argument<'a> {
     fn from(view: ViewMut<'a, T>) -> Self {
         Self::new(view.address)
     }
+}
+
+/// The type of activations.
+pub(crate) trait Number: Pod {
+    /// What the names of its kernels end with.
+    const NAME: &'static str;
+}
+
+impl Number for f32 {
+    const NAME: &'static str = "f32";
+}
+
+impl Number for bf16 {
+    const NAME: &'static str = "bf16";
 }
 
 /// Numbers in a device's memory.

@@ -252,6 +252,10 @@ inline float __uint_as_float(uint32_t bits) {
     return x;
 }
 
+struct float2 {
+    float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct __align__(16) uint4 {
     unsigned x, y, z, w;
 };

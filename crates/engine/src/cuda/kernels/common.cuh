@@ -40,22 +40,41 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
 // This thread among all threads of a grid in one dimension.
 __device__ inline size_t thread_of_grid() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
-// The sum over the lanes of a warp, in all of them.
-template <typename T> __device__ inline T warp_sum(T x) {
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(WARP, x, distance);
+// What reductions combine numbers with, and what changes no number then.
+struct Sum {
+    template <typename T> __device__ static T of(T a, T b) { return a + b; }
+    template <typename T> __device__ static T neutral() { return T(0); }
+};
+// Of a number and NaN it is the number.
+struct Max {
+    __device__ static float of(float a, float b) { return fmaxf(a, b); }
+    template <typename T> __device__ static T neutral() { return __uint_as_float(0xff800000); }
+};
+
+// The reduction over the lanes of a warp, in all of them.
+template <typename Op, typename T> __device__ inline T warp_reduce(T x) {
+    for (int distance = 16; distance > 0; distance /= 2) x = Op::of(x, __shfl_xor_sync(WARP, x, distance));
     return x;
 }
 
-// The sum over the threads of a block of whole warps, in all of them, in an order that its size alone decides.
-template <typename T> __device__ inline T block_sum(T x) {
-    __shared__ T sums[32];
+// The reduction over the threads of a block of whole warps, in all of them, in an order that its size alone decides.
+template <typename Op, typename T> __device__ inline T block_reduce(T x) {
+    __shared__ T of_warps[32];
     int lane = threadIdx.x % 32;
-    x = warp_sum(x);
-    // what an earlier call has left may be read until here
+    x = warp_reduce<Op>(x);
+    // what an earlier reduction has left may be read until here
     __syncthreads();
-    if (lane == 0) sums[threadIdx.x / 32] = x;
+    if (lane == 0) of_warps[threadIdx.x / 32] = x;
     __syncthreads();
-    return warp_sum(lane < (int)blockDim.x / 32 ? sums[lane] : T(0));
+    return warp_reduce<Op>(lane < (int)blockDim.x / 32 ? of_warps[lane] : Op::template neutral<T>());
+}
+
+// A hash of 64 bits whose every output bit depends on every input bit: the step of the generator SplitMix64.
+__device__ inline uint64_t mix(uint64_t x) {
+    x += 0x9e3779b97f4a7c15;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+    return x ^ (x >> 31);
 }
 
 // d += a · b on the tensor cores: a [16, 16] and b [16, 8] in bf16, d [16, 8] in f32, spread over the lanes of a warp as PTX
