@@ -1,9 +1,9 @@
-//! The operations of a decoder on NVIDIA GPUs. Nothing of it has run on a GPU yet: the tests run every kernel on the CPU, through a
-//! small emulator, and compare it with the operation of the same name in [`ops`](crate::ops).
+//! The operations of a decoder on NVIDIA GPUs. **Nothing of it has run on a GPU yet**: the tests run every kernel on the CPU,
+//! through a small emulator, and compare it with the operation of the same name in [`ops`](crate::ops).
 //!
 //! Kernels are CUDA C++, one file per operation in `cuda/kernels`. Their text is part of the program and is compiled on the
-//! machine that runs them. Results do not depend on the order in which threads run: no kernel adds to a number in memory that another thread
-//! adds to.
+//! machine that runs them. Results do not depend on the order in which threads run: no two threads add to one number in
+//! memory.
 
 mod cache;
 mod device;
@@ -26,7 +26,7 @@ pub(crate) struct Module {
 
 /// All kernels.
 #[cfg(test)]
-const MODULES: [&Module; 8] = [
+const MODULES: [&Module; 9] = [
     &ops::dropout::MODULE,
     &ops::elementwise::MODULE,
     &ops::logprob::MODULE,
@@ -34,6 +34,7 @@ const MODULES: [&Module; 8] = [
     &ops::rmsnorm::MODULE,
     &ops::rope::MODULE,
     &ops::rows::MODULE,
+    &ops::sampling::MODULE,
     &ops::swiglu::MODULE,
 ];
 

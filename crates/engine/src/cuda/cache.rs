@@ -23,8 +23,8 @@ impl Cache {
         Self { folder: folder.map(|folder| folder.join("sacpo").join("kernels")) }
     }
 
-    /// What was compiled from `input` (all that decides the outcome), now or before. Where the file is damaged it is compiled again;
-    /// where none can be written it is compiled each time.
+    /// What was compiled from `input` (all that decides the outcome), now or before. Where the file is damaged it is compiled
+    /// again; where none can be written it is compiled each time.
     ///
     /// # Errors
     /// Those of `compile`.

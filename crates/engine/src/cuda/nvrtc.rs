@@ -9,7 +9,7 @@ use cudarc::nvrtc::sys::{self, nvrtcProgram, nvrtcResult};
 use super::Module;
 use crate::error::{Error, Result};
 
-/// What the compiler is told besides the architecture. Products and sums are not contracted, so that an `fmaf` is where a kernel has it.
+/// What the compiler is told besides the architecture. Products and sums are not contracted: an `fmaf` is where a kernel has it.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--fmad=false"];
 
 /// The oldest version that has all functions that are used here.

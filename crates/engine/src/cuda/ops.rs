@@ -9,6 +9,7 @@ pub(super) mod optimizer;
 pub(super) mod rmsnorm;
 pub(super) mod rope;
 pub(super) mod rows;
+pub(super) mod sampling;
 pub(super) mod swiglu;
 
 #[cfg(test)]

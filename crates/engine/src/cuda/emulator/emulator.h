@@ -1,9 +1,9 @@
-// Runs CUDA C++ kernels on the CPU, for tests. It stands before the text of a kernel file, which a C++ compiler then takes as it is.
+// Runs CUDA C++ kernels on the CPU, for tests. It stands before the text of a kernel file, which a C++ compiler then takes.
 //
-// The threads of a block are fibers of one thread of the system, and blocks come one after the other. A fiber runs until it waits for
-// others, at a barrier of its block or in an exchange of its warp; the order of threads and blocks can be reversed, and results that
-// then differ tell of a race. What cannot go on (a barrier that some threads leave out, a lane that an exchange names and that is
-// not there) ends the launch with a message.
+// The threads of a block are fibers of one thread of the system, and blocks come one after the other. A fiber runs until it
+// waits for others, at a barrier of its block or in an exchange of its warp; the order of threads and blocks can be reversed,
+// and results that then differ tell of a race. What cannot go on (a barrier that some threads leave out, a lane that an
+// exchange names and that is not there) ends the launch with a message.
 #include <algorithm>
 #include <cmath>
 #include <csetjmp>

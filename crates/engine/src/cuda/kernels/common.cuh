@@ -91,8 +91,8 @@ __device__ inline void mma_m16n8k16_bf16(float d[4], const uint32_t a[4], const 
 
 __device__ inline uint32_t shared_address(const void *at) { return (uint32_t)__cvta_generic_to_shared(at); }
 
-// Matrices [8, 8] in bf16 from shared memory: lanes 8i to 8i + 7 give the addresses of the rows of matrix i, and lane l gets of each
-// matrix the columns 2t, 2t + 1 of row g (with `trans`, the rows 2t, 2t + 1 of column g) with g = l / 4 and t = l % 4.
+// Matrices [8, 8] in bf16 from shared memory: lanes 8i to 8i + 7 give the addresses of the rows of matrix i, and lane l gets
+// of each matrix the columns 2t, 2t + 1 of row g (with `trans`, the rows 2t, 2t + 1 of column g) with g = l / 4 and t = l % 4.
 __device__ inline void ldmatrix_x2(uint32_t r[2], const bf16 *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");

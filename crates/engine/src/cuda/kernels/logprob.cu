@@ -1,5 +1,5 @@
-// Log-probabilities of given tokens from rows of logits, in f32, and what the gradient needs of their softmax. Rows are in blocks of
-// one row each.
+// Log-probabilities of given tokens from rows of logits, in f32, and what the gradient needs of their softmax. Rows are in
+// blocks of one row each.
 #include "common.cuh"
 
 // The maximum of a row, and the sum of exp(logit − maximum).

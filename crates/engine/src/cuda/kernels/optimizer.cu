@@ -69,8 +69,8 @@ __device__ inline uint8_t encode(float value, float largest, const Code &code, i
     return (uint8_t)min(max(zero + (value < 0 ? -steps : steps), 0), 255);
 }
 
-// A step of AdamW with moments in 8 bits. Sets the gradient to zero. A block has blocks_of_block blocks of 256 weights, one after the
-// other, and a thread a weight of each.
+// A step of AdamW with moments in 8 bits. Sets the gradient to zero. A block has blocks_of_block blocks of 256 weights, one
+// after the other, and a thread a weight of each.
 template <typename W>
 __device__ void adamw8bit(W *weights, float *gradient, uint8_t *m_codes, float *m_largest, uint8_t *v_codes, float *v_largest,
                           const Code *codes, const Constants &constants, uint64_t seed, int zero, int blocks_of_block,
@@ -105,13 +105,13 @@ __device__ void adamw8bit(W *weights, float *gradient, uint8_t *m_codes, float *
 #define OF_TYPE(W, NAME)                                                                                                    \
     extern "C" __global__ void adamw_##NAME(W *weights, float *gradient, float *first, float *second, Constants constants,  \
                                             uint64_t seed, size_t count) {                                                  \
-        adamw(weights, gradient, first, second, constants, seed, count);                                                   \
+        adamw(weights, gradient, first, second, constants, seed, count);                                                    \
     }                                                                                                                       \
     extern "C" __global__ void adamw8bit_##NAME(W *weights, float *gradient, uint8_t *m_codes, float *m_largest,            \
                                                 uint8_t *v_codes, float *v_largest, const Code *codes,                      \
                                                 Constants constants, uint64_t seed, int zero, int blocks_of_block,          \
                                                 size_t count) {                                                             \
-        adamw8bit(weights, gradient, m_codes, m_largest, v_codes, v_largest, codes, constants, seed, zero,                 \
+        adamw8bit(weights, gradient, m_codes, m_largest, v_codes, v_largest, codes, constants, seed, zero,                  \
                   blocks_of_block, count);                                                                                  \
     }
 

@@ -1,8 +1,8 @@
 // Rotary position embedding, in Hugging Face's half-split layout.
 #include "common.cuh"
 
-// Rotates the first `heads` heads of rows [rows, stride], in place; backwards with sign −1. A row of the table holds the cosines of a
-// position, then its sines. A thread has a plane of a head.
+// Rotates the first `heads` heads of rows [rows, stride], in place; backwards with sign −1. A row of the table holds the
+// cosines of a position, then its sines. A thread has a plane of a head.
 template <typename T>
 __device__ void rotate(T *x, const float *table, const uint32_t *positions, int rows, int stride, int heads, int dim, float sign) {
     int half = dim / 2;

@@ -15,9 +15,10 @@ extern "C" __global__ void gather_bf16(const bf16 *table, const uint32_t *rows, 
     gather(table, rows, to, width);
 }
 
-// table[rows[g]] += from[order[i]] for i from starts[g] to starts[g + 1] - 1, one after the other; in blocks of one row of the table.
-extern "C" __global__ void scatter_add(const float *from, const uint32_t *order, const uint32_t *starts, const uint32_t *rows,
-                                       float *table, int width) {
+// table[rows[g]] += from[order[i]] for i from starts[g] to starts[g + 1] - 1, one after the other; in blocks of one row of
+// the table.
+extern "C" __global__ void scatter_add(const float *from, const uint32_t *order, const uint32_t *starts,
+                                       const uint32_t *rows, float *table, int width) {
     uint32_t first = starts[blockIdx.x], end = starts[blockIdx.x + 1];
     table += (size_t)rows[blockIdx.x] * width;
     for (int column = threadIdx.x; column < width; column += blockDim.x) {

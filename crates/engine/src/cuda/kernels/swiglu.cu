@@ -1,5 +1,5 @@
-// The gated feed-forward activation: y = silu(gate) · up, silu(g) = g · σ(g). A row of gate_up holds gate, then up; a thread has an
-// element of y.
+// The gated feed-forward activation: y = silu(gate) · up, silu(g) = g · σ(g). A row of gate_up holds gate, then up; a thread
+// has an element of y.
 #include "common.cuh"
 
 __device__ inline float sigmoid(float x) { return 1 / (1 + expf(-x)); }
