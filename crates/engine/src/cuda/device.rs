@@ -81,6 +81,13 @@ impl Launch {
         Self::blocks(count.div_ceil(Self::BLOCK as usize))
     }
 
+    /// A thread for each element of a matrix, and more to the end of the last block of each row: blocks are of one row each, which
+    /// is their place in the first dimension, and go through its columns in the second.
+    pub(crate) fn elements(rows: usize, width: usize) -> Self {
+        let columns = Self::threads(width).grid[0];
+        Self { grid: [rows as u32, columns, 1], ..Self::blocks(0) }
+    }
+
     /// As many blocks of [`BLOCK`](Self::BLOCK) threads.
     pub(crate) fn blocks(count: usize) -> Self {
         Self { grid: [count as u32, 1, 1], block: [Self::BLOCK, 1, 1], shared_bytes: 0 }
@@ -251,5 +258,61 @@ impl<T> ViewMut<'_, T> {
     pub(crate) fn range(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len);
         Self { address: self.address + (range.start * size_of::<T>()) as u64, len: range.len(), memory: PhantomData }
+    }
+}
+
+/// Numbers of rows or columns in a device's memory, which are known to be below a bound: kernels do not check them.
+#[derive(Debug)]
+pub(crate) struct Indices<D: Device> {
+    numbers: Buffer<D, u32>,
+    bound: usize,
+}
+
+impl<D: Device> Indices<D> {
+    /// A copy of numbers of the host.
+    ///
+    /// # Errors
+    /// Those of [`Buffer::of`].
+    pub(crate) fn new(device: &D, numbers: &[u32]) -> Result<Self> {
+        let bound = numbers.iter().max().map_or(0, |&most| most as usize + 1);
+        Ok(Self { numbers: Buffer::of(device, numbers)?, bound })
+    }
+
+    /// All of them.
+    pub(crate) fn view(&self) -> IndexView<'_> {
+        IndexView { numbers: self.numbers.view(), bound: self.bound }
+    }
+}
+
+/// Some of [`Indices`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct IndexView<'a> {
+    numbers: View<'a, u32>,
+    bound: usize,
+}
+
+impl IndexView<'_> {
+    /// How many.
+    pub(crate) fn len(self) -> usize {
+        self.numbers.len()
+    }
+
+    /// What all of them are below.
+    pub(crate) fn bound(self) -> usize {
+        self.bound
+    }
+
+    /// Some of them.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    pub(crate) fn range(self, range: Range<usize>) -> Self {
+        Self { numbers: self.numbers.range(range), ..self }
+    }
+}
+
+impl<'a> From<IndexView<'a>> for Argument<'a> {
+    fn from(view: IndexView<'a>) -> Self {
+        view.numbers.into()
     }
 }

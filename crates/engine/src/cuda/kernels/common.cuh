@@ -40,6 +40,9 @@ __device__ inline uint32_t pack_bf16(float low, float high) {
 // This thread among all threads of a grid in one dimension.
 __device__ inline size_t thread_of_grid() { return (size_t)blockIdx.x * blockDim.x + threadIdx.x; }
 
+// The column of this thread where blocks are of one row each in x and go through its columns in y.
+__device__ inline int column_of_row() { return blockIdx.y * blockDim.x + threadIdx.x; }
+
 // What reductions combine numbers with, and what changes no number then.
 struct Sum {
     template <typename T> __device__ static T of(T a, T b) { return a + b; }

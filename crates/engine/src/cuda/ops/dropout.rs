@@ -64,10 +64,9 @@ impl Dropout<'_> {
             dropout::threshold(self.rate).into(),
             dropout::scale(self.rate).into(),
             (width as i32).into(),
-            len.into(),
         ];
         // SAFETY: there is a key for every row; the rest is the caller's promise.
-        unsafe { device.launch(&MODULE, kernel, Launch::threads(len), &arguments) }
+        unsafe { device.launch(&MODULE, kernel, Launch::elements(self.row_keys.len(), width), &arguments) }
     }
 }
 

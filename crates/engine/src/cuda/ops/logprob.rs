@@ -4,7 +4,7 @@
 use half::bf16;
 
 use crate::cuda::Module;
-use crate::cuda::device::{Argument, Device, Launch, Number, View, ViewMut};
+use crate::cuda::device::{Argument, Device, IndexView, Launch, Number, View, ViewMut};
 use crate::error::Result;
 
 pub(crate) static MODULE: Module = Module {
@@ -19,18 +19,21 @@ pub(crate) static MODULE: Module = Module {
     ],
 };
 
-/// Log-probabilities of `targets`, `[n]`, which must be in the vocabulary. logits `[n, vocab]`.
+/// Log-probabilities of `targets`, `[n]`. logits `[n, vocab]`.
+///
+/// # Panics
+/// If a target is not in the vocabulary.
 pub(crate) fn forward(
     device: &impl Device,
     logits: View<'_, f32>,
-    targets: View<'_, u32>,
+    targets: IndexView<'_>,
     logps: ViewMut<'_, f32>,
     vocab: usize,
 ) -> Result<()> {
     let n = targets.len();
-    assert!(logits.len() == n * vocab && logps.len() == n);
+    assert!(targets.bound() <= vocab && logits.len() == n * vocab && logps.len() == n);
     let arguments = [logits.into(), targets.into(), logps.into(), (vocab as i32).into()];
-    // SAFETY: the lengths are those of `n` rows; that the targets are in the vocabulary is the caller's promise.
+    // SAFETY: the lengths are those of `n` rows, and the targets are in them.
     unsafe { device.launch(&MODULE, "logprob_forward", Launch::blocks(n), &arguments) }
 }
 
@@ -39,13 +42,13 @@ pub(crate) fn forward(
 pub(crate) fn excess_in_place(
     device: &impl Device,
     logits: ViewMut<'_, f32>,
-    targets: View<'_, u32>,
+    targets: IndexView<'_>,
     logps: ViewMut<'_, f32>,
     inverse_sums: ViewMut<'_, f32>,
     vocab: usize,
 ) -> Result<()> {
     let n = targets.len();
-    assert!(logits.len() == n * vocab && logps.len() == n && inverse_sums.len() == n);
+    assert!(targets.bound() <= vocab && logits.len() == n * vocab && logps.len() == n && inverse_sums.len() == n);
     let logits = Argument::from(logits);
     let arguments = [logits, targets.into(), logits, logps.into(), inverse_sums.into(), (vocab as i32).into()];
     // SAFETY: as in `forward`; a thread reads a number for the last time before it writes it.
@@ -56,14 +59,20 @@ pub(crate) fn excess_in_place(
 pub(crate) fn excess_rounded(
     device: &impl Device,
     logits: View<'_, f32>,
-    targets: View<'_, u32>,
+    targets: IndexView<'_>,
     excess: ViewMut<'_, bf16>,
     logps: ViewMut<'_, f32>,
     inverse_sums: ViewMut<'_, f32>,
     vocab: usize,
 ) -> Result<()> {
     let n = targets.len();
-    assert!(logits.len() == n * vocab && excess.len() == n * vocab && logps.len() == n && inverse_sums.len() == n);
+    assert!(
+        targets.bound() <= vocab
+            && logits.len() == n * vocab
+            && excess.len() == n * vocab
+            && logps.len() == n
+            && inverse_sums.len() == n
+    );
     let arguments =
         [logits.into(), targets.into(), excess.into(), logps.into(), inverse_sums.into(), (vocab as i32).into()];
     // SAFETY: as in `forward`.
@@ -89,6 +98,7 @@ pub(crate) fn scale<T: Number>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::device::Indices;
     use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
     use crate::ops::divergence::Head;
@@ -113,7 +123,7 @@ mod tests {
         for (n, vocab) in [(2, 1), (3, 19), (5, 256), (4, 3001)] {
             let logits: Vec<f32> = random(n * vocab, 1).iter().map(|x| 20.0 * x).collect();
             let targets: Vec<u32> = (0..n).map(|i| (i * 7 % vocab) as u32).collect();
-            let (mut on_logits, on_targets) = (on(&device, &logits), on(&device, &targets));
+            let (mut on_logits, on_targets) = (on(&device, &logits), Indices::new(&device, &targets).unwrap());
             let [mut logps, mut inverse_sums] = [(); 2].map(|()| zeros(&device, n));
             let mut excess = zeros::<bf16>(&device, n * vocab);
             let (all, targets_view) = (on_logits.view(), on_targets.view());
@@ -160,7 +170,7 @@ mod tests {
     fn large_logits_do_not_overflow_and_nan_shows() {
         let Some(device) = Emulator::new() else { return };
         let logits = on(&device, &[500.0, -500.0, f32::NEG_INFINITY, 1.0, f32::NAN, 0.0]);
-        let (targets, mut logps) = (on(&device, &[0, 2]), zeros(&device, 2));
+        let (targets, mut logps) = (Indices::new(&device, &[0, 2]).unwrap(), zeros(&device, 2));
         forward(&device, logits.view(), targets.view(), logps.view_mut(), 3).unwrap();
         let logps = logps.to_vec(&device).unwrap();
         assert!(logps[0] == 0.0 && logps[1].is_nan(), "{logps:?}");

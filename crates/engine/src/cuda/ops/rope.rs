@@ -1,7 +1,7 @@
 //! Rotary position embedding; see [`ops::rope`](crate::ops::rope).
 
 use crate::cuda::Module;
-use crate::cuda::device::{Buffer, Device, Launch, Number, View, ViewMut};
+use crate::cuda::device::{Buffer, Device, IndexView, Launch, Number, ViewMut};
 use crate::error::Result;
 use crate::ops::rope::RopeTable;
 
@@ -24,14 +24,17 @@ impl<D: Device> Rope<D> {
         Ok(Self { head_dim: table.head_dim(), table: Buffer::of(device, table.values())? })
     }
 
-    /// Rotates the first `heads` heads of each row by its position, which must be in the table. x `[n, stride]`, positions `[n]`.
+    /// Rotates the first `heads` heads of each row by its position. x `[n, stride]`, positions `[n]`.
+    ///
+    /// # Panics
+    /// If a position is not in the table.
     pub(crate) fn forward<T: Number>(
         &self,
         device: &D,
         x: ViewMut<'_, T>,
         stride: usize,
         heads: usize,
-        positions: View<'_, u32>,
+        positions: IndexView<'_>,
     ) -> Result<()> {
         self.rotate(device, x, stride, heads, positions, 1.0)
     }
@@ -43,7 +46,7 @@ impl<D: Device> Rope<D> {
         dx: ViewMut<'_, T>,
         stride: usize,
         heads: usize,
-        positions: View<'_, u32>,
+        positions: IndexView<'_>,
     ) -> Result<()> {
         self.rotate(device, dx, stride, heads, positions, -1.0)
     }
@@ -54,25 +57,16 @@ impl<D: Device> Rope<D> {
         x: ViewMut<'_, T>,
         stride: usize,
         heads: usize,
-        positions: View<'_, u32>,
+        positions: IndexView<'_>,
         sign: f32,
     ) -> Result<()> {
         let (rows, dim) = (positions.len(), self.head_dim);
         assert!(x.len() == rows * stride && heads * dim <= stride);
-        let [rows_argument, stride, heads_argument, dim_argument] =
-            [rows, stride, heads, dim].map(|number| (number as i32).into());
-        let arguments = [
-            x.into(),
-            self.table.view().into(),
-            positions.into(),
-            rows_argument,
-            stride,
-            heads_argument,
-            dim_argument,
-            sign.into(),
-        ];
-        let shape = Launch::threads(rows * heads * (dim / 2));
-        // SAFETY: the heads are in the rows; that the positions are in the table is the caller's promise.
+        assert!(positions.bound() * dim <= self.table.view().len());
+        let shape = Launch::elements(rows, heads * (dim / 2));
+        let [stride, heads, dim] = [stride, heads, dim].map(|number| (number as i32).into());
+        let arguments = [x.into(), self.table.view().into(), positions.into(), stride, heads, dim, sign.into()];
+        // SAFETY: the heads are in the rows, and the positions in the table.
         unsafe { device.launch(&MODULE, &format!("rope_{}", T::NAME), shape, &arguments) }
     }
 }
@@ -83,6 +77,7 @@ mod tests {
 
     use super::*;
     use crate::config::ModelConfig;
+    use crate::cuda::device::Indices;
     use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded};
     use crate::model::tests::tiny_config;
@@ -94,7 +89,7 @@ mod tests {
             let cpu = RopeTable::new(&ModelConfig { head_dim: 6, ..tiny_config() }, 200);
             let rope = Rope::new(device, &cpu).unwrap();
             let positions: Vec<u32> = (0..31).map(|i| i * i * 7 % 200).collect();
-            let (stride, heads, on_positions) = (6 * 5 + 1, 3, on(device, &positions));
+            let (stride, heads, on_positions) = (6 * 5 + 1, 3, Indices::new(device, &positions).unwrap());
             let start = random(positions.len() * stride, 1);
             let (mut x, mut dx) = (on(device, &rounded::<T>(&start)), on(device, &rounded::<T>(&start)));
             rope.forward(device, x.view_mut(), stride, heads, on_positions.view()).unwrap();

@@ -1,7 +1,7 @@
 //! Rows of a table by their numbers: the token embedding, and the rows that go to the head.
 
 use crate::cuda::Module;
-use crate::cuda::device::{Buffer, Device, Launch, Number, View, ViewMut};
+use crate::cuda::device::{Buffer, Device, Indices, Launch, Number, View, ViewMut};
 use crate::error::Result;
 
 pub(crate) static MODULE: Module = Module {
@@ -13,9 +13,7 @@ pub(crate) static MODULE: Module = Module {
 /// Numbers of rows of a table, on the device.
 #[derive(Debug)]
 pub(crate) struct RowNumbers<D: Device> {
-    numbers: Buffer<D, u32>,
-    /// The largest, plus one.
-    bound: usize,
+    numbers: Indices<D>,
     /// The places in `numbers`, those of equal numbers together and in their order.
     order: Buffer<D, u32>,
     /// Where in `order` the places of a number start; the end besides.
@@ -43,8 +41,7 @@ impl<D: Device> RowNumbers<D> {
             .collect();
         let distinct: Vec<u32> = groups.iter().map(|group| number(group[0])).collect();
         Ok(Self {
-            numbers: Buffer::of(device, numbers)?,
-            bound: numbers.iter().max().map_or(0, |&most| most as usize + 1),
+            numbers: Indices::new(device, numbers)?,
             order: Buffer::of(device, &order)?,
             starts: Buffer::of(device, &starts)?,
             distinct: Buffer::of(device, &distinct)?,
@@ -68,7 +65,7 @@ pub(crate) fn gather<D: Device, T: Number>(
     to: ViewMut<'_, f32>,
     width: usize,
 ) -> Result<()> {
-    assert!(to.len() == rows.len() * width && rows.bound * width <= table.len());
+    assert!(to.len() == rows.len() * width && rows.numbers.view().bound() * width <= table.len());
     let arguments = [table.into(), rows.numbers.view().into(), to.into(), (width as i32).into()];
     // SAFETY: the rows are in the table, and `to` has as many.
     unsafe { device.launch(&MODULE, &format!("gather_{}", T::NAME), Launch::blocks(rows.len()), &arguments) }
@@ -85,7 +82,7 @@ pub(crate) fn scatter_add<D: Device>(
     table: ViewMut<'_, f32>,
     width: usize,
 ) -> Result<()> {
-    assert!(from.len() == rows.len() * width && rows.bound * width <= table.len());
+    assert!(from.len() == rows.len() * width && rows.numbers.view().bound() * width <= table.len());
     let RowNumbers { order, starts, distinct, .. } = rows;
     let [order, starts, distinct] = [order, starts, distinct].map(Buffer::view);
     let shape = Launch::blocks(distinct.len());
@@ -134,9 +131,9 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "rows.bound")]
+    #[should_panic(expected = "bound() * width")]
     fn a_row_beyond_the_table_is_refused() {
-        let Some(device) = Emulator::new() else { panic!("rows.bound is not tested") };
+        let Some(device) = Emulator::new() else { panic!("bound() * width is not tested") };
         let rows = RowNumbers::new(&device, &[2]).unwrap();
         let _ = gather(&device, zeros::<f32>(&device, 8).view(), &rows, zeros(&device, 4).view_mut(), 4);
     }

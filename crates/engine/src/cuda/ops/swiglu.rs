@@ -19,9 +19,16 @@ pub(crate) fn forward<T: Number>(
 ) -> Result<()> {
     let count = y.len();
     assert!(gate_up.len() == 2 * count && count.is_multiple_of(width));
-    let arguments = [gate_up.into(), y.into(), (width as i32).into(), count.into()];
+    let arguments = [gate_up.into(), y.into(), (width as i32).into()];
     // SAFETY: the lengths are those of as many rows.
-    unsafe { device.launch(&MODULE, &format!("swiglu_forward_{}", T::NAME), Launch::threads(count), &arguments) }
+    unsafe {
+        device.launch(
+            &MODULE,
+            &format!("swiglu_forward_{}", T::NAME),
+            Launch::elements(count / width, width),
+            &arguments,
+        )
+    }
 }
 
 /// Replaces gate_up by its gradient, and dy by the activation y itself, which the gradient of the next weight needs.
@@ -33,9 +40,16 @@ pub(crate) fn backward_in_place<T: Number>(
 ) -> Result<()> {
     let count = dy.len();
     assert!(gate_up.len() == 2 * count && count.is_multiple_of(width));
-    let arguments = [gate_up.into(), dy.into(), (width as i32).into(), count.into()];
+    let arguments = [gate_up.into(), dy.into(), (width as i32).into()];
     // SAFETY: the lengths are those of as many rows.
-    unsafe { device.launch(&MODULE, &format!("swiglu_backward_{}", T::NAME), Launch::threads(count), &arguments) }
+    unsafe {
+        device.launch(
+            &MODULE,
+            &format!("swiglu_backward_{}", T::NAME),
+            Launch::elements(count / width, width),
+            &arguments,
+        )
+    }
 }
 
 #[cfg(test)]
