@@ -12,6 +12,8 @@ mod emulator;
 mod gpu;
 mod nvrtc;
 mod ops;
+#[cfg(test)]
+mod tested;
 
 /// A file of kernels.
 #[derive(Debug)]

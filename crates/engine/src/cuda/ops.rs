@@ -18,7 +18,7 @@ mod tests {
     use half::bf16;
 
     use crate::cuda::device::{Buffer, Number};
-    use crate::cuda::emulator::Emulator;
+    use crate::cuda::tested::Tested;
 
     /// Numbers of a type of activations on the host.
     pub(super) trait OnHost: Number + PartialEq {
@@ -70,16 +70,16 @@ mod tests {
         to_f32(&rounded::<T>(numbers))
     }
 
-    pub(super) fn on<T: Pod>(device: &Emulator, numbers: &[T]) -> Buffer<Emulator, T> {
+    pub(super) fn on<T: Pod>(device: &Tested, numbers: &[T]) -> Buffer<Tested, T> {
         Buffer::of(device, numbers).unwrap()
     }
 
-    pub(super) fn zeros<T: Pod>(device: &Emulator, len: usize) -> Buffer<Emulator, T> {
+    pub(super) fn zeros<T: Pod>(device: &Tested, len: usize) -> Buffer<Tested, T> {
         Buffer::zeros(device, len).unwrap()
     }
 
     /// Asserts that numbers of a device are those of the host but for the order of sums, and rounding to T.
-    pub(super) fn assert_close<T: OnHost>(device: &Emulator, actual: &Buffer<Emulator, T>, expected: &[f32]) {
+    pub(super) fn assert_close<T: OnHost>(device: &Tested, actual: &Buffer<Tested, T>, expected: &[f32]) {
         let actual = actual.to_vec(device).unwrap();
         assert_eq!(actual.len(), expected.len());
         let largest = expected.iter().fold(0f32, |m, e| m.max(e.abs()));

@@ -75,13 +75,13 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::finite_difference::random;
 
     #[test]
     fn masks_are_those_of_the_cpu() {
-        fn check<T: OnHost>(device: &Emulator) {
+        fn check<T: OnHost>(device: &Tested) {
             let (keys, width) = ([7, 0, u64::MAX, 1 << 40], 301);
             let on_keys = on(device, &keys);
             let on_device = Dropout { rate: 0.3, seed: 1 << 63 | 5, row_keys: on_keys.view() };
@@ -99,8 +99,9 @@ mod tests {
             cpu.backward(&as_rounded::<T>(&x), &mut expected);
             assert_eq!(dx.to_vec(device).unwrap(), expected);
         }
-        let Some(device) = Emulator::new() else { return };
-        check::<f32>(&device);
-        check::<bf16>(&device);
+        for device in devices() {
+            check::<f32>(&device);
+            check::<bf16>(&device);
+        }
     }
 }

@@ -99,8 +99,8 @@ pub(crate) fn scale<T: Number>(
 mod tests {
     use super::*;
     use crate::cuda::device::Indices;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::divergence::Head;
     use crate::ops::finite_difference::random;
     use crate::ops::logprob as cpu;
@@ -119,37 +119,38 @@ mod tests {
 
     #[test]
     fn log_probabilities_and_excess_as_on_the_cpu() {
-        let Some(device) = Emulator::new() else { return };
-        for (n, vocab) in [(2, 1), (3, 19), (5, 256), (4, 3001)] {
-            let logits: Vec<f32> = random(n * vocab, 1).iter().map(|x| 20.0 * x).collect();
-            let targets: Vec<u32> = (0..n).map(|i| (i * 7 % vocab) as u32).collect();
-            let (mut on_logits, on_targets) = (on(&device, &logits), Indices::new(&device, &targets).unwrap());
-            let [mut logps, mut inverse_sums] = [(); 2].map(|()| zeros(&device, n));
-            let mut excess = zeros::<bf16>(&device, n * vocab);
-            let (all, targets_view) = (on_logits.view(), on_targets.view());
-            forward(&device, all, targets_view, logps.view_mut(), vocab).unwrap();
-            let alone = logps.to_vec(&device).unwrap();
-            let (l, i) = (logps.view_mut(), inverse_sums.view_mut());
-            excess_rounded(&device, all, targets_view, excess.view_mut(), l, i, vocab).unwrap();
-            assert_eq!(logps.to_vec(&device).unwrap(), alone);
-            let (l, i) = (logps.view_mut(), inverse_sums.view_mut());
-            excess_in_place(&device, on_logits.view_mut(), targets_view, l, i, vocab).unwrap();
-            assert_eq!(logps.to_vec(&device).unwrap(), alone);
+        for device in devices() {
+            for (n, vocab) in [(2, 1), (3, 19), (5, 256), (4, 3001)] {
+                let logits: Vec<f32> = random(n * vocab, 1).iter().map(|x| 20.0 * x).collect();
+                let targets: Vec<u32> = (0..n).map(|i| (i * 7 % vocab) as u32).collect();
+                let (mut on_logits, on_targets) = (on(&device, &logits), Indices::new(&device, &targets).unwrap());
+                let [mut logps, mut inverse_sums] = [(); 2].map(|()| zeros(&device, n));
+                let mut excess = zeros::<bf16>(&device, n * vocab);
+                let (all, targets_view) = (on_logits.view(), on_targets.view());
+                forward(&device, all, targets_view, logps.view_mut(), vocab).unwrap();
+                let alone = logps.to_vec(&device).unwrap();
+                let (l, i) = (logps.view_mut(), inverse_sums.view_mut());
+                excess_rounded(&device, all, targets_view, excess.view_mut(), l, i, vocab).unwrap();
+                assert_eq!(logps.to_vec(&device).unwrap(), alone);
+                let (l, i) = (logps.view_mut(), inverse_sums.view_mut());
+                excess_in_place(&device, on_logits.view_mut(), targets_view, l, i, vocab).unwrap();
+                assert_eq!(logps.to_vec(&device).unwrap(), alone);
 
-            let (expected_logps, expected_sums, expected_excess) = expected(&logits, &targets);
-            let near = |(a, e): (&f32, &f32)| (a - e).abs() <= 1e-5 * e.abs().max(1.0);
-            assert!(alone.iter().zip(&expected_logps).all(near), "{alone:?} {expected_logps:?}");
-            assert_close(&device, &inverse_sums, &expected_sums);
-            if vocab > 1 {
-                assert_close(&device, &on_logits, &expected_excess);
-                assert_close(&device, &excess, &as_rounded::<bf16>(&expected_excess));
+                let (expected_logps, expected_sums, expected_excess) = expected(&logits, &targets);
+                let near = |(a, e): (&f32, &f32)| (a - e).abs() <= 1e-5 * e.abs().max(1.0);
+                assert!(alone.iter().zip(&expected_logps).all(near), "{alone:?} {expected_logps:?}");
+                assert_close(&device, &inverse_sums, &expected_sums);
+                if vocab > 1 {
+                    assert_close(&device, &on_logits, &expected_excess);
+                    assert_close(&device, &excess, &as_rounded::<bf16>(&expected_excess));
+                }
             }
         }
     }
 
     #[test]
     fn rows_are_scaled() {
-        fn check<T: OnHost>(device: &Emulator) {
+        fn check<T: OnHost>(device: &Tested) {
             let (n, width) = (3, 300);
             let (rows, d, sums) = (random(n * width, 1), random(n, 2), random(n, 3));
             let mut scaled = zeros::<T>(device, rows.len());
@@ -161,18 +162,20 @@ mod tests {
                 expected.iter().enumerate().map(|(i, x)| x * -d[i / width] * sums[i / width]).collect();
             assert_close(device, &scaled, &expected);
         }
-        let Some(device) = Emulator::new() else { return };
-        check::<f32>(&device);
-        check::<bf16>(&device);
+        for device in devices() {
+            check::<f32>(&device);
+            check::<bf16>(&device);
+        }
     }
 
     #[test]
     fn large_logits_do_not_overflow_and_nan_shows() {
-        let Some(device) = Emulator::new() else { return };
-        let logits = on(&device, &[500.0, -500.0, f32::NEG_INFINITY, 1.0, f32::NAN, 0.0]);
-        let (targets, mut logps) = (Indices::new(&device, &[0, 2]).unwrap(), zeros(&device, 2));
-        forward(&device, logits.view(), targets.view(), logps.view_mut(), 3).unwrap();
-        let logps = logps.to_vec(&device).unwrap();
-        assert!(logps[0] == 0.0 && logps[1].is_nan(), "{logps:?}");
+        for device in devices() {
+            let logits = on(&device, &[500.0, -500.0, f32::NEG_INFINITY, 1.0, f32::NAN, 0.0]);
+            let (targets, mut logps) = (Indices::new(&device, &[0, 2]).unwrap(), zeros(&device, 2));
+            forward(&device, logits.view(), targets.view(), logps.view_mut(), 3).unwrap();
+            let logps = logps.to_vec(&device).unwrap();
+            assert!(logps[0] == 0.0 && logps[1].is_nan(), "{logps:?}");
+        }
     }
 }

@@ -122,8 +122,8 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, on, rounded, to_f32, zeros};
+    use crate::cuda::tested::{Tested, devices};
     use crate::model::ParamSpec;
     use crate::ops::dropout::mix;
     use crate::ops::finite_difference::random;
@@ -131,11 +131,12 @@ mod tests {
 
     #[test]
     fn the_norm_is_that_of_the_cpu() {
-        let Some(device) = Emulator::new() else { return };
-        for len in [0, 1, 255, CHUNK + 3, 3 * CHUNK] {
-            let x = random(len, 1);
-            let (sum, norm) = (sum_of_squares(&device, on(&device, &x).view()).unwrap(), global_norm(&x));
-            assert!((sum - norm * norm).abs() <= 1e-12 * sum, "{sum} {norm}");
+        for device in devices() {
+            for len in [0, 1, 255, CHUNK + 3, 3 * CHUNK] {
+                let x = random(len, 1);
+                let (sum, norm) = (sum_of_squares(&device, on(&device, &x).view()).unwrap(), global_norm(&x));
+                assert!((sum - norm * norm).abs() <= 1e-12 * sum, "{sum} {norm}");
+            }
         }
     }
 
@@ -160,7 +161,7 @@ mod tests {
 
     /// Takes steps on the CPU, and through `step` on a device, and compares every bit. `step` gets the number of the step.
     fn check<W: OnHost>(
-        device: &Emulator,
+        device: &Tested,
         kind: OptimizerKind,
         len: usize,
         mut step: impl FnMut(u64, ViewMut<'_, W>, ViewMut<'_, f32>),
@@ -187,13 +188,13 @@ mod tests {
         optimizer.state().into_iter().map(|tensor| bytes(tensor.values)).collect()
     }
 
-    fn bytes<T: bytemuck::Pod>(device: &Emulator, numbers: &Buffer<Emulator, T>) -> Vec<u8> {
+    fn bytes<T: bytemuck::Pod>(device: &Tested, numbers: &Buffer<Tested, T>) -> Vec<u8> {
         bytemuck::cast_slice(&numbers.to_vec(device).unwrap()).to_vec()
     }
 
     #[test]
     fn adamw_is_that_of_the_cpu_to_the_last_bit() {
-        fn run<W: OnHost>(device: &Emulator) {
+        fn run<W: OnHost>(device: &Tested) {
             let len = 1003;
             let [mut first, mut second] = [(); 2].map(|()| zeros(device, len));
             let expected = check::<W>(device, OptimizerKind::AdamW, len, |number, weights, gradient| {
@@ -202,14 +203,15 @@ mod tests {
             });
             assert!(expected == [first, second].map(|moment| bytes(device, &moment)));
         }
-        let Some(device) = Emulator::new() else { return };
-        run::<f32>(&device);
-        run::<bf16>(&device);
+        for device in devices() {
+            run::<f32>(&device);
+            run::<bf16>(&device);
+        }
     }
 
     #[test]
     fn adamw_in_8_bits_is_that_of_the_cpu_to_the_last_bit() {
-        fn run<W: OnHost>(device: &Emulator) {
+        fn run<W: OnHost>(device: &Tested) {
             let (len, all) = (BLOCKS * BLOCK + 1000, Codes::new(device).unwrap());
             let [mut m, mut v] = [(); 2].map(|()| zeros(device, len));
             let [mut m_absmax, mut v_absmax] = [(); 2].map(|()| zeros(device, len.div_ceil(BLOCK)));
@@ -221,29 +223,31 @@ mod tests {
             let actual = [bytes(device, &m), bytes(device, &m_absmax), bytes(device, &v), bytes(device, &v_absmax)];
             assert!(expected == actual);
         }
-        let Some(device) = Emulator::new() else { return };
-        run::<f32>(&device);
-        run::<bf16>(&device);
+        for device in devices() {
+            run::<f32>(&device);
+            run::<bf16>(&device);
+        }
     }
 
     #[test]
     fn weights_in_bf16_are_right_in_the_mean() {
-        let Some(device) = Emulator::new() else { return };
-        let len = 20_000;
-        let mut start = vec![bf16::ONE; len];
-        start[..2].copy_from_slice(&[bf16::INFINITY, bf16::NAN]);
-        let mut weights = on(&device, &start);
-        let mut gradient = on(&device, &vec![1f32; len]);
-        let [mut m, mut v] = [(); 2].map(|()| zeros(&device, len));
-        let step = Step { options: OPTIONS, number: 1, learning_rate: 0.001, scale: 1.0, keep: 1.0 };
-        let (m, v) = (m.view_mut(), v.view_mut());
-        adamw(&device, weights.view_mut(), gradient.view_mut(), m, v, Constants::new(step), 9).unwrap();
-        let weights = weights.to_vec(&device).unwrap();
-        assert!(weights[0] == bf16::INFINITY && weights[1].is_nan());
-        let below = 1.0 - 1.0 / 256.0;
-        assert!(weights[2..].iter().all(|w| [1.0, below].contains(&w.to_f64())));
-        let mean = weights[2..].iter().map(|w| w.to_f64()).sum::<f64>() / (len - 2) as f64;
-        // five standard errors
-        assert!((mean - 0.999).abs() < 5.0 * 0.44 / 256.0 / (len as f64).sqrt(), "{mean}");
+        for device in devices() {
+            let len = 20_000;
+            let mut start = vec![bf16::ONE; len];
+            start[..2].copy_from_slice(&[bf16::INFINITY, bf16::NAN]);
+            let mut weights = on(&device, &start);
+            let mut gradient = on(&device, &vec![1f32; len]);
+            let [mut m, mut v] = [(); 2].map(|()| zeros(&device, len));
+            let step = Step { options: OPTIONS, number: 1, learning_rate: 0.001, scale: 1.0, keep: 1.0 };
+            let (m, v) = (m.view_mut(), v.view_mut());
+            adamw(&device, weights.view_mut(), gradient.view_mut(), m, v, Constants::new(step), 9).unwrap();
+            let weights = weights.to_vec(&device).unwrap();
+            assert!(weights[0] == bf16::INFINITY && weights[1].is_nan());
+            let below = 1.0 - 1.0 / 256.0;
+            assert!(weights[2..].iter().all(|w| [1.0, below].contains(&w.to_f64())));
+            let mean = weights[2..].iter().map(|w| w.to_f64()).sum::<f64>() / (len - 2) as f64;
+            // five standard errors
+            assert!((mean - 0.999).abs() < 5.0 * 0.44 / 256.0 / (len as f64).sqrt(), "{mean}");
+        }
     }
 }

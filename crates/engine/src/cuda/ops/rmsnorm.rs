@@ -89,12 +89,12 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::finite_difference::random;
     use crate::ops::rmsnorm as cpu;
 
-    fn check<T: OnHost>(device: &Emulator, n: usize, width: usize) {
+    fn check<T: OnHost>(device: &Tested, n: usize, width: usize) {
         let (x, w, dy) = (random(n * width, 1), random(width, 2), random(n * width, 3));
         let [on_x, on_w] = [&x, &w].map(|numbers| on(device, numbers));
         let (mut y, mut r) = (zeros::<T>(device, x.len()), zeros(device, n));
@@ -110,7 +110,7 @@ mod tests {
         let (start, start_w) = (random(x.len(), 4), random(width, 5));
         let (mut dx, mut dw) = (on(device, &start), on(device, &start_w));
         let on_dy = on(device, &rounded::<T>(&dy));
-        let run = |dx: &mut Buffer<Emulator, f32>, dw: Option<&mut Buffer<Emulator, f32>>| {
+        let run = |dx: &mut Buffer<Tested, f32>, dw: Option<&mut Buffer<Tested, f32>>| {
             let dw = dw.map(Buffer::view_mut);
             backward(device, on_x.view(), on_w.view(), r.view(), on_dy.view(), dx.view_mut(), dw).unwrap();
         };
@@ -126,10 +126,11 @@ mod tests {
 
     #[test]
     fn as_on_the_cpu() {
-        let Some(device) = Emulator::new() else { return };
-        for (n, width) in [(1, 1), (3, 21), (65, 40), (130, 577)] {
-            check::<f32>(&device, n, width);
-            check::<bf16>(&device, n, width);
+        for device in devices() {
+            for (n, width) in [(1, 1), (3, 21), (65, 40), (130, 577)] {
+                check::<f32>(&device, n, width);
+                check::<bf16>(&device, n, width);
+            }
         }
     }
 }

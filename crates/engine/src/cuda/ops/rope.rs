@@ -78,14 +78,14 @@ mod tests {
     use super::*;
     use crate::config::ModelConfig;
     use crate::cuda::device::Indices;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded};
+    use crate::cuda::tested::{Tested, devices};
     use crate::model::tests::tiny_config;
     use crate::ops::finite_difference::random;
 
     #[test]
     fn as_on_the_cpu() {
-        fn check<T: OnHost>(device: &Emulator) {
+        fn check<T: OnHost>(device: &Tested) {
             let cpu = RopeTable::new(&ModelConfig { head_dim: 6, ..tiny_config() }, 200);
             let rope = Rope::new(device, &cpu).unwrap();
             let positions: Vec<u32> = (0..31).map(|i| i * i * 7 % 200).collect();
@@ -100,8 +100,9 @@ mod tests {
             assert_close(device, &x, &expected_x);
             assert_close(device, &dx, &expected_dx);
         }
-        let Some(device) = Emulator::new() else { return };
-        check::<f32>(&device);
-        check::<bf16>(&device);
+        for device in devices() {
+            check::<f32>(&device);
+            check::<bf16>(&device);
+        }
     }
 }

@@ -96,14 +96,14 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, on, rounded, zeros};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::embedding;
     use crate::ops::finite_difference::random;
 
     #[test]
     fn as_the_embedding_on_the_cpu_to_the_last_bit() {
-        fn check<T: OnHost>(device: &Emulator, width: usize) {
+        fn check<T: OnHost>(device: &Tested, width: usize) {
             let (table, tokens) = (random(9 * width, 1), [3, 0, 8, 3, 3, 0, 7]);
             let rows = RowNumbers::new(device, &tokens).unwrap();
             let mut x = zeros(device, tokens.len() * width);
@@ -120,20 +120,21 @@ mod tests {
             embedding::backward(&tokens, &dx, &mut expected, width);
             assert_eq!(d_table.to_vec(device).unwrap(), expected);
         }
-        let Some(device) = Emulator::new() else { return };
-        for width in [1, 5, 300] {
-            check::<f32>(&device, width);
-            check::<bf16>(&device, width);
+        for device in devices() {
+            for width in [1, 5, 300] {
+                check::<f32>(&device, width);
+                check::<bf16>(&device, width);
+            }
+            let none = RowNumbers::new(&device, &[]).unwrap();
+            gather(&device, on(&device, &[1f32]).view(), &none, zeros(&device, 0).view_mut(), 1).unwrap();
+            scatter_add(&device, zeros(&device, 0).view(), &none, zeros(&device, 1).view_mut(), 1).unwrap();
         }
-        let none = RowNumbers::new(&device, &[]).unwrap();
-        gather(&device, on(&device, &[1f32]).view(), &none, zeros(&device, 0).view_mut(), 1).unwrap();
-        scatter_add(&device, zeros(&device, 0).view(), &none, zeros(&device, 1).view_mut(), 1).unwrap();
     }
 
     #[test]
     #[should_panic(expected = "bound() * width")]
     fn a_row_beyond_the_table_is_refused() {
-        let Some(device) = Emulator::new() else { panic!("bound() * width is not tested") };
+        let Some(device) = devices().next() else { panic!("bound() * width is not tested") };
         let rows = RowNumbers::new(&device, &[2]).unwrap();
         let _ = gather(&device, zeros::<f32>(&device, 8).view(), &rows, zeros(&device, 4).view_mut(), 4);
     }

@@ -57,14 +57,14 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::finite_difference::random;
     use crate::ops::swiglu as cpu;
 
     #[test]
     fn as_on_the_cpu() {
-        fn check<T: OnHost>(device: &Emulator, n: usize, width: usize) {
+        fn check<T: OnHost>(device: &Tested, n: usize, width: usize) {
             let gate_up: Vec<f32> = random(n * 2 * width, 1).iter().map(|x| 12.0 * x).collect();
             let dy = random(n * width, 2);
             let mut on_gate_up = on(device, &rounded::<T>(&gate_up));
@@ -79,10 +79,11 @@ mod tests {
             assert_close(device, &on_gate_up, &expected);
             assert_close(device, &on_dy, &expected_dy);
         }
-        let Some(device) = Emulator::new() else { return };
-        for (n, width) in [(1, 1), (35, 17), (3, 256)] {
-            check::<f32>(&device, n, width);
-            check::<bf16>(&device, n, width);
+        for device in devices() {
+            for (n, width) in [(1, 1), (35, 17), (3, 256)] {
+                check::<f32>(&device, n, width);
+                check::<bf16>(&device, n, width);
+            }
         }
     }
 }
