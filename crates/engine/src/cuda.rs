@@ -5,6 +5,7 @@
 //! machine that runs them. Results do not depend on the order in which threads run: no two threads add to one number in
 //! memory.
 
+mod attention;
 mod cache;
 mod device;
 #[cfg(test)]
@@ -28,7 +29,9 @@ pub(crate) struct Module {
 
 /// All kernels.
 #[cfg(test)]
-const MODULES: [&Module; 9] = [
+const MODULES: [&Module; 11] = [
+    &ops::attention::MODULE,
+    &ops::cached::MODULE,
     &ops::dropout::MODULE,
     &ops::elementwise::MODULE,
     &ops::logprob::MODULE,
@@ -45,7 +48,8 @@ impl Module {
     fn source(&self) -> String {
         let common = include_str!("cuda/kernels/common.cuh");
         let Self { name, text, .. } = self;
-        let rest = text.replace("#include \"common.cuh\"", "");
+        let rest: String =
+            text.lines().filter(|line| !line.starts_with("#include")).flat_map(|line| [line, "\n"]).collect();
         format!("#line 1 \"common.cuh\"\n{common}\n#line 1 \"{name}.cu\"\n{rest}")
     }
 }

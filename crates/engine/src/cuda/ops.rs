@@ -2,6 +2,8 @@
 //! kernels do not. Matrices are row-major; T is f32 or bf16.
 #![allow(unsafe_code)]
 
+pub(super) mod attention;
+pub(super) mod cached;
 pub(super) mod dropout;
 pub(super) mod elementwise;
 pub(super) mod logprob;
