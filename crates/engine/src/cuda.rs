@@ -6,6 +6,7 @@
 //! memory.
 
 mod attention;
+mod blas;
 mod cache;
 mod device;
 #[cfg(test)]

@@ -52,6 +52,49 @@ pub(crate) trait Device {
         shape: Launch,
         arguments: &[Argument<'_>],
     ) -> Result<()>;
+
+    /// Multiplies matrices, of which none is empty.
+    ///
+    /// # Safety
+    /// All elements that shape and strides reach must be within the device's memory, and out must not overlap a or b.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    unsafe fn multiply(&self, product: &Product, scale: f32) -> Result<()>;
+}
+
+/// A product of matrices, row-major: out = scale·a·b, or out += scale·a·b, with sums in f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Product {
+    /// Rows of a and out, columns of b and out, and columns of a, which are the rows of b.
+    pub(crate) shape: [usize; 3],
+    pub(crate) a: Operand,
+    pub(crate) b: Operand,
+    /// Never transposed.
+    pub(crate) out: Operand,
+    /// Whether the result is added to what is there.
+    pub(crate) add: bool,
+}
+
+/// How a matrix of a product lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Operand {
+    /// Where it starts.
+    pub(crate) address: u64,
+    /// Whether its numbers are in bf16; else in f32. Both factors are of one type.
+    pub(crate) rounded: bool,
+    /// Numbers from a row to the next, as they lie in memory.
+    pub(crate) stride: usize,
+    /// Whether the rows in memory are the matrix's columns.
+    pub(crate) transposed: bool,
+}
+
+#[cfg(test)]
+impl Operand {
+    /// Bytes of a number.
+    pub(crate) fn size(self) -> usize {
+        if self.rounded { size_of::<bf16>() } else { size_of::<f32>() }
+    }
 }
 
 /// A piece of a device's memory.
@@ -147,14 +190,18 @@ impl<'a, T> From<ViewMut<'a, T>> for Argument<'a> {
 pub(crate) trait Number: Pod {
     /// What the names of its kernels end with.
     const NAME: &'static str;
+    /// Whether it is bf16.
+    const IS_ROUNDED: bool;
 }
 
 impl Number for f32 {
     const NAME: &'static str = "f32";
+    const IS_ROUNDED: bool = false;
 }
 
 impl Number for bf16 {
     const NAME: &'static str = "bf16";
+    const IS_ROUNDED: bool = true;
 }
 
 /// Numbers in a device's memory.
@@ -222,6 +269,11 @@ impl<T> Clone for View<'_, T> {
 impl<T> Copy for View<'_, T> {}
 
 impl<T> View<'_, T> {
+    /// Where they start.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
     /// How many.
     pub(crate) fn len(&self) -> usize {
         self.len
@@ -246,6 +298,11 @@ pub(crate) struct ViewMut<'a, T> {
 }
 
 impl<T> ViewMut<'_, T> {
+    /// Where they start.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
     /// How many.
     pub(crate) fn len(&self) -> usize {
         self.len

@@ -14,10 +14,11 @@ use std::process::Command;
 use std::rc::Rc;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
+use half::bf16;
 use libloading::Library;
 
 use super::Module;
-use super::device::{Argument, Device, Launch, Memory};
+use super::device::{Argument, Device, Launch, Memory, Operand, Product};
 use crate::error::{Error, Result};
 
 /// Bytes around a piece of memory that must stay as they are.
@@ -170,6 +171,44 @@ impl Device for Emulator {
         }
         Ok(())
     }
+
+    unsafe fn multiply(&self, product: &Product, scale: f32) -> Result<()> {
+        let Product { shape: [m, n, k], a, b, out, add } = *product;
+        // SAFETY: the caller's promise.
+        let [a, b] = unsafe { [numbers(a, m, k), numbers(b, k, n)] };
+        let at = |row: usize, column: usize| out.address + ((row * out.stride + column) * out.size()) as u64;
+        for row in 0..m {
+            for column in 0..n {
+                let sum: f64 = (0..k).map(|i| f64::from(a[row * k + i]) * f64::from(b[i * n + column])).sum();
+                let product = scale * sum as f32;
+                // SAFETY: the caller's promise.
+                unsafe {
+                    if out.rounded {
+                        let to = at(row, column) as *mut bf16;
+                        *to = bf16::from_f32(product + if add { (*to).to_f32() } else { 0.0 });
+                    } else {
+                        let to = at(row, column) as *mut f32;
+                        *to = product + if add { *to } else { 0.0 };
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The numbers of a matrix, row by row.
+///
+/// # Safety
+/// They must be valid to read.
+unsafe fn numbers(operand: Operand, rows: usize, columns: usize) -> Vec<f32> {
+    let at = |row: usize, column: usize| {
+        let place = if operand.transposed { column * operand.stride + row } else { row * operand.stride + column };
+        let address = operand.address + (place * operand.size()) as u64;
+        // SAFETY: the caller's promise.
+        unsafe { if operand.rounded { (*(address as *const bf16)).to_f32() } else { *(address as *const f32) } }
+    };
+    (0..rows).flat_map(|row| (0..columns).map(move |column| at(row, column))).collect()
 }
 
 /// The C++ compiler.

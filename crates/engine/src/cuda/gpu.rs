@@ -14,8 +14,9 @@ use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute_enum};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DriverError};
 
 use super::Module;
+use super::blas::Blas;
 use super::cache::Cache;
-use super::device::{Argument, Device, Launch, Memory};
+use super::device::{Argument, Device, Launch, Memory, Product};
 use super::nvrtc::Nvrtc;
 use crate::error::{Error, Result};
 
@@ -115,6 +116,7 @@ pub(crate) struct Gpu {
     nvrtc: Nvrtc,
     cache: Cache,
     kernels: Mutex<Kernels>,
+    blas: Blas,
 }
 
 /// What is loaded onto the GPU, by name.
@@ -142,7 +144,8 @@ impl Gpu {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(driver("make a stream"))?;
         let architecture = format!("sm_{major}{minor}");
-        Ok(Self { stream, architecture, nvrtc, cache: Cache::of_user(), kernels: Mutex::default() })
+        let blas = Blas::new(&stream)?;
+        Ok(Self { stream, architecture, nvrtc, cache: Cache::of_user(), kernels: Mutex::default(), blas })
     }
 
     fn function(&self, module: &'static Module, kernel: &str) -> Result<CudaFunction> {
@@ -217,6 +220,12 @@ impl Device for Gpu {
         let launched =
             unsafe { launch_kernel(function.cu_function(), grid, block, shape.shared_bytes, stream, &mut pointers) };
         launched.map_err(driver(&format!("start the kernel {kernel}")))
+    }
+
+    unsafe fn multiply(&self, product: &Product, scale: f32) -> Result<()> {
+        self.stream.context().bind_to_thread().map_err(driver("choose the GPU"))?;
+        // SAFETY: the caller's promise.
+        unsafe { self.blas.multiply(product, scale) }
     }
 }
 

@@ -6,6 +6,7 @@ pub(super) mod attention;
 pub(super) mod cached;
 pub(super) mod dropout;
 pub(super) mod elementwise;
+pub(super) mod linear;
 pub(super) mod logprob;
 pub(super) mod optimizer;
 pub(super) mod rmsnorm;

@@ -100,7 +100,7 @@ impl Kernels {
             }
         };
         // the tensor cores have products of bf16
-        match T::NAME == bf16::NAME {
+        match T::IS_ROUNDED {
             true => Self { suffix, dim: None },
             false => Self { suffix: T::NAME, dim: Some(heads.dim as i32) },
         }
