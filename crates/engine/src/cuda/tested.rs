@@ -5,7 +5,7 @@ use std::io::Write as _;
 use std::sync::Once;
 
 use super::Module;
-use super::device::{Argument, Device, Launch, Memory};
+use super::device::{Argument, Device, Launch, Memory, Product};
 use super::emulator::Emulator;
 use super::gpu::Gpu;
 use crate::error::Result;
@@ -84,6 +84,16 @@ impl Device for Tested {
             match self {
                 Self::Emulator(device) => device.launch(module, kernel, shape, arguments),
                 Self::Gpu(device) => device.launch(module, kernel, shape, arguments),
+            }
+        }
+    }
+
+    unsafe fn multiply(&self, product: &Product, scale: f32) -> Result<()> {
+        // SAFETY: the caller's promise is the same.
+        unsafe {
+            match self {
+                Self::Emulator(device) => device.multiply(product, scale),
+                Self::Gpu(device) => device.multiply(product, scale),
             }
         }
     }

@@ -210,8 +210,8 @@ mod tests {
     use std::ops::Range;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, on, rounded, to_f32};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::attention::{self as cpu, Prefix, Span};
     use crate::ops::finite_difference::random;
 
@@ -232,7 +232,10 @@ mod tests {
     }
 
     fn check<T: OnHost>(heads: Heads, plan: &Plan) {
-        let Some(device) = Emulator::new() else { return };
+        devices().for_each(|device| check_on::<T>(&device, heads, plan));
+    }
+
+    fn check_on<T: OnHost>(device: &Tested, heads: Heads, plan: &Plan) {
         let spans = &spans();
         let n = spans.last().map_or(0, |span| span.rows.end);
         let qkv = as_rounded::<T>(&random(n * heads.qkv_width(), 1));
@@ -243,21 +246,21 @@ mod tests {
         cpu::backward(&qkv, heads, spans, &out, &lse, &d_out, &mut d_qkv);
 
         // what is not written stays NaN
-        let nan = |len: usize| on(&device, &vec![f32::NAN; len]);
-        let nans = |len: usize| on(&device, &rounded::<T>(&vec![f32::NAN; len]));
-        let tables = Tables::new(&device, plan).unwrap();
-        let [qkv, d_out] = [&qkv, &d_out].map(|numbers| on(&device, &rounded::<T>(numbers)));
+        let nan = |len: usize| on(device, &vec![f32::NAN; len]);
+        let nans = |len: usize| on(device, &rounded::<T>(&vec![f32::NAN; len]));
+        let tables = Tables::new(device, plan).unwrap();
+        let [qkv, d_out] = [&qkv, &d_out].map(|numbers| on(device, &rounded::<T>(numbers)));
         let (mut got, mut got_lse) = (nans(out.len()), nan(lse.len()));
-        forward(&device, qkv.view(), heads, &tables, got.view_mut(), got_lse.view_mut()).unwrap();
-        close(&to_f32(&got.to_vec(&device).unwrap()), &out, T::tolerance(1.0, 1.0));
-        close(&got_lse.to_vec(&device).unwrap(), &lse, 1e-5);
+        forward(device, qkv.view(), heads, &tables, got.view_mut(), got_lse.view_mut()).unwrap();
+        close(&to_f32(&got.to_vec(device).unwrap()), &out, T::tolerance(1.0, 1.0));
+        close(&got_lse.to_vec(device).unwrap(), &lse, 1e-5);
 
         let (mut delta, mut workspace) = (nan(lse.len()), nan(tables.workspace(heads)));
         let mut gradient = nans(d_qkv.len());
         let (outs, lse) = ([got.view(), d_out.view()], got_lse.view());
         let memory = [&mut delta, &mut workspace];
-        backward(&device, qkv.view(), heads, &tables, outs, lse, memory, &mut gradient).unwrap();
-        close(&to_f32(&gradient.to_vec(&device).unwrap()), &d_qkv, T::tolerance(2.0, 1.0));
+        backward(device, qkv.view(), heads, &tables, outs, lse, memory, &mut gradient).unwrap();
+        close(&to_f32(&gradient.to_vec(device).unwrap()), &d_qkv, T::tolerance(2.0, 1.0));
     }
 
     /// Asserts that the largest difference is below a share of the largest number.

@@ -133,13 +133,12 @@ mod tests {
     use half::bf16;
 
     use super::*;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, on, rounded, to_f32};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::attention::{self as cpu, Prefix, Span};
     use crate::ops::finite_difference::random;
 
-    fn check<T: OnHost>(heads: Heads) {
-        let Some(device) = Emulator::new() else { return };
+    fn check<T: OnHost>(device: &Tested, heads: Heads) {
         // sequences of one token, of some pages, and of more keys than the splits take at once
         let lengths = [1, 150, 64, 300];
         let (mut tokens, mut spans, mut row) = (Vec::new(), Vec::new(), 0);
@@ -153,17 +152,17 @@ mod tests {
         cpu::forward(&qkv, heads, &spans, &mut expected, &mut lse);
 
         // pages in no order, some of which nobody has
-        let width = lengths.iter().map(|&len| Pages::<Emulator, T>::of_tokens(len)).max().unwrap();
+        let width = lengths.iter().map(|&len| Pages::<Tested, T>::of_tokens(len)).max().unwrap();
         let tables: Vec<i32> = (0..lengths.len() * width).map(|i| (i * 7 % 23) as i32).collect();
-        let mut pages = Pages::new(&device, 23, heads).unwrap();
-        let there = on(&device, &rounded::<T>(&qkv));
-        let of = |tokens: &[[i32; 3]]| Tokens::new(&device, tokens, &tables, width, 23).unwrap();
-        write(&device, there.view(), &of(&tokens), &mut pages).unwrap();
+        let mut pages = Pages::new(device, 23, heads).unwrap();
+        let there = on(device, &rounded::<T>(&qkv));
+        let of = |tokens: &[[i32; 3]]| Tokens::new(device, tokens, &tables, width, 23).unwrap();
+        write(device, there.view(), &of(&tokens), &mut pages).unwrap();
         let last: Vec<[i32; 3]> =
             tokens.iter().copied().filter(|&[_, s, position]| position as usize + 1 == lengths[s as usize]).collect();
-        let mut out = on(&device, &rounded::<T>(&vec![f32::NAN; expected.len()]));
-        attention(&device, there.view(), &of(&last), &pages, out.view_mut()).unwrap();
-        let out = to_f32(&out.to_vec(&device).unwrap());
+        let mut out = on(device, &rounded::<T>(&vec![f32::NAN; expected.len()]));
+        attention(device, there.view(), &of(&last), &pages, out.view_mut()).unwrap();
+        let out = to_f32(&out.to_vec(device).unwrap());
         for [row, ..] in last {
             let row = row as usize * heads.query_width()..(row as usize + 1) * heads.query_width();
             for (got, &expected) in out[row.clone()].iter().zip(&expected[row]) {
@@ -175,15 +174,17 @@ mod tests {
     #[test]
     fn the_last_token_of_every_sequence_attends_to_its_pages() {
         for heads in [Heads { query: 6, key_value: 2, dim: 12 }, Heads { query: 2, key_value: 2, dim: 40 }] {
-            check::<f32>(heads);
-            check::<bf16>(heads);
+            for device in devices() {
+                check::<f32>(&device, heads);
+                check::<bf16>(&device, heads);
+            }
         }
     }
 
     #[test]
     #[should_panic(expected = "not there")]
     fn a_page_that_is_not_there_is_refused() {
-        let Some(device) = Emulator::new() else { panic!("not there") };
+        let Some(device) = devices().next() else { panic!("not there") };
         let _ = Tokens::new(&device, &[[0, 0, 0]], &[5], 1, 5);
     }
 }

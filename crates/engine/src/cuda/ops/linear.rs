@@ -147,13 +147,13 @@ mod tests {
 
     use super::*;
     use crate::cuda::device::Buffer;
-    use crate::cuda::emulator::Emulator;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded};
+    use crate::cuda::tested::{Tested, devices};
     use crate::ops::finite_difference::random;
     use crate::ops::linear as cpu;
     use crate::precision::Precision::F32;
 
-    fn check<T: OnHost>(device: &Emulator) {
+    fn check<T: OnHost>(device: &Tested) {
         let (n, inputs, outputs) = (5, 7, 3);
         let [x, w, dy] =
             [(n * inputs, 1), (outputs * inputs, 2), (n * outputs, 3)].map(|(len, seed)| random(len, seed));
@@ -193,8 +193,9 @@ mod tests {
 
     #[test]
     fn products_are_those_of_the_cpu() {
-        let Some(device) = Emulator::new() else { return };
-        check::<f32>(&device);
-        check::<bf16>(&device);
+        for device in devices() {
+            check::<f32>(&device);
+            check::<bf16>(&device);
+        }
     }
 }
