@@ -265,7 +265,7 @@ fn check_prompt(prompt: &[u32], vocab_size: usize, context: usize) -> std::resul
 }
 
 /// The next token, or nothing when a logit is not a number.
-fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Option<u32> {
+pub(crate) fn choose(logits: &[f32], options: &SamplingOptions, rng: &mut impl Rng) -> Option<u32> {
     let (highest, is_none) = dispatch(
         #[inline(always)]
         || (max(logits), logits.iter().fold(false, |is_none, l| is_none | l.is_nan())),

@@ -7,6 +7,8 @@ pub mod batch;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+#[allow(dead_code, reason = "no decoder runs on it yet")]
+mod cuda;
 pub mod decoder;
 pub mod error;
 pub mod generate;

@@ -73,7 +73,7 @@ impl Heads {
         self.query_width() + 2 * self.key_value_width()
     }
 
-    fn scale(&self) -> f32 {
+    pub(crate) fn scale(&self) -> f32 {
         1.0 / (self.dim as f32).sqrt()
     }
 

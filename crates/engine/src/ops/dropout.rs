@@ -36,8 +36,7 @@ impl Dropout<'_> {
     fn each(&self, from: &[impl Number], to: &mut [f32], put: impl Fn(&mut f32, f32) + Sync) {
         let width = from.len() / self.row_keys.len();
         assert!(from.len() == to.len() && from.len() == width * self.row_keys.len());
-        let threshold = (self.rate * 2f64.powi(32)) as u64;
-        let scale = (1.0 / (1.0 - self.rate)) as f32;
+        let (threshold, scale) = (threshold(self.rate), scale(self.rate));
         let keys = self.row_keys.par_chunks(ROWS);
         to.par_chunks_mut(ROWS * width).zip(from.par_chunks(ROWS * width)).zip(keys).for_each(|((to, from), keys)| {
             dispatch(
@@ -54,6 +53,16 @@ impl Dropout<'_> {
             );
         });
     }
+}
+
+/// What the upper half of an element's hash is below where the element is dropped.
+pub(crate) fn threshold(rate: f64) -> u64 {
+    (rate * 2f64.powi(32)) as u64
+}
+
+/// The factor on an element that is not dropped.
+pub(crate) fn scale(rate: f64) -> f32 {
+    (1.0 / (1.0 - rate)) as f32
 }
 
 /// A hash of 64 bits whose every output bit depends on every input bit: the step of the generator SplitMix64.

@@ -51,6 +51,16 @@ impl RopeTable {
         Self { head_dim: config.head_dim, table }
     }
 
+    /// Dimensions of a head.
+    pub(crate) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// `[positions, head_dim]`: the cosines of a position, then its sines.
+    pub(crate) fn values(&self) -> &[f32] {
+        &self.table
+    }
+
     /// Rotates the first `heads` heads of each row by its position. x `[n, stride]`, positions `[n]`.
     pub(crate) fn forward(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
         self.rotate(x, stride, heads, positions, 1.0);

@@ -38,8 +38,8 @@ impl Moments {
 }
 
 /// The factors of one step in f32.
-#[derive(Clone, Copy)]
-pub(super) struct Constants {
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Constants {
     beta1: f32,
     beta2: f32,
     rest1: f32,
@@ -51,7 +51,7 @@ pub(super) struct Constants {
 }
 
 impl Constants {
-    pub(super) fn new(step: Step) -> Self {
+    pub(crate) fn new(step: Step) -> Self {
         let (beta1, beta2) = (step.options.beta1, step.options.beta2);
         let number = step.number.min(i32::MAX as u64) as i32;
         let first_correction = 1.0 - beta1.powi(number);
@@ -68,11 +68,17 @@ impl Constants {
             scale: step.scale as f32,
         }
     }
+
+    /// All of them, in the order of the fields.
+    pub(crate) fn as_array(self) -> [f32; 8] {
+        let Self { beta1, beta2, rest1, rest2, rate, eps, keep, scale } = self;
+        [beta1, beta2, rest1, rest2, rate, eps, keep, scale]
+    }
 }
 
 /// Updates weights and moments, and sets the gradient to zero.
 #[inline(always)]
-pub(super) fn update(weights: &mut [f32], gradient: &mut [f32], first: &mut [f32], second: &mut [f32], c: Constants) {
+pub(crate) fn update(weights: &mut [f32], gradient: &mut [f32], first: &mut [f32], second: &mut [f32], c: Constants) {
     for ((w, g), (m, v)) in weights.iter_mut().zip(gradient).zip(first.iter_mut().zip(second)) {
         let scaled = *g * c.scale;
         *m = c.beta1.mul_add(*m, c.rest1 * scaled);

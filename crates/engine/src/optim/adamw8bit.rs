@@ -17,7 +17,7 @@ use crate::model::ParamSpec;
 use crate::ops::simd::{self, dispatch};
 
 /// Numbers that share a largest magnitude.
-const BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 256;
 /// Smaller tensors keep f32 moments, as in bitsandbytes: they matter little for memory and much for stability.
 const SMALLEST: usize = 4096;
 
@@ -108,6 +108,17 @@ fn update_blocks(
 
 static SIGNED: LazyLock<DynamicCode> = LazyLock::new(|| DynamicCode::new(true));
 static UNSIGNED: LazyLock<DynamicCode> = LazyLock::new(|| DynamicCode::new(false));
+
+/// Of the first moment's code, then of the second's: its numbers, ascending; where magnitudes change from so many codes from that
+/// of 0 to one more.
+pub(crate) fn tables() -> [[f32; 256]; 4] {
+    [SIGNED.values, SIGNED.thresholds, UNSIGNED.values, UNSIGNED.thresholds]
+}
+
+/// The code of 0 in the first moment's code.
+pub(crate) fn signed_zero() -> u8 {
+    SIGNED.zero
+}
 
 /// A code of 256 numbers in [−1, 1] or [0, 1].
 struct DynamicCode {

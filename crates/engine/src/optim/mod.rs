@@ -4,8 +4,8 @@
 //! [`Optimizer`] gives every tensor a rule; each rule is a file that holds the state of one tensor and the formula of one
 //! step. An optimizer of some kind may treat tensors differently (Muon is for matrices), so rules are chosen per tensor.
 
-mod adamw;
-mod adamw8bit;
+pub(crate) mod adamw;
+pub(crate) mod adamw8bit;
 mod ema;
 mod lion;
 mod muon;
@@ -144,15 +144,15 @@ impl Rule {
 
 /// What one step is, as every rule sees it.
 #[derive(Debug, Clone, Copy)]
-struct Step {
-    options: OptimizerOptions,
+pub(crate) struct Step {
+    pub(crate) options: OptimizerOptions,
     /// This step's number, from 1.
-    number: u64,
-    learning_rate: f64,
+    pub(crate) number: u64,
+    pub(crate) learning_rate: f64,
     /// The factor on the gradient.
-    scale: f64,
+    pub(crate) scale: f64,
     /// The factor on the weights that weight decay leaves.
-    keep: f64,
+    pub(crate) keep: f64,
 }
 
 /// One tensor of an optimizer's state.

@@ -1,0 +1,89 @@
+//! The gated feed-forward activation; see [`ops::swiglu`](crate::ops::swiglu).
+
+use crate::cuda::Module;
+use crate::cuda::device::{Device, Launch, Number, View, ViewMut};
+use crate::error::Result;
+
+pub(crate) static MODULE: Module = Module {
+    name: "swiglu",
+    text: include_str!("../kernels/swiglu.cu"),
+    kernels: &["swiglu_forward_f32", "swiglu_forward_bf16", "swiglu_backward_f32", "swiglu_backward_bf16"],
+};
+
+/// gate_up `[n, 2·width]` holds gate then up in each row; y `[n, width]`.
+pub(crate) fn forward<T: Number>(
+    device: &impl Device,
+    gate_up: View<'_, T>,
+    y: ViewMut<'_, T>,
+    width: usize,
+) -> Result<()> {
+    let count = y.len();
+    assert!(gate_up.len() == 2 * count && count.is_multiple_of(width));
+    let arguments = [gate_up.into(), y.into(), (width as i32).into()];
+    // SAFETY: the lengths are those of as many rows.
+    unsafe {
+        device.launch(
+            &MODULE,
+            &format!("swiglu_forward_{}", T::NAME),
+            Launch::elements(count / width, width),
+            &arguments,
+        )
+    }
+}
+
+/// Replaces gate_up by its gradient, and dy by the activation y itself, which the gradient of the next weight needs.
+pub(crate) fn backward_in_place<T: Number>(
+    device: &impl Device,
+    gate_up: ViewMut<'_, T>,
+    dy: ViewMut<'_, T>,
+    width: usize,
+) -> Result<()> {
+    let count = dy.len();
+    assert!(gate_up.len() == 2 * count && count.is_multiple_of(width));
+    let arguments = [gate_up.into(), dy.into(), (width as i32).into()];
+    // SAFETY: the lengths are those of as many rows.
+    unsafe {
+        device.launch(
+            &MODULE,
+            &format!("swiglu_backward_{}", T::NAME),
+            Launch::elements(count / width, width),
+            &arguments,
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
+    use crate::cuda::tested::{Tested, devices};
+    use crate::ops::finite_difference::random;
+    use crate::ops::swiglu as cpu;
+
+    #[test]
+    fn as_on_the_cpu() {
+        fn check<T: OnHost>(device: &Tested, n: usize, width: usize) {
+            let gate_up: Vec<f32> = random(n * 2 * width, 1).iter().map(|x| 12.0 * x).collect();
+            let dy = random(n * width, 2);
+            let mut on_gate_up = on(device, &rounded::<T>(&gate_up));
+            let (mut y, mut on_dy) = (zeros::<T>(device, dy.len()), on(device, &rounded::<T>(&dy)));
+            forward(device, on_gate_up.view(), y.view_mut(), width).unwrap();
+            backward_in_place(device, on_gate_up.view_mut(), on_dy.view_mut(), width).unwrap();
+            let (mut expected, mut expected_dy) = (as_rounded::<T>(&gate_up), as_rounded::<T>(&dy));
+            let mut expected_y = vec![0.0; dy.len()];
+            cpu::forward(&expected, &mut expected_y, width);
+            cpu::backward_in_place(&mut expected, &mut expected_dy, width);
+            assert_close(device, &y, &expected_y);
+            assert_close(device, &on_gate_up, &expected);
+            assert_close(device, &on_dy, &expected_dy);
+        }
+        for device in devices() {
+            for (n, width) in [(1, 1), (35, 17), (3, 256)] {
+                check::<f32>(&device, n, width);
+                check::<bf16>(&device, n, width);
+            }
+        }
+    }
+}
