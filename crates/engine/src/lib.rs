@@ -39,7 +39,7 @@ pub use tokenizer::Tokenizer;
 /// instruction set. What is kept on disk names it.
 pub fn arithmetic() -> String {
     // changes whenever results may change
-    format!("v9 {}", instruction_set())
+    format!("v10 {}", instruction_set())
 }
 
 /// The processor's instruction set as the engine uses it.

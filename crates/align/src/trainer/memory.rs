@@ -180,7 +180,7 @@ impl Footprint<'_> {
         let Self { config, options, keeps_reference, lengths } = self;
         let lora = options.lora.as_ref();
         // where mismatched responses take as much memory as others, they count as such
-        let (batch, behind) = match Decoder::keeps_behind(options.dtype, lora.is_some(), keep) {
+        let (batch, behind) = match Decoder::keeps_behind(lora.is_some(), keep) {
             true => (lengths.together, 0),
             false => (lengths.batch, lengths.behind),
         };

@@ -54,7 +54,7 @@ impl Passes {
         Self {
             decoder: decoder.with_rows(plan.largest_pass, plan.behind),
             keep: plan.keep(),
-            behind: (!Decoder::keeps_behind(dtype, adapted, plan.keep())).then_some(plan.behind),
+            behind: (!Decoder::keeps_behind(adapted, plan.keep())).then_some(plan.behind),
             micro_batch_tokens: plan.micro_batch_tokens,
             for_scores: policy.base().config.head.is_score(),
         }

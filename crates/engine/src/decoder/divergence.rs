@@ -1,106 +1,81 @@
 //! Passes that give, beside the log-probability of each response, the divergence from a reference along it:
 //! Σₜ KL(π_ref(·|x, y<t) ‖ π(·|x, y<t)) over the response's tokens (the sequential KL divergence of arXiv 2404.11999).
 
-use super::{Decoder, Head, Keep, Parameters, Pass, Scratch};
+use super::blocks::{DecoderOf, Scratch};
+use super::{Head, Keep, Pass};
 use crate::batch::PackedBatch;
-use crate::mixture::Shared;
-use crate::ops::{divergence, fit};
+use crate::ops::{Number, divergence, fit};
 
-impl Decoder {
-    /// The normalised final hidden rows that predict the scored tokens of the batch, `[scored tokens, hidden]`.
-    ///
-    /// Those of a reference, with its vocabulary head, are the [`Head`] that a policy of the same shape is compared with.
-    pub fn head_rows(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f32> {
-        self.scored_rows(&Pass::of_parts(self.precision, weights, &[None]), batch)
-    }
-
-    /// As [`head_rows`](Self::head_rows), of several policies of one model at once: the weighted sum of their rows.
-    pub(crate) fn mixed_rows(&mut self, policies: &Shared<'_>, batch: &PackedBatch) -> Vec<f32> {
-        let pass = Pass::of_parts(self.precision, &policies.model.weights, &policies.adapters);
-        let mut rows = self.scored_rows(&pass, &batch.repeated(policies.adapters.len()));
-        policies.weighted_sum(&mut rows).to_vec()
-    }
-
+impl<T: Number> DecoderOf<T> {
     /// The normalised final hidden rows that predict the scored tokens of the batch.
-    fn scored_rows(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Vec<f32> {
+    pub(super) fn scored_rows(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Vec<f32> {
         self.run_blocks(pass, batch, None);
-        let mut all = Vec::with_capacity(batch.scored_rows.len() * self.hidden);
+        let mut all = Vec::with_capacity(batch.scored_rows.len() * self.shape.hidden);
         for rows in batch.scored_rows.chunks(self.divergence_chunk(batch)) {
             self.gather_normed(pass, rows);
-            all.extend_from_slice(&self.scratch.head.normed[..rows.len() * self.hidden]);
+            all.extend_from_slice(&self.scratch.head.normed[..rows.len() * self.shape.hidden]);
         }
         all
     }
 
-    /// As [`forward`](Self::forward); returns for each response its log-probability under the policy, and the divergence
-    /// from the reference along it in nats, which is exactly 0 where both are the same model.
-    ///
-    /// # Panics
-    /// If the reference's head or rows have not the shape that the policy's have on this batch.
-    pub fn forward_with_divergence<'a>(
+    /// As [`Decoder::forward_with_divergence`](super::Decoder::forward_with_divergence).
+    pub(super) fn forward_with_divergence(
         &mut self,
-        parameters: impl Into<Parameters<'a>>,
+        pass: &Pass<'_>,
         reference: Head<'_>,
-        batch: &'a PackedBatch,
+        batch: &PackedBatch,
         keep: Keep,
     ) -> (Vec<f64>, Vec<f64>) {
-        let pass = Pass::new(self.precision, parameters.into(), batch);
-        self.run_blocks(&pass, batch, Some(keep));
+        self.run_blocks(pass, batch, Some(keep));
         let chunk = self.divergence_chunk(batch);
         let (mut logps, mut divergences) = (Vec::new(), Vec::new());
-        for (rows, targets, reference) in chunks(chunk, self.hidden, reference, batch) {
-            self.gather_normed(&pass, rows);
+        for (rows, targets, reference) in chunks(chunk, self.shape.hidden, reference, batch) {
+            self.gather_normed(pass, rows);
             let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
-            let normed = &head.normed[..rows.len() * self.hidden];
-            let policy = Head { rows: normed, weights: pass.base(&self.layout.head) };
+            let normed = &head.normed[..rows.len() * self.shape.hidden];
+            let policy = Head { rows: normed, weights: pass.base(&self.shape.layout.head) };
             let (chunk_logps, chunk_divergences) =
-                divergence::forward(self.precision, policy, reference, targets, [logits, reference_logits]);
+                divergence::forward(T::PRECISION, policy, reference, targets, [logits, reference_logits]);
             logps.extend(chunk_logps);
             divergences.extend(chunk_divergences);
         }
         (batch.sum_responses(&logps), batch.sum_responses(&divergences))
     }
 
-    /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] + d_divergences\[i\]·divergence\[i\] with respect to
-    /// every weight of what is trained.
-    ///
-    /// # Panics
-    /// If the last call was not [`forward_with_divergence`](Self::forward_with_divergence) with the same parameters,
-    /// reference and batch.
-    pub fn backward_with_divergence<'a>(
+    /// As [`Decoder::backward_with_divergence`](super::Decoder::backward_with_divergence).
+    pub(super) fn backward_with_divergence(
         &mut self,
-        parameters: impl Into<Parameters<'a>>,
+        pass: &Pass<'_>,
         reference: Head<'_>,
-        batch: &'a PackedBatch,
+        batch: &PackedBatch,
         [d_logps, d_divergences]: [&[f64]; 2],
         gradient: &mut [f32],
     ) {
         let Some(keep) = self.kept.take() else { panic!("backward without a forward pass before it") };
-        let pass = Pass::new(self.precision, parameters.into(), batch);
         let mut gradient = pass.gradient(gradient);
         let (d_logps, d_divergences) = (batch.spread_responses(d_logps), batch.spread_responses(d_divergences));
         let chunk = self.divergence_chunk(batch);
-        self.room(batch.rows()).of(&mut self.scratch.dx, self.hidden).fill(0.0);
+        self.room(batch.rows()).of(&mut self.scratch.dx, self.shape.hidden).fill(0.0);
         let derivatives = d_logps.chunks(chunk).zip(d_divergences.chunks(chunk));
         for ((rows, targets, reference), (d_logps, d_divergences)) in
-            chunks(chunk, self.hidden, reference, batch).zip(derivatives)
+            chunks(chunk, self.shape.hidden, reference, batch).zip(derivatives)
         {
-            self.gather_normed(&pass, rows);
+            self.gather_normed(pass, rows);
             let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
-            let len = rows.len() * self.hidden;
-            let policy = Head { rows: &head.normed[..len], weights: pass.base(&self.layout.head) };
+            let len = rows.len() * self.shape.hidden;
+            let policy = Head { rows: &head.normed[..len], weights: pass.base(&self.shape.layout.head) };
             let d_normed = fit(&mut head.d_normed, len);
-            let d_head = gradient.base(&self.layout.head);
+            let d_head = gradient.base(&self.shape.layout.head);
             let (derivatives, scratch) = ([d_logps, d_divergences], [logits, reference_logits]);
-            divergence::backward(self.precision, policy, reference, targets, derivatives, d_normed, d_head, scratch);
-            self.norm_backward(&pass, rows, &mut gradient);
+            divergence::backward(T::PRECISION, policy, reference, targets, derivatives, d_normed, d_head, scratch);
+            self.norm_backward(pass, rows, &mut gradient);
         }
-        self.backward_blocks(&pass, batch, keep, &mut gradient);
+        self.backward_blocks(pass, batch, keep, &mut gradient);
     }
 
     /// How many scored rows to compare at once.
     fn divergence_chunk(&self, batch: &PackedBatch) -> usize {
-        divergence::even_chunk(batch.targets.len(), self.layout.head.len() / self.hidden)
+        divergence::even_chunk(batch.targets.len(), self.shape.vocab())
     }
 }
 
@@ -121,6 +96,7 @@ fn chunks<'b>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Decoder;
     use crate::model::Model;
     use crate::model::tests::tiny_config;
     use crate::ops::finite_difference::check;

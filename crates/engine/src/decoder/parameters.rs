@@ -6,7 +6,8 @@ use super::packed::PackedModel;
 use crate::batch::PackedBatch;
 use crate::lora::Adapter;
 use crate::model::{BlockLayout, Product};
-use crate::ops::linear::{self, Number, packed::Packed};
+use crate::ops::Number;
+use crate::ops::linear::{self, packed::Packed};
 use crate::ops::lora::{LowRank, Scratch};
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
@@ -210,7 +211,7 @@ impl Linear<'_> {
             return low_rank.forward(x, self.w, y, add, u, scratch);
         }
         match self.packed {
-            Some(packed) => packed.forward(&Number::widened(x), y, add),
+            Some(packed) => packed.forward(x, y, add),
             None => linear::forward_as(self.rowwise, self.precision)(x, self.w, y, inputs, add),
         }
         let parts = self.low_ranks.len();

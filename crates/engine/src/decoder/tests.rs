@@ -133,8 +133,7 @@ fn buffers_of_announced_rows_stay_where_they_are_and_change_nothing() {
             for behind in [0, 5] {
                 let mut roomy = decoder().with_rows(batch.rows() + 3, behind);
                 assert_eq!(run(&mut roomy, &small), run(&mut decoder(), &small));
-                let place =
-                    |decoder: &Decoder| [&decoder.x, &decoder.inputs[1], &decoder.scratch.dx].map(|x| x.as_ptr());
+                let place = |decoder: &Decoder| typed!(&decoder.0, decoder => [&decoder.x, &decoder.inputs[1], &decoder.scratch.dx].map(|x| x.as_ptr()));
                 let before = place(&roomy);
                 assert_eq!(run(&mut roomy, &batch), run(&mut decoder(), &batch));
                 assert_eq!(place(&roomy), before);

@@ -13,9 +13,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::fit;
 use super::linear::Matrix;
 use super::simd::{LANES, exp};
+use super::{Number, fit};
 use crate::config::ModelConfig;
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
@@ -98,7 +98,7 @@ impl Heads {
 pub(crate) enum Prefix<'a> {
     /// Other rows of the same batch, those of the first range before those of the second. Either may be empty.
     Rows([Range<usize>; 2]),
-    /// Keys and values of earlier tokens: of each head, `[tokens, dim]`.
+    /// Keys and values of earlier tokens in f32: of each head, `[tokens, dim]`.
     Cache {
         /// Rotated keys.
         keys: &'a [Vec<f32>],
@@ -118,15 +118,15 @@ pub(crate) struct Span<'a> {
 
 /// Shared mutable memory whose users write to disjoint places.
 #[derive(Clone, Copy)]
-struct Shared(*mut f32);
+struct Shared<T = f32>(*mut T);
 // SAFETY: the pointer is only used inside `forward` and `backward`, whose tasks write to disjoint
 // elements (each function argues so) while the borrowed slice it came from is alive.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
-    fn at(self, offset: usize) -> *mut f32 {
+impl<T> Shared<T> {
+    fn at(self, offset: usize) -> *mut T {
         self.0.wrapping_add(offset)
     }
 }
@@ -176,7 +176,10 @@ impl<T: Copy> Stack<T> {
 
 /// The keys, and the values, that a span's head attends to, in order: those of the two parts of its prefix, each of which may be
 /// empty, and its own.
-fn keys_and_values(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [Stack; 2] {
+///
+/// # Panics
+/// If keys and values are cached, and the others not in f32 as these are.
+fn keys_and_values<T: Number>(qkv: &[T], heads: Heads, span: &Span, head: usize) -> [Stack<T>; 2] {
     let width = heads.qkv_width();
     let within = |rows: &Range<usize>| {
         assert!(rows.start <= rows.end && rows.end * width <= qkv.len(), "a span reaches beyond the batch");
@@ -188,8 +191,8 @@ fn keys_and_values(qkv: &[f32], heads: Heads, span: &Span, head: usize) -> [Stac
         Prefix::Rows([first, second]) => ([within(first), within(second)], within(&span.rows)),
         Prefix::Cache { keys, values } => {
             let (keys, values) = (&keys[head], &values[head]);
-            assert_eq!(keys.len(), values.len());
-            let cached = [keys, values].map(|of| (Matrix::rows(of.as_ptr(), heads.dim), of.len() / heads.dim));
+            assert!(keys.len() == values.len() && !T::IS_ROUNDED);
+            let cached = [keys, values].map(|of| (Matrix::rows(of.as_ptr().cast(), heads.dim), of.len() / heads.dim));
             ([within(&(0..0)), cached], within(&span.rows))
         }
     };
@@ -266,21 +269,26 @@ fn by_vector(scores: &mut [f32], keys: usize) -> &mut [[[f32; LANES]; 2]] {
 ///
 /// qkv `[n, qkv_width]` with rotated queries and keys; out `[n, query_width]`; lse `[n, query heads]`
 /// keeps the log-sum-exp of each row's scaled scores for the backward pass.
-pub(crate) fn forward(
-    qkv: &[f32],
-    heads: Heads,
-    spans: &[Span],
-    precision: Precision,
-    out: &mut [f32],
-    lse: &mut [f32],
-) {
+pub(crate) fn forward<T: Number>(qkv: &[T], heads: Heads, spans: &[Span], out: &mut [T], lse: &mut [f32]) {
     let _span = profile::span(Stage::Attention, || Work::Flops(flops(heads, spans)));
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && out.len() == n * heads.query_width() && lse.len() == n * heads.query);
     check(heads, spans);
-    if single::applies_to(heads, spans) {
-        return single::forward(qkv, heads, spans, out, lse);
+    if !spans.iter().any(|span| matches!(span.prefix, Prefix::Cache { .. })) {
+        return of_rows(T::PRECISION, qkv, heads, spans, out, lse);
     }
+    // as keys and values of earlier tokens are
+    let (qkv, mut wide) = (T::widened(qkv), vec![0.0; out.len()]);
+    if single::applies_to(heads, spans) {
+        single::forward(&qkv, heads, spans, &mut wide, lse);
+    } else {
+        of_rows(T::PRECISION, &qkv, heads, spans, &mut wide, lse);
+    }
+    out.iter_mut().zip(wide).for_each(|(out, x)| *out = T::of_f32(x));
+}
+
+/// As [`forward`], with products in a precision.
+fn of_rows<T: Number>(precision: Precision, qkv: &[T], heads: Heads, spans: &[Span], out: &mut [T], lse: &mut [f32]) {
     let (out, lse) = (Shared(out.as_mut_ptr()), Shared(lse.as_mut_ptr()));
     let tasks: Vec<(&Span, usize)> = spans.iter().flat_map(|s| (0..heads.query).map(move |h| (s, h))).collect();
     tasks.into_par_iter().for_each_init(Scratch::default, |scratch, (span, head)| {
@@ -294,6 +302,8 @@ struct Scratch {
     /// Scores and their gradients.
     p: Vec<f32>,
     ds: Vec<f32>,
+    /// Some rows of the output.
+    out: Vec<f32>,
     /// Words of factors.
     words: Words,
 }
@@ -314,23 +324,24 @@ struct Words {
 }
 
 /// The task of one span and query head.
-struct Forward<'a> {
-    qkv: &'a [f32],
+struct Forward<'a, T> {
+    qkv: &'a [T],
     heads: Heads,
     span: &'a Span<'a>,
     head: usize,
-    out: Shared,
+    out: Shared<T>,
     lse: Shared,
     scratch: &'a mut Scratch,
 }
 
-impl Task for Forward<'_> {
+impl<T: Number> Task for Forward<'_, T> {
     #[inline(always)]
     fn run<A: Arithmetic>(self, arithmetic: A) {
-        let Self { qkv, heads, span, head, out, lse, scratch: Scratch { p, words, .. } } = self;
+        let Self { qkv, heads, span, head, out, lse, scratch: Scratch { p, words, out: sums, .. } } = self;
         let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
         let [keys, values] = keys_and_values(qkv, heads, span, heads.key_head(head));
         fit(p, TILE * keys.rows());
+        let sums = fit(sums, STRIP * dim);
         let tiles = Tile::of(span, keys.rows());
         // SAFETY: keys and values were checked in `keys_and_values`, and the words of each have memory of their own.
         let (keys, values) = unsafe {
@@ -361,23 +372,24 @@ impl Task for Forward<'_> {
             let weights = unsafe { arithmetic.below(weights, TILE, &mut words.p) }.parts[0].0;
             for strip in (0..tile.rows).step_by(STRIP) {
                 let rows = STRIP.min(tile.rows - strip);
-                let out = out.at((tile.row + strip) * out_width + head * dim);
                 let mut add = false;
                 for (first, values, count) in values.until((tile.before + strip + rows).div_ceil(A::NUMBERS)) {
                     let start = weights.start.wrapping_add(first * TILE + strip);
                     let weights = Matrix { start, row_stride: 1, column_stride: TILE };
                     if count > 0 {
-                        // SAFETY: of every key there is a weight; the rows of this span in the columns of this head of `out` belong
-                        // to this task alone.
-                        unsafe { product(arithmetic, [rows, dim, count], weights, values, out, out_width, add) };
+                        // SAFETY: of every key there is a weight; `sums` has as many rows.
+                        unsafe {
+                            product(arithmetic, [rows, dim, count], weights, values, sums.as_mut_ptr(), dim, add)
+                        };
                         add = true;
                     }
                 }
-                for row in 0..rows {
-                    // SAFETY: as above.
-                    let out = unsafe { std::slice::from_raw_parts_mut(out.wrapping_add(row * out_width), dim) };
+                for (row, sums) in sums.chunks_exact(dim).take(rows).enumerate() {
+                    let out = out.at((tile.row + strip + row) * out_width + head * dim);
+                    // SAFETY: the rows of this span in the columns of this head belong to this task alone.
+                    let out = unsafe { std::slice::from_raw_parts_mut(out, dim) };
                     let inverse = inverse_sums.as_flattened()[strip + row];
-                    out.iter_mut().for_each(|o| *o *= inverse);
+                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out = T::of_f32(sum * inverse));
                 }
             }
         }

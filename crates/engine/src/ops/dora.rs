@@ -3,10 +3,10 @@
 
 use rayon::prelude::*;
 
-use super::fit;
-use super::linear::{self, Number, View, ViewMut, product};
+use super::linear::{self, View, ViewMut, product};
 use super::lora::{LowRank, Scratch};
 use super::simd::{dispatch, dot};
+use super::{Number, fit};
 
 /// Columns per task.
 const COLUMNS: usize = 64;

@@ -4,7 +4,7 @@
 
 use rayon::prelude::*;
 
-use super::linear::Number;
+use super::Number;
 use super::simd::dispatch;
 
 /// Rows per task.

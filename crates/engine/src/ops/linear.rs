@@ -6,9 +6,9 @@ use std::ops::Range;
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
+use super::Number;
 use super::simd::{dispatch, dot, dot4};
 use crate::precision::Precision;
-pub(crate) use bf16::Number;
 
 pub(crate) mod bf16;
 mod int8;
@@ -45,11 +45,9 @@ impl<T> Matrix<T> {
     pub(crate) fn rows(start: *const T, row_stride: usize) -> Self {
         Self { start, row_stride, column_stride: 1 }
     }
-}
 
-impl Matrix {
-    /// The bits of its elements.
-    pub(crate) fn to_bits(self) -> Matrix<u32> {
+    /// The same places as words, of numbers in f32 their bits.
+    pub(crate) fn words(self) -> Matrix<u32> {
         Matrix { start: self.start.cast(), row_stride: self.row_stride, column_stride: self.column_stride }
     }
 }

@@ -8,9 +8,9 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::dropout::Dropout;
-use super::linear::{self, Number, View, ViewMut, product};
+use super::linear::{self, View, ViewMut, product};
 use super::simd::{dispatch, dot};
-use super::{dora, fit};
+use super::{Number, dora, fit};
 use crate::precision::Precision;
 
 /// Where the factors that adapt one product lie in an adapter's flat weights.

@@ -1,6 +1,6 @@
 //! The arithmetic of a decoder, one file per operation, forward beside backward.
 //!
-//! Every operation works on row-major f32 slices and is split over rayon's current thread pool in
+//! Every operation works on row-major slices and is split over rayon's current thread pool in
 //! chunks whose size does not depend on the number of threads, so results do not either.
 //! Backward functions *add* to gradients of weights and, where the doc says so, to gradients of inputs.
 
@@ -12,14 +12,14 @@ pub(crate) mod embedding;
 pub(crate) mod linear;
 pub(crate) mod logprob;
 pub(crate) mod lora;
+pub(crate) mod number;
 pub(crate) mod rmsnorm;
 pub(crate) mod rope;
 pub(crate) mod score;
 pub(crate) mod simd;
 pub(crate) mod swiglu;
 
-use half::bf16;
-use half::vec::HalfBitsVecExt;
+pub(crate) use number::Number;
 
 use crate::profile::{self, Span, Stage, Work};
 
@@ -34,28 +34,19 @@ fn elementwise(bytes: usize) -> Span {
 /// The first `len` elements of a buffer that is made anew where it is too small; their values are arbitrary.
 ///
 /// Memory that is new to the process is not written to: the system gives a page of it to the thread that uses it first.
-pub(crate) fn fit<T: Zeros>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+pub(crate) fn fit<T: Number>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     if buffer.len() < len {
         // what there is goes first, so that both are never there together
         *buffer = Vec::new();
-        *buffer = T::zeros(len);
+        *buffer = T::unwritten(len);
     }
     &mut buffer[..len]
 }
 
-/// Numbers of which many may be had in memory that nobody has written to.
-pub(crate) trait Zeros: Sized {
-    fn zeros(len: usize) -> Vec<Self>;
-}
-
-impl Zeros for f32 {
-    fn zeros(len: usize) -> Vec<Self> {
-        vec![0.0; len]
+/// The first `len` words of memory that grows as needed.
+fn words_of(memory: &mut Vec<u32>, len: usize) -> &mut [u32] {
+    if memory.len() < len {
+        memory.resize(len, 0);
     }
-}
-
-impl Zeros for bf16 {
-    fn zeros(len: usize) -> Vec<Self> {
-        vec![0u16; len].reinterpret_into()
-    }
+    &mut memory[..len]
 }

@@ -2,14 +2,14 @@
 
 use rayon::prelude::*;
 
-use super::elementwise;
 use super::simd::{dispatch, dot, dot3};
+use super::{Number, elementwise};
 
 /// Rows per task; also the grouping of the sum over rows in the gradient of the gain.
 const ROWS: usize = 64;
 
 /// Normalises each row. x, y `[n, width]`, w `[width]`; r `[n]` keeps 1/rms for the backward pass.
-pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f32]) {
+pub(crate) fn forward<T: Number>(x: &[f32], w: &[f32], eps: f32, y: &mut [T], r: &mut [f32]) {
     let _span = elementwise(size_of_val(x) + size_of_val(y));
     let width = w.len();
     assert!(x.len() == y.len() && x.len() == r.len() * width);
@@ -29,7 +29,7 @@ pub(crate) fn forward(x: &[f32], w: &[f32], eps: f32, y: &mut [f32], r: &mut [f3
 }
 
 /// Computes y = x·r·w again from the kept r.
-pub(crate) fn recompute(x: &[f32], w: &[f32], r: &[f32], y: &mut [f32]) {
+pub(crate) fn recompute<T: Number>(x: &[f32], w: &[f32], r: &[f32], y: &mut [T]) {
     let _span = elementwise(size_of_val(x) + size_of_val(y));
     let width = w.len();
     assert!(x.len() == y.len() && x.len() == r.len() * width);
@@ -46,9 +46,9 @@ pub(crate) fn recompute(x: &[f32], w: &[f32], r: &[f32], y: &mut [f32]) {
 }
 
 #[inline(always)]
-fn scale_row(x: &[f32], w: &[f32], r: f32, y: &mut [f32]) {
+fn scale_row<T: Number>(x: &[f32], w: &[f32], r: f32, y: &mut [T]) {
     for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-        *y = x * r * w;
+        *y = T::of_f32(x * r * w);
     }
 }
 

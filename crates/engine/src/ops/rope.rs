@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::elementwise;
 use super::simd::dispatch;
+use super::{Number, elementwise};
 use crate::config::{ModelConfig, RopeScaling};
 
 /// Rows per task.
@@ -61,35 +61,41 @@ impl RopeTable {
         &self.table
     }
 
-    /// Rotates the first `heads` heads of each row by its position. x `[n, stride]`, positions `[n]`.
-    pub(crate) fn forward(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
-        self.rotate(x, stride, heads, positions, 1.0);
+    /// y = x with the first `heads` heads of each row rotated by its position. x, y `[n, stride]`, positions `[n]`.
+    pub(crate) fn forward<T: Number>(&self, x: &[f32], y: &mut [T], stride: usize, heads: usize, positions: &[u32]) {
+        self.rotate(x, y, stride, heads, positions, 1.0);
     }
 
-    /// Turns the gradient with respect to the rotated rows into that with respect to the plain ones.
-    pub(crate) fn backward(&self, dx: &mut [f32], stride: usize, heads: usize, positions: &[u32]) {
-        self.rotate(dx, stride, heads, positions, -1.0);
+    /// Turns the gradient dy with respect to the rotated rows into dx, that with respect to the plain ones.
+    pub(crate) fn backward<T: Number>(&self, dy: &[f32], dx: &mut [T], stride: usize, heads: usize, positions: &[u32]) {
+        self.rotate(dy, dx, stride, heads, positions, -1.0);
     }
 
-    fn rotate(&self, x: &mut [f32], stride: usize, heads: usize, positions: &[u32], sign: f32) {
-        let _span = elementwise(2 * size_of_val(x));
+    fn rotate<T: Number>(&self, x: &[f32], y: &mut [T], stride: usize, heads: usize, positions: &[u32], sign: f32) {
+        let _span = elementwise(size_of_val(x) + size_of_val(y));
         let dim = self.head_dim;
-        assert!(x.len() == positions.len() * stride && heads * dim <= stride);
-        x.par_chunks_mut(ROWS * stride).zip(positions.par_chunks(ROWS)).for_each(|(x, positions)| {
+        assert!(x.len() == positions.len() * stride && y.len() == x.len() && heads * dim <= stride);
+        let x = x.par_chunks(ROWS * stride);
+        y.par_chunks_mut(ROWS * stride).zip(x).zip(positions.par_chunks(ROWS)).for_each(|((y, x), positions)| {
             dispatch(
                 #[inline(always)]
                 || {
-                    for (row, &position) in x.chunks_exact_mut(stride).zip(positions) {
+                    let rows = y.chunks_exact_mut(stride).zip(x.chunks_exact(stride));
+                    for ((y, x), &position) in rows.zip(positions) {
                         let start = position as usize * dim;
                         let (cos, sin) = self.table[start..start + dim].split_at(dim / 2);
-                        for head in row[..heads * dim].chunks_exact_mut(dim) {
-                            let (a, b) = head.split_at_mut(dim / 2);
-                            for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                                let (p, q) = (*a, *b);
-                                *a = p * c - sign * q * s;
-                                *b = q * c + sign * p * s;
+                        let ((x, x_rest), (y, y_rest)) = (x.split_at(heads * dim), y.split_at_mut(heads * dim));
+                        for (y, x) in y.chunks_exact_mut(dim).zip(x.chunks_exact(dim)) {
+                            let ((p, q), (a, b)) = (x.split_at(dim / 2), y.split_at_mut(dim / 2));
+                            // a loop for each half: of both at once the compiler makes none of vectors
+                            for ((((a, p), q), c), s) in a.iter_mut().zip(p).zip(q).zip(cos).zip(sin) {
+                                *a = T::of_f32(p * c - sign * q * s);
+                            }
+                            for ((((b, p), q), c), s) in b.iter_mut().zip(p).zip(q).zip(cos).zip(sin) {
+                                *b = T::of_f32(q * c + sign * p * s);
                             }
                         }
+                        y_rest.iter_mut().zip(x_rest).for_each(|(y, x)| *y = T::of_f32(*x));
                     }
                 },
             );
@@ -109,11 +115,11 @@ mod tests {
         let rope = RopeTable::new(&config, 10);
         let (positions, stride) = ([3, 9, 0], 14);
         let (x, dy) = (random(3 * stride, 1), random(3 * stride, 2));
-        let mut dx = dy.clone();
-        rope.backward(&mut dx, stride, 2, &positions);
+        let mut dx = vec![0.0; x.len()];
+        rope.backward(&dy, &mut dx, stride, 2, &positions);
         check(&x, &dx, &dy, |x| {
-            let mut y = x.to_vec();
-            rope.forward(&mut y, stride, 2, &positions);
+            let mut y = vec![0.0; x.len()];
+            rope.forward(x, &mut y, stride, 2, &positions);
             y
         });
     }

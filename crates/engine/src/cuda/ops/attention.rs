@@ -214,7 +214,6 @@ mod tests {
     use crate::cuda::tested::{Tested, devices};
     use crate::ops::attention::{self as cpu, Prefix, Span};
     use crate::ops::finite_difference::random;
-    use crate::precision::Precision::F32;
 
     fn span(rows: Range<usize>, prefix: [Range<usize>; 2]) -> Span<'static> {
         Span { rows, prefix: Prefix::Rows(prefix) }
@@ -242,9 +241,9 @@ mod tests {
         let qkv = as_rounded::<T>(&random(n * heads.qkv_width(), 1));
         let d_out = as_rounded::<T>(&random(n * heads.query_width(), 2));
         let (mut out, mut lse) = (vec![0.0; n * heads.query_width()], vec![0.0; n * heads.query]);
-        cpu::forward(&qkv, heads, spans, F32, &mut out, &mut lse);
+        cpu::forward(&qkv, heads, spans, &mut out, &mut lse);
         let mut d_qkv = vec![0.0; qkv.len()];
-        cpu::backward(&qkv, heads, spans, F32, &lse, &d_out, &mut d_qkv);
+        cpu::backward(&qkv, heads, spans, &lse, &d_out, &mut d_qkv);
 
         // what is not written stays NaN
         let nan = |len: usize| on(device, &vec![f32::NAN; len]);

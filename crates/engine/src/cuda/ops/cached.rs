@@ -137,7 +137,6 @@ mod tests {
     use crate::cuda::tested::{Tested, devices};
     use crate::ops::attention::{self as cpu, Prefix, Span};
     use crate::ops::finite_difference::random;
-    use crate::precision::Precision::F32;
 
     fn check<T: OnHost>(device: &Tested, heads: Heads) {
         // sequences of one token, of some pages, and of more keys than the splits take at once
@@ -150,7 +149,7 @@ mod tests {
         }
         let qkv: Vec<f32> = as_rounded::<T>(&random(row * heads.qkv_width(), 1));
         let (mut expected, mut lse) = (vec![0.0; row * heads.query_width()], vec![0.0; row * heads.query]);
-        cpu::forward(&qkv, heads, &spans, F32, &mut expected, &mut lse);
+        cpu::forward(&qkv, heads, &spans, &mut expected, &mut lse);
 
         // pages in no order, some of which nobody has
         let width = lengths.iter().map(|&len| Pages::<Tested, T>::of_tokens(len)).max().unwrap();

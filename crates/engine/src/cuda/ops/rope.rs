@@ -94,9 +94,10 @@ mod tests {
             let (mut x, mut dx) = (on(device, &rounded::<T>(&start)), on(device, &rounded::<T>(&start)));
             rope.forward(device, x.view_mut(), stride, heads, on_positions.view()).unwrap();
             rope.backward(device, dx.view_mut(), stride, heads, on_positions.view()).unwrap();
-            let (mut expected_x, mut expected_dx) = (as_rounded::<T>(&start), as_rounded::<T>(&start));
-            cpu.forward(&mut expected_x, stride, heads, &positions);
-            cpu.backward(&mut expected_dx, stride, heads, &positions);
+            let start = as_rounded::<T>(&start);
+            let [mut expected_x, mut expected_dx] = [(); 2].map(|()| vec![0.0; start.len()]);
+            cpu.forward(&start, &mut expected_x, stride, heads, &positions);
+            cpu.backward(&start, &mut expected_dx, stride, heads, &positions);
             assert_close(device, &x, &expected_x);
             assert_close(device, &dx, &expected_dx);
         }

@@ -71,10 +71,10 @@ mod tests {
             let (mut y, mut on_dy) = (zeros::<T>(device, dy.len()), on(device, &rounded::<T>(&dy)));
             forward(device, on_gate_up.view(), y.view_mut(), width).unwrap();
             backward_in_place(device, on_gate_up.view_mut(), on_dy.view_mut(), width).unwrap();
-            let (mut expected, mut expected_dy) = (as_rounded::<T>(&gate_up), as_rounded::<T>(&dy));
-            let mut expected_y = vec![0.0; dy.len()];
-            cpu::forward(&expected, &mut expected_y, width);
-            cpu::backward_in_place(&mut expected, &mut expected_dy, width);
+            let [mut expected, mut expected_y, mut expected_dy] =
+                [gate_up.len(), dy.len(), dy.len()].map(|n| vec![0.0; n]);
+            cpu::forward(&mut as_rounded::<T>(&gate_up), &mut expected, &mut expected_y, width);
+            cpu::backward(&mut expected, &as_rounded::<T>(&dy), &mut expected_dy, width);
             assert_close(device, &y, &expected_y);
             assert_close(device, &on_gate_up, &expected);
             assert_close(device, &on_dy, &expected_dy);

@@ -5,6 +5,7 @@ use pulp::{Simd, WithSimd};
 use super::{Stack, TILE};
 use crate::ops::linear::Matrix;
 use crate::ops::simd::LANES;
+use crate::ops::{Number, words_of};
 use crate::precision::Precision;
 
 /// Factors come as words of 32 bits, each of which holds one or more adjacent numbers of a sum: of a row of a matrix, or of a
@@ -31,21 +32,21 @@ pub(super) trait Arithmetic: Copy {
     ///
     /// # Safety
     /// All elements must be valid to read, and stay so while the result is used; `memory` must stay untouched as long.
-    unsafe fn beside(self, matrix: Stack, columns: usize, memory: &mut Vec<u32>) -> Stack<u32>;
+    unsafe fn beside<T: Number>(self, matrix: Stack<T>, columns: usize, memory: &mut Vec<u32>) -> Stack<u32>;
 
     /// Words of numbers below each other, `[rows / NUMBERS, columns]`. Those of the second and third part, where the result has
     /// more than one, start a word.
     ///
     /// # Safety
     /// As of [`beside`](Self::beside).
-    unsafe fn below(self, matrix: Stack, columns: usize, memory: &mut Vec<u32>) -> Stack<u32>;
+    unsafe fn below<T: Number>(self, matrix: Stack<T>, columns: usize, memory: &mut Vec<u32>) -> Stack<u32>;
 
     /// Words of numbers beside each other in up to [`TILE`] rows, transposed: `[columns / NUMBERS, TILE]`; zeros in the place of
     /// rows that are not there, as far as the last of these vectors with a row.
     ///
     /// # Safety
     /// As of [`beside`](Self::beside).
-    unsafe fn transposed(self, matrix: Matrix, shape: [usize; 2], memory: &mut Vec<u32>) -> Matrix<u32>;
+    unsafe fn transposed<T: Number>(self, matrix: Matrix<T>, shape: [usize; 2], memory: &mut Vec<u32>) -> Matrix<u32>;
 }
 
 /// What is to be computed by any arithmetic.
@@ -97,25 +98,41 @@ impl<S: Simd> Arithmetic for F32<S> {
     }
 
     #[inline(always)]
-    unsafe fn beside(self, matrix: Stack, _: usize, _: &mut Vec<u32>) -> Stack<u32> {
-        matrix.map(Matrix::to_bits)
+    unsafe fn beside<T: Number>(self, matrix: Stack<T>, columns: usize, memory: &mut Vec<u32>) -> Stack<u32> {
+        if !T::IS_ROUNDED {
+            return matrix.map(Matrix::words);
+        }
+        let rows = matrix.rows();
+        let words = words_of(memory, rows * columns);
+        for (row, words) in matrix.row_starts().zip(words.chunks_exact_mut(columns)) {
+            // SAFETY: the caller's promise.
+            let numbers = unsafe { std::slice::from_raw_parts(row, columns) };
+            words.iter_mut().zip(numbers).for_each(|(word, number)| *word = number.to_f32().to_bits());
+        }
+        Stack::of(Matrix::rows(words.as_ptr(), columns), rows)
     }
 
     #[inline(always)]
-    unsafe fn below(self, matrix: Stack, _: usize, _: &mut Vec<u32>) -> Stack<u32> {
-        matrix.map(Matrix::to_bits)
+    unsafe fn below<T: Number>(self, matrix: Stack<T>, columns: usize, memory: &mut Vec<u32>) -> Stack<u32> {
+        // a word of one number is beside and below others alike
+        // SAFETY: the caller's promise.
+        unsafe { self.beside(matrix, columns, memory) }
     }
 
     #[inline(always)]
-    unsafe fn transposed(self, matrix: Matrix, [rows, columns]: [usize; 2], memory: &mut Vec<u32>) -> Matrix<u32> {
-        memory.resize(columns * TILE, 0);
-        let out = memory.as_chunks_mut::<TILE>().0;
+    unsafe fn transposed<T: Number>(
+        self,
+        matrix: Matrix<T>,
+        [rows, columns]: [usize; 2],
+        memory: &mut Vec<u32>,
+    ) -> Matrix<u32> {
+        let out = words_of(memory, columns * TILE).as_chunks_mut::<TILE>().0;
         for row in 0..rows.next_multiple_of(LANES) {
             if row < rows {
                 // SAFETY: the caller's promise.
                 let values =
                     unsafe { std::slice::from_raw_parts(matrix.start.wrapping_add(row * matrix.row_stride), columns) };
-                out.iter_mut().zip(values).for_each(|(out, &value)| out[row] = value.to_bits());
+                out.iter_mut().zip(values).for_each(|(out, value)| out[row] = value.to_f32().to_bits());
             } else {
                 out.iter_mut().for_each(|out| out[row] = 0);
             }

@@ -10,25 +10,24 @@ use super::kernel::product;
 use super::{
     Heads, Prefix, STRIP, Scratch, Shared, Span, Stack, TILE, Tile, by_vector, check, fit, flops, keys_and_values,
 };
+use crate::ops::Number;
 use crate::ops::linear::Matrix;
 use crate::ops::simd::{LANES, exp};
-use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
 
 /// Parts of a batch, and as many sums of gradients of each row that all of it continues.
 const RUNS: usize = 8;
 
-/// The gradient of [`forward`]: d_qkv is overwritten with the gradient with respect to qkv.
+/// The gradient of [`forward`](super::forward): d_qkv is overwritten with the gradient with respect to qkv.
 ///
 /// Spans must come in groups: one that continues nothing but perhaps the first span, then those that continue it.
 ///
 /// # Panics
 /// If the spans are not grouped so, or have a cache as their prefix.
-pub(crate) fn backward(
-    qkv: &[f32],
+pub(crate) fn backward<T: Number>(
+    qkv: &[T],
     heads: Heads,
     spans: &[Span],
-    precision: Precision,
     lse: &[f32],
     d_out: &[f32],
     d_qkv: &mut [f32],
@@ -50,7 +49,7 @@ pub(crate) fn backward(
     let pass = Pass { qkv, heads, lse, d_out, d_qkv };
     tasks.par_iter().enumerate().for_each_init(Scratch::default, |scratch, (task, &(spans, key_head))| {
         let d_common = Shared(d_common.at(task * of_task));
-        dispatch(precision, Backward { pass: &pass, d_common, spans, key_head, scratch });
+        dispatch(T::PRECISION, Backward { pass: &pass, d_common, spans, key_head, scratch });
     });
     for ((_, key_head), of_task) in tasks.iter().zip(of_common.chunks_exact(of_task.max(1))) {
         for (row, added) in common.clone().zip(of_task.chunks_exact(2 * heads.dim)) {
@@ -106,8 +105,8 @@ fn groups<'s, 'a>(spans: &'s [Span<'a>]) -> (Vec<&'s [Span<'a>]>, Range<usize>) 
 }
 
 /// What all tasks of a backward pass read, and where they write to.
-struct Pass<'a> {
-    qkv: &'a [f32],
+struct Pass<'a, T> {
+    qkv: &'a [T],
     heads: Heads,
     lse: &'a [f32],
     d_out: &'a [f32],
@@ -115,8 +114,8 @@ struct Pass<'a> {
 }
 
 /// The task of some groups of spans and one key head.
-struct Backward<'a> {
-    pass: &'a Pass<'a>,
+struct Backward<'a, T> {
+    pass: &'a Pass<'a, T>,
     /// Gradients of the rows that all groups continue, `[rows, keys and values of the head]`.
     d_common: Shared,
     spans: &'a [Span<'a>],
@@ -124,7 +123,7 @@ struct Backward<'a> {
     scratch: &'a mut Scratch,
 }
 
-impl Task for Backward<'_> {
+impl<T: Number> Task for Backward<'_, T> {
     #[inline(always)]
     fn run<A: Arithmetic>(self, arithmetic: A) {
         let Self { pass, d_common, spans, key_head, scratch } = self;
@@ -168,7 +167,7 @@ struct KeyGradient {
     tokens: usize,
 }
 
-impl Pass<'_> {
+impl<T: Number> Pass<'_, T> {
     /// Where the gradients of the keys and values of a span's head are added: of the parts of its prefix, and of itself.
     fn gradients(&self, span: &Span, key_head: usize, d_common: Shared) -> [KeyGradient; 3] {
         let (heads, width) = (self.heads, self.heads.qkv_width());
@@ -201,7 +200,7 @@ impl Pass<'_> {
     ) {
         let heads = self.heads;
         let (width, out_width, dim) = (heads.qkv_width(), heads.query_width(), heads.dim);
-        let Scratch { p, ds, words } = scratch;
+        let Scratch { p, ds, words, .. } = scratch;
         let q_rows = Matrix::rows(self.qkv[tile.row * width + head * dim..].as_ptr(), width);
         let d_out_rows = Matrix::rows(self.d_out[tile.row * out_width + head * dim..].as_ptr(), out_width);
         // SAFETY: the rows of the span were checked with its keys.
@@ -223,7 +222,7 @@ impl Pass<'_> {
         let len = tile.keys() * TILE;
         score_gradients(arithmetic.simd(), &p[..len], &mut ds[..len], tile.vectors(), heads.scale());
         let [p, ds] = [p, ds].map(|scores| Stack::of(Matrix::rows(scores.as_ptr(), TILE), tile.keys()));
-        let [q_rows, d_out_rows] = [q_rows, d_out_rows].map(|rows| Stack::of(rows, tile.rows));
+        let (q_rows, d_out_rows) = (Stack::of(q_rows, tile.rows), Stack::of(d_out_rows, tile.rows));
         // SAFETY: of every key a row of `p` and `ds`; rows as above.
         let [p, ds, ds_below, q, d_out] = unsafe {
             [

@@ -156,7 +156,7 @@ impl<const D: usize> AddWeighted<'_, D> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Span, forward as of_any};
+    use super::super::{Span, of_rows};
     use super::*;
     use crate::ops::finite_difference::random;
     use crate::precision::Precision;
@@ -185,7 +185,7 @@ mod tests {
                 let both = [vec![0.0; heads.qkv_width()], qkv[row * heads.qkv_width()..][..heads.qkv_width()].to_vec()];
                 let spans = [Span { rows: 0..1, prefix: Prefix::Rows([0..0, 0..0]) }, span(row, 1)];
                 let (mut general, mut general_lse) = (vec![0.0; 2 * heads.query_width()], vec![0.0; 2 * heads.query]);
-                of_any(&both.concat(), heads, &spans, Precision::F32, &mut general, &mut general_lse);
+                of_rows(Precision::F32, &both.concat(), heads, &spans, &mut general, &mut general_lse);
                 let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
                 assert!(close(
                     &general[heads.query_width()..],

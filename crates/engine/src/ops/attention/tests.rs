@@ -1,3 +1,5 @@
+use half::bf16;
+
 use super::*;
 use crate::ops::finite_difference::{check, random};
 use crate::ops::linear::bf16::round;
@@ -12,13 +14,17 @@ fn run(qkv: &[f32], heads: Heads, spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
 fn run_in(precision: Precision, qkv: &[f32], heads: Heads, spans: &[Span]) -> (Vec<f32>, Vec<f32>) {
     let n = qkv.len() / heads.qkv_width();
     let (mut out, mut lse) = (vec![f32::NAN; n * heads.query_width()], vec![f32::NAN; n * heads.query]);
-    forward(qkv, heads, spans, precision, &mut out, &mut lse);
+    of_rows(precision, qkv, heads, spans, &mut out, &mut lse);
     (out, lse)
 }
 
 fn rounded(mut x: Vec<f32>) -> Vec<f32> {
     round(&mut x);
     x
+}
+
+fn halves(x: &[f32]) -> Vec<bf16> {
+    x.iter().map(|&x| bf16::from_f32(x)).collect()
 }
 
 /// Asserts that no two numbers differ by more than a part of the largest of them.
@@ -165,7 +171,7 @@ fn gradient_matches_finite_differences() {
         let d_out = random(11 * heads.query_width(), 6);
         let (_, lse) = run(&qkv, heads, &spans);
         let mut d_qkv = vec![f32::NAN; qkv.len()];
-        backward(&qkv, heads, &spans, F32, &lse, &d_out, &mut d_qkv);
+        backward(&qkv, heads, &spans, &lse, &d_out, &mut d_qkv);
         check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
     }
 }
@@ -179,7 +185,7 @@ fn gradient_over_several_tiles_matches_finite_differences() {
     let d_out = random(133 * heads.query_width(), 8);
     let (_, lse) = run(&qkv, heads, &spans);
     let mut d_qkv = vec![0.0; qkv.len()];
-    backward(&qkv, heads, &spans, F32, &lse, &d_out, &mut d_qkv);
+    backward(&qkv, heads, &spans, &lse, &d_out, &mut d_qkv);
     check(&qkv, &d_qkv, &d_out, |qkv| run(qkv, heads, &spans).0);
 }
 
@@ -210,12 +216,22 @@ fn gradient_in_bf16_differs_by_the_rounding_of_its_factors() {
         let qkv = rounded(random(rows * heads.qkv_width(), 9));
         let d_out = random(rows * heads.query_width(), 10);
         let (_, lse) = run(&qkv, heads, &spans);
-        let [exact, got] = [F32, Bf16].map(|precision| {
-            let mut d_qkv = vec![f32::NAN; qkv.len()];
-            backward(&qkv, heads, &spans, precision, &lse, &d_out, &mut d_qkv);
-            d_qkv
-        });
+        let [mut exact, mut got] = [(); 2].map(|()| vec![f32::NAN; qkv.len()]);
+        backward(&qkv, heads, &spans, &lse, &d_out, &mut exact);
+        backward(&halves(&qkv), heads, &spans, &lse, &d_out, &mut got);
         // two roundings, by a 512th each: of the gradient of the output, and of weights or of their gradients
         assert_close(&got, &exact, 2.0 / 512.0);
+    }
+}
+
+#[test]
+fn of_numbers_in_bf16_it_is_that_of_the_same_in_f32_rounded() {
+    let (rows, spans) = many_spans();
+    for heads in MANY_HEADS {
+        let qkv = rounded(random(rows * heads.qkv_width(), 9));
+        let (expected, expected_lse) = run_in(Bf16, &qkv, heads, &spans);
+        let (mut out, mut lse) = (vec![bf16::NAN; expected.len()], vec![f32::NAN; expected_lse.len()]);
+        forward(&halves(&qkv), heads, &spans, &mut out, &mut lse);
+        assert_eq!((out, lse), (halves(&expected), expected_lse));
     }
 }

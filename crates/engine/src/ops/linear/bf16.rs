@@ -8,47 +8,16 @@
 
 use std::borrow::Cow;
 
-use half::bf16;
 use rayon::prelude::*;
 
 use super::{View, ViewMut, product_f32};
-use crate::ops::simd::{dispatch, to_bf16};
+use crate::ops::Number;
+use crate::ops::simd::{dispatch, of_bf16, to_bf16};
 
 #[cfg(target_arch = "x86_64")]
 pub(in crate::ops) mod avx512;
 #[cfg(target_arch = "x86_64")]
 pub(super) use avx512::{panels, product_of_panels};
-
-/// A number of a factor: [`f32`] or [`bf16`].
-pub(crate) trait Number: Copy + Send + Sync {
-    /// Whether it is a [`bf16`].
-    const IS_ROUNDED: bool;
-    /// The number in f32.
-    fn to_f32(self) -> f32;
-    /// All numbers in f32.
-    fn widened(numbers: &[Self]) -> Cow<'_, [f32]>;
-}
-
-impl Number for f32 {
-    const IS_ROUNDED: bool = false;
-    fn to_f32(self) -> f32 {
-        self
-    }
-    fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
-        numbers.into()
-    }
-}
-
-impl Number for bf16 {
-    const IS_ROUNDED: bool = true;
-    fn to_f32(self) -> f32 {
-        self.to_f32()
-    }
-    fn widened(numbers: &[Self]) -> Cow<'_, [f32]> {
-        // few numbers, as generation has them, are not worth a second thread
-        numbers.par_iter().with_min_len(1 << 14).map(|x| x.to_f32()).collect::<Vec<_>>().into()
-    }
-}
 
 /// out = a·b·scale, or out += a·b·scale with `add`, of the factors rounded to bf16.
 pub(crate) fn product<A: Number, B: Number>(a: View<'_, A>, b: View<'_, B>, out: ViewMut<'_>, scale: f32, add: bool) {
@@ -94,13 +63,15 @@ pub(crate) fn round(x: &mut [f32]) {
     x.par_chunks_mut(1 << 14).for_each(|x| {
         dispatch(
             #[inline(always)]
-            || x.iter_mut().for_each(|x| *x = to_bf16(*x).to_f32()),
+            || x.iter_mut().for_each(|x| *x = of_bf16(to_bf16(*x))),
         );
     });
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::ops::finite_difference::random;
 

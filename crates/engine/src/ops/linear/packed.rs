@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use super::int8::Int8;
 use super::{View, ViewMut, bf16 as rounded, write_columns};
+use crate::ops::Number;
 use crate::ops::simd::{dispatch, dot};
 
 /// Rows of W that a task takes.
@@ -53,7 +54,7 @@ impl Packed {
     }
 
     /// y = x·Wᵀ, or y += x·Wᵀ with `add`. x `[n, inputs]`, y `[n, outputs]`.
-    pub(crate) fn forward(&self, x: &[f32], y: &mut [f32], add: bool) {
+    pub(crate) fn forward<T: Number>(&self, x: &[T], y: &mut [f32], add: bool) {
         let n = View::rows(x, self.inputs).shape[0];
         assert_eq!(y.len(), n * self.outputs, "the output does not have the shape of the product");
         match &self.form {
@@ -61,8 +62,8 @@ impl Packed {
             Form::Panels(panels) => {
                 rounded::product_of_panels(View::rows(x, self.inputs), panels, ViewMut::rows(y, self.outputs), add);
             }
-            Form::Rows(w) => self.forward_rows(w, x, y, add),
-            Form::Int8(w) => w.forward(x, y, add),
+            Form::Rows(w) => self.forward_rows(w, &T::widened(x), y, add),
+            Form::Int8(w) => w.forward(&T::widened(x), y, add),
         }
     }
 

@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::super::{PARALLEL_FROM, View, ViewMut, panels_of_task};
-use super::Number;
+use crate::ops::{Number, words_of};
 
 /// Rows of a tile: with 24 sums, two vectors of one factor and a broadcast of the other, 27 of 32 registers.
 const ROWS: usize = 12;
@@ -98,7 +98,7 @@ pub(in super::super) fn panels(w: View<'_>) -> Vec<u32> {
 ///
 /// # Panics
 /// Without AVX512-BF16.
-pub(in super::super) fn product_of_panels(a: View<'_>, panels: &[u32], out: ViewMut<'_>, add: bool) {
+pub(in super::super) fn product_of_panels(a: View<'_, impl Number>, panels: &[u32], out: ViewMut<'_>, add: bool) {
     let n = out.shape[1];
     assert_eq!(panels.len(), n.next_multiple_of(COLUMNS) * a.shape[1].div_ceil(2), "the panels do not fit the factor");
     if a.shape[0] == 1 && a.strides[1] == 1 {
@@ -108,7 +108,7 @@ pub(in super::super) fn product_of_panels(a: View<'_>, panels: &[u32], out: View
 }
 
 /// [`product_of_panels`] of one row, which is limited by how fast W is read: from several panels at a time, in one parallel loop.
-fn multiply_row(row: &[f32], panels: &[u32], out: &mut [f32], add: bool) {
+fn multiply_row(row: &[impl Number], panels: &[u32], out: &mut [f32], add: bool) {
     assert!(is_available(), "the processor has no AVX512-BF16");
     let (k, columns) = (row.len(), out.len().next_multiple_of(COLUMNS));
     let mut pairs = vec![0; k.div_ceil(2)];
@@ -152,7 +152,7 @@ fn multiply<A: Number, B: Number>(a: View<'_, A>, b: Right<'_, B>, out: ViewMut<
         for first_row in (0..m).step_by(PACKED_ROWS * height) {
             let rows = (PACKED_ROWS * height).min(m - first_row);
             let a = a.columns(summed.clone()).transposed().columns(first_row..first_row + rows).transposed();
-            let a_panels = fit(&mut a_memory, rows.div_ceil(height) * ROWS * pairs);
+            let a_panels = words_of(&mut a_memory, rows.div_ceil(height) * ROWS * pairs);
             pack::<ROWS>(a, height, a_panels, parallel);
             let a_panels = &*a_panels;
             for first_column in (0..n).step_by(PACKED_COLUMNS) {
@@ -164,7 +164,7 @@ fn multiply<A: Number, B: Number>(a: View<'_, A>, b: Right<'_, B>, out: ViewMut<
                     Right::View(b) => {
                         let b = b.transposed().columns(summed.clone()).transposed();
                         let b = b.columns(first_column..first_column + columns).transposed();
-                        let panels = fit(&mut b_memory, columns.next_multiple_of(COLUMNS) * pairs);
+                        let panels = words_of(&mut b_memory, columns.next_multiple_of(COLUMNS) * pairs);
                         pack::<COLUMNS>(b, COLUMNS, panels, parallel);
                         &*panels
                     }
@@ -188,14 +188,6 @@ fn multiply<A: Number, B: Number>(a: View<'_, A>, b: Right<'_, B>, out: ViewMut<
         }
     }
     PANELS.set([a_memory, b_memory]);
-}
-
-/// The first `len` words of memory that grows as needed.
-pub(in crate::ops) fn fit(memory: &mut Vec<u32>, len: usize) -> &mut [u32] {
-    if memory.len() < len {
-        memory.resize(len, 0);
-    }
-    &mut memory[..len]
 }
 
 /// Runs the tasks 0 to `count` − 1, on all threads or on this one.
@@ -223,6 +215,7 @@ fn pack<const W: usize>(matrix: View<'_, impl Number>, height: usize, panels: &m
 }
 
 /// The lowest `count` of 16 bits, all of them from 16 on.
+#[inline]
 pub(in crate::ops) fn mask(count: usize) -> u16 {
     if count >= 16 { u16::MAX } else { (1 << count) - 1 }
 }
@@ -277,7 +270,7 @@ pub(in crate::ops) unsafe fn pack_panel<const W: usize, T: Number>(
 
 /// Packs a row into pairs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-fn pack_row(row: &[f32], pairs: &mut [u32]) {
+fn pack_row(row: &[impl Number], pairs: &mut [u32]) {
     for (x, pairs) in row.chunks(32).zip(pairs.chunks_mut(16)) {
         // SAFETY: the numbers are those of the chunk; the mask leaves words beyond the other chunk alone.
         unsafe {
@@ -291,6 +284,7 @@ fn pack_row(row: &[f32], pairs: &mut [u32]) {
 ///
 /// # Safety
 /// The processor must have the instructions, and the numbers must be valid to read.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(in crate::ops) unsafe fn load_pairs<T: Number>(start: *const T, count: usize) -> __m512i {
     const { assert!(size_of::<T>() == if T::IS_ROUNDED { 2 } else { 4 }) };
@@ -312,8 +306,9 @@ pub(in crate::ops) unsafe fn load_pairs<T: Number>(start: *const T, count: usize
 ///
 /// # Safety
 /// As of [`load_pairs`].
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn load_words<T: Number>(start: *const T, count: usize) -> __m512i {
+pub(in crate::ops) unsafe fn load_words<T: Number>(start: *const T, count: usize) -> __m512i {
     const { assert!(size_of::<T>() == if T::IS_ROUNDED { 2 } else { 4 }) };
     // SAFETY: as in `load_pairs`; a transmutation between vectors of 256 bits.
     unsafe {
@@ -328,6 +323,7 @@ unsafe fn load_words<T: Number>(start: *const T, count: usize) -> __m512i {
 }
 
 /// The transpose of a square of 16×16 words.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn transposed(rows: [__m512i; 16]) -> [__m512i; 16] {
     let (mut x, mut y) = (rows, rows);
