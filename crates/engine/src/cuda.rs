@@ -6,6 +6,7 @@
 //! memory.
 
 mod attention;
+mod backend;
 mod blas;
 mod cache;
 mod device;

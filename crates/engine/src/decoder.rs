@@ -14,18 +14,21 @@ mod packed;
 mod parameters;
 mod tape;
 
+use std::sync::Arc;
+
 use half::bf16;
 
+use crate::backend::{Cpu, Gradient, Pass};
 use crate::batch::PackedBatch;
 use crate::mixture::Shared;
 use crate::model::Model;
 use crate::ops::attention::Heads;
+use crate::ops::rope::RopeTable;
 use crate::precision::Precision;
 
-use blocks::{DecoderOf, Shape};
+pub(crate) use blocks::{DecoderOn, Shape};
 pub use memory::PassSize;
 pub use parameters::Parameters;
-use parameters::{Gradient, Pass};
 
 pub use crate::ops::divergence::Head;
 pub(crate) use infer::KeyValueCache;
@@ -51,8 +54,8 @@ pub struct Decoder(Typed);
 /// By the type of activations.
 #[derive(Debug)]
 enum Typed {
-    F32(Box<DecoderOf<f32>>),
-    Bf16(Box<DecoderOf<bf16>>),
+    F32(Box<DecoderOn<Cpu<f32>>>),
+    Bf16(Box<DecoderOn<Cpu<bf16>>>),
 }
 
 /// Runs an expression with the decoder of either type.
@@ -65,18 +68,27 @@ macro_rules! typed {
     };
 }
 
+/// As [`typed`], of an expression that cannot fail on the CPU.
+macro_rules! run {
+    ($decoder:expr, $of_type:ident => $run:expr) => {{
+        let Ok(result) = typed!($decoder, $of_type => $run);
+        result
+    }};
+}
+
 impl Decoder {
     /// A decoder for models of this shape. `positions` is the longest sequence that it will see.
     pub fn new(model: &Model, positions: usize) -> Self {
-        Self(Typed::F32(Box::new(DecoderOf::new(Shape::new(model, positions)))))
+        let (shape, rope) = (Arc::new(Shape::new(model)), RopeTable::new(&model.config, positions));
+        Self(Typed::F32(Box::new(DecoderOn::on_cpu(shape, rope))))
     }
 
     /// The same decoder, still without [announced rows](Self::with_rows), with products in another precision than f32.
     pub fn with_precision(self, precision: Precision) -> Self {
-        let shape = typed!(self.0, decoder => decoder.into_shape());
+        let (shape, rope) = typed!(self.0, decoder => decoder.into_parts());
         Self(match precision {
-            Precision::F32 => Typed::F32(Box::new(DecoderOf::new(shape))),
-            Precision::Bf16 => Typed::Bf16(Box::new(DecoderOf::new(shape))),
+            Precision::F32 => Typed::F32(Box::new(DecoderOn::on_cpu(shape, rope))),
+            Precision::Bf16 => Typed::Bf16(Box::new(DecoderOn::on_cpu(shape, rope))),
         })
     }
 
@@ -89,7 +101,8 @@ impl Decoder {
 
     /// The log-probability of each response of the batch, summed over its tokens; or its score.
     pub fn logps<'a>(&mut self, parameters: impl Into<Parameters<'a>>, batch: &'a PackedBatch) -> Vec<f64> {
-        typed!(&mut self.0, decoder => decoder.logps(&decoder.pass(parameters.into(), batch), batch))
+        let parameters = parameters.into();
+        run!(&mut self.0, decoder => decoder.logps(&decoder.pass(parameters, batch), batch))
     }
 
     /// As [`logps`](Self::logps), keeping what [`backward`](Self::backward) needs.
@@ -99,7 +112,8 @@ impl Decoder {
         batch: &'a PackedBatch,
         keep: Keep,
     ) -> Vec<f64> {
-        typed!(&mut self.0, decoder => decoder.forward(&decoder.pass(parameters.into(), batch), batch, keep))
+        let parameters = parameters.into();
+        run!(&mut self.0, decoder => decoder.forward(&decoder.pass(parameters, batch), batch, keep))
     }
 
     /// Adds to `gradient` the derivative of Σ d_logps\[i\]·logp\[i\] with respect to every weight of what is trained:
@@ -116,7 +130,10 @@ impl Decoder {
         gradient: &mut [f32],
     ) {
         let parameters = parameters.into();
-        typed!(&mut self.0, decoder => decoder.backward(&decoder.pass(parameters, batch), batch, d_logps, gradient));
+        run!(&mut self.0, decoder => {
+            let pass = decoder.pass(parameters, batch);
+            decoder.backward(&pass, batch, d_logps, &mut pass.gradient(gradient))
+        });
     }
 
     /// Forward and backward in one, for derivatives that are known beforehand: no logits are computed twice.
@@ -133,12 +150,13 @@ impl Decoder {
         gradient: &mut [f32],
     ) -> Vec<f64> {
         let parameters = parameters.into();
-        typed!(&mut self.0, decoder => {
-            decoder.forward_backward(&decoder.pass(parameters, batch), batch, d_logps, keep, gradient)
+        run!(&mut self.0, decoder => {
+            let pass = decoder.pass(parameters, batch);
+            decoder.forward_backward(&pass, batch, d_logps, keep, &mut pass.gradient(gradient))
         })
     }
 
-    /// As [`DecoderOf::infer`].
+    /// As [`DecoderOn::infer`].
     pub(crate) fn infer(
         &mut self,
         policies: &Shared<'_>,
@@ -148,21 +166,25 @@ impl Decoder {
         wanted: &[usize],
         cache: &mut dyn KeyValueCache,
     ) -> &[f32] {
-        typed!(&mut self.0, decoder => decoder.infer(policies, packed, tokens, positions, wanted, cache))
+        run!(&mut self.0, decoder => decoder.infer(policies, packed, tokens, positions, wanted, cache))
     }
 
     /// The normalised final hidden rows that predict the scored tokens of the batch, `[scored tokens, hidden]`.
     ///
     /// Those of a reference, with its vocabulary head, are the [`Head`] that a policy of the same shape is compared with.
     pub fn head_rows(&mut self, weights: &[f32], batch: &PackedBatch) -> Vec<f32> {
-        typed!(&mut self.0, decoder => decoder.scored_rows(&decoder.pass_of_parts(weights, &[None]), batch))
+        run!(&mut self.0, decoder => {
+            let pass = decoder.pass_of_parts(weights, &[None]).over(batch);
+            decoder.scored_rows(&pass, batch)
+        })
     }
 
     /// As [`head_rows`](Self::head_rows), of several policies of one model at once: the weighted sum of their rows.
     pub(crate) fn mixed_rows(&mut self, policies: &Shared<'_>, batch: &PackedBatch) -> Vec<f32> {
         let batch = batch.repeated(policies.adapters.len());
-        let mut rows = typed!(&mut self.0, decoder => {
-            decoder.scored_rows(&decoder.pass_of_parts(&policies.model.weights, &policies.adapters), &batch)
+        let mut rows = run!(&mut self.0, decoder => {
+            let pass = decoder.pass_of_parts(&policies.model.weights, &policies.adapters).over(&batch);
+            decoder.scored_rows(&pass, &batch)
         });
         policies.weighted_sum(&mut rows).to_vec()
     }
@@ -180,7 +202,7 @@ impl Decoder {
         keep: Keep,
     ) -> (Vec<f64>, Vec<f64>) {
         let parameters = parameters.into();
-        typed!(&mut self.0, decoder => {
+        run!(&mut self.0, decoder => {
             decoder.forward_with_divergence(&decoder.pass(parameters, batch), reference, batch, keep)
         })
     }
@@ -200,9 +222,9 @@ impl Decoder {
         gradient: &mut [f32],
     ) {
         let parameters = parameters.into();
-        typed!(&mut self.0, decoder => {
+        run!(&mut self.0, decoder => {
             let pass = decoder.pass(parameters, batch);
-            decoder.backward_with_divergence(&pass, reference, batch, derivatives, gradient);
+            decoder.backward_with_divergence(&pass, reference, batch, derivatives, &mut pass.gradient(gradient))
         });
     }
 

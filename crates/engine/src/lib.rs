@@ -3,11 +3,12 @@
 //! This crate turns tokens into log-probabilities and derivatives into weight updates. It knows
 //! nothing of preferences: see the `align` crate for those.
 
+mod backend;
 pub mod batch;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
-#[allow(dead_code, reason = "no decoder runs on it yet")]
+#[allow(dead_code, reason = "no command uses it yet")]
 mod cuda;
 pub mod decoder;
 pub mod error;
@@ -39,7 +40,7 @@ pub use tokenizer::Tokenizer;
 /// instruction set. What is kept on disk names it.
 pub fn arithmetic() -> String {
     // changes whenever results may change
-    format!("v10 {}", instruction_set())
+    format!("v11 {}", instruction_set())
 }
 
 /// The processor's instruction set as the engine uses it.

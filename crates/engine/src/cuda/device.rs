@@ -8,14 +8,13 @@ use std::fmt::Debug;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use bytemuck::Pod;
-use half::bf16;
-
 use super::Module;
 use crate::error::Result;
+pub(crate) use crate::ops::Number;
+use bytemuck::Pod;
 
 /// Something that runs kernels.
-pub(crate) trait Device {
+pub(crate) trait Device: Debug + 'static {
     /// A piece of its memory, which is free for others when this is dropped.
     type Memory: Memory;
 
@@ -93,7 +92,7 @@ pub(crate) struct Operand {
 impl Operand {
     /// Bytes of a number.
     pub(crate) fn size(self) -> usize {
-        if self.rounded { size_of::<bf16>() } else { size_of::<f32>() }
+        if self.rounded { size_of::<half::bf16>() } else { size_of::<f32>() }
     }
 }
 
@@ -186,30 +185,20 @@ impl<'a, T> From<ViewMut<'a, T>> for Argument<'a> {
     }
 }
 
-/// The type of activations.
-pub(crate) trait Number: Pod {
-    /// What the names of its kernels end with.
-    const NAME: &'static str;
-    /// Whether it is bf16.
-    const IS_ROUNDED: bool;
-}
-
-impl Number for f32 {
-    const NAME: &'static str = "f32";
-    const IS_ROUNDED: bool = false;
-}
-
-impl Number for bf16 {
-    const NAME: &'static str = "bf16";
-    const IS_ROUNDED: bool = true;
-}
-
 /// Numbers in a device's memory.
 #[derive(Debug)]
 pub(crate) struct Buffer<D: Device, T> {
-    memory: D::Memory,
+    /// Nothing where there are no numbers.
+    memory: Option<D::Memory>,
     len: usize,
     numbers: PhantomData<T>,
+}
+
+// not derived, which would ask as much of D and T
+impl<D: Device, T> Default for Buffer<D, T> {
+    fn default() -> Self {
+        Self { memory: None, len: 0, numbers: PhantomData }
+    }
 }
 
 impl<D: Device, T: Pod> Buffer<D, T> {
@@ -218,7 +207,7 @@ impl<D: Device, T: Pod> Buffer<D, T> {
     /// # Errors
     /// Those of [`Device::allocate`].
     pub(crate) fn zeros(device: &D, len: usize) -> Result<Self> {
-        Ok(Self { memory: device.allocate(len * size_of::<T>())?, len, numbers: PhantomData })
+        Ok(Self { memory: Some(device.allocate(len * size_of::<T>())?), len, numbers: PhantomData })
     }
 
     /// A copy of numbers of the host.
@@ -226,9 +215,27 @@ impl<D: Device, T: Pod> Buffer<D, T> {
     /// # Errors
     /// Those of [`Device::allocate`] and [`Device::write`].
     pub(crate) fn of(device: &D, numbers: &[T]) -> Result<Self> {
-        let mut buffer = Self::zeros(device, numbers.len())?;
-        device.write(&mut buffer.memory, bytemuck::cast_slice(numbers))?;
-        Ok(buffer)
+        let mut memory = device.allocate(size_of_val(numbers))?;
+        device.write(&mut memory, bytemuck::cast_slice(numbers))?;
+        Ok(Self { memory: Some(memory), len: numbers.len(), numbers: PhantomData })
+    }
+
+    /// Makes room for so many numbers; what they are is arbitrary.
+    ///
+    /// # Errors
+    /// Those of [`Device::allocate`].
+    pub(crate) fn fit(&mut self, device: &D, len: usize) -> Result<()> {
+        if self.len < len {
+            // what there is goes first, so that both are never there together
+            *self = Self::default();
+            *self = Self::zeros(device, len)?;
+            #[cfg(test)]
+            if let Some(memory) = &mut self.memory {
+                // no number in any type, so that tests notice who reads what was not written
+                device.write(memory, &vec![0xff; len * size_of::<T>()])?;
+            }
+        }
+        Ok(())
     }
 
     /// A copy on the host.
@@ -236,19 +243,37 @@ impl<D: Device, T: Pod> Buffer<D, T> {
     /// # Errors
     /// Those of [`Device::read`].
     pub(crate) fn to_vec(&self, device: &D) -> Result<Vec<T>> {
-        let mut numbers = vec![T::zeroed(); self.len];
-        device.read(&self.memory, bytemuck::cast_slice_mut(&mut numbers))?;
+        self.first(device, self.len)
+    }
+
+    /// A copy of the first numbers on the host.
+    ///
+    /// # Panics
+    /// If there are not as many.
+    ///
+    /// # Errors
+    /// Those of [`Device::read`].
+    pub(crate) fn first(&self, device: &D, len: usize) -> Result<Vec<T>> {
+        assert!(len <= self.len);
+        let mut numbers = vec![T::zeroed(); len];
+        if let Some(memory) = &self.memory {
+            device.read(memory, bytemuck::cast_slice_mut(&mut numbers))?;
+        }
         Ok(numbers)
+    }
+
+    fn address(&self) -> u64 {
+        self.memory.as_ref().map_or(0, Memory::address)
     }
 
     /// All of it, to read.
     pub(crate) fn view(&self) -> View<'_, T> {
-        View { address: self.memory.address(), len: self.len, memory: PhantomData }
+        View { address: self.address(), len: self.len, memory: PhantomData }
     }
 
     /// All of it, to write.
     pub(crate) fn view_mut(&mut self) -> ViewMut<'_, T> {
-        ViewMut { address: self.memory.address(), len: self.len, memory: PhantomData }
+        ViewMut { address: self.address(), len: self.len, memory: PhantomData }
     }
 }
 
@@ -267,6 +292,13 @@ impl<T> Clone for View<'_, T> {
 }
 
 impl<T> Copy for View<'_, T> {}
+
+impl<'a> View<'a, f32> {
+    /// The same numbers, if those of T are such.
+    pub(crate) fn as_numbers<T: Number>(self) -> Option<View<'a, T>> {
+        (!T::IS_ROUNDED).then_some(View { address: self.address, len: self.len, memory: PhantomData })
+    }
+}
 
 impl<T> View<'_, T> {
     /// Where they start.
@@ -298,6 +330,16 @@ pub(crate) struct ViewMut<'a, T> {
 }
 
 impl<T> ViewMut<'_, T> {
+    /// The same numbers, to write for a while.
+    pub(crate) fn again(&mut self) -> ViewMut<'_, T> {
+        ViewMut { address: self.address, len: self.len, memory: PhantomData }
+    }
+
+    /// The same numbers, to read.
+    pub(crate) fn as_view(&self) -> View<'_, T> {
+        View { address: self.address, len: self.len, memory: PhantomData }
+    }
+
     /// Where they start.
     pub(crate) fn address(&self) -> u64 {
         self.address

@@ -25,43 +25,24 @@ mod tests {
 
     /// Numbers of a type of activations on the host.
     pub(super) trait OnHost: Number + PartialEq {
-        /// The nearest.
-        fn of(x: f32) -> Self;
-        fn to_f32(self) -> f32;
         /// How far apart two are at most that are the same but for the order of sums, and this type's rounding.
         fn tolerance(x: f32, largest: f32) -> f32;
     }
 
     impl OnHost for f32 {
-        fn of(x: f32) -> Self {
-            x
-        }
-
-        fn to_f32(self) -> f32 {
-            self
-        }
-
         fn tolerance(_: f32, largest: f32) -> f32 {
             1e-5 * largest
         }
     }
 
     impl OnHost for bf16 {
-        fn of(x: f32) -> Self {
-            Self::from_f32(x)
-        }
-
-        fn to_f32(self) -> f32 {
-            self.to_f32()
-        }
-
         fn tolerance(x: f32, largest: f32) -> f32 {
             x.abs() / 256.0 + 1e-5 * largest
         }
     }
 
     pub(super) fn rounded<T: OnHost>(numbers: &[f32]) -> Vec<T> {
-        numbers.iter().map(|&x| T::of(x)).collect()
+        numbers.iter().map(|&x| T::of_f32(x)).collect()
     }
 
     pub(super) fn to_f32<T: OnHost>(numbers: &[T]) -> Vec<f32> {

@@ -1,21 +1,20 @@
 //! Passes that give, beside the log-probability of each response, the divergence from a reference along it:
 //! Σₜ KL(π_ref(·|x, y<t) ‖ π(·|x, y<t)) over the response's tokens (the sequential KL divergence of arXiv 2404.11999).
 
-use super::blocks::{DecoderOf, Scratch};
-use super::{Head, Keep, Pass};
-use crate::batch::PackedBatch;
-use crate::ops::{Number, divergence, fit};
+use std::convert::Infallible;
 
-impl<T: Number> DecoderOf<T> {
+use super::blocks::{DecoderOn, Scratch};
+use super::{Gradient, Head, Keep, Pass};
+use crate::backend::{Cpu, Softmax};
+use crate::batch::PackedBatch;
+use crate::ops::{Number, divergence};
+
+impl<T: Number> DecoderOn<Cpu<T>> {
     /// The normalised final hidden rows that predict the scored tokens of the batch.
-    pub(super) fn scored_rows(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Vec<f32> {
-        self.run_blocks(pass, batch, None);
-        let mut all = Vec::with_capacity(batch.scored_rows.len() * self.shape.hidden);
-        for rows in batch.scored_rows.chunks(self.divergence_chunk(batch)) {
-            self.gather_normed(pass, rows);
-            all.extend_from_slice(&self.scratch.head.normed[..rows.len() * self.shape.hidden]);
-        }
-        all
+    pub(super) fn scored_rows(&mut self, pass: &Pass<'_>, batch: &PackedBatch) -> Result<Vec<f32>, Infallible> {
+        self.run_blocks(pass, batch, None)?;
+        self.gather_normed(pass, batch.scored_rows.len())?;
+        Ok(self.scratch.head.normed[..batch.scored_rows.len() * self.shape.hidden].to_vec())
     }
 
     /// As [`Decoder::forward_with_divergence`](super::Decoder::forward_with_divergence).
@@ -25,21 +24,19 @@ impl<T: Number> DecoderOf<T> {
         reference: Head<'_>,
         batch: &PackedBatch,
         keep: Keep,
-    ) -> (Vec<f64>, Vec<f64>) {
-        self.run_blocks(pass, batch, Some(keep));
-        let chunk = self.divergence_chunk(batch);
+    ) -> Result<(Vec<f64>, Vec<f64>), Infallible> {
+        self.run_blocks(pass, batch, Some(keep))?;
+        self.gather_normed(pass, batch.scored_rows.len())?;
+        let policy = Head { rows: &self.scratch.head.normed, weights: pass.base(&self.shape.layout.head) };
+        let Softmax { logits, reference_logits, .. } = &mut self.softmax;
         let (mut logps, mut divergences) = (Vec::new(), Vec::new());
-        for (rows, targets, reference) in chunks(chunk, self.shape.hidden, reference, batch) {
-            self.gather_normed(pass, rows);
-            let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
-            let normed = &head.normed[..rows.len() * self.shape.hidden];
-            let policy = Head { rows: normed, weights: pass.base(&self.shape.layout.head) };
+        for (targets, [policy, reference]) in chunks(self.shape.hidden, policy, reference, batch) {
             let (chunk_logps, chunk_divergences) =
                 divergence::forward(T::PRECISION, policy, reference, targets, [logits, reference_logits]);
             logps.extend(chunk_logps);
             divergences.extend(chunk_divergences);
         }
-        (batch.sum_responses(&logps), batch.sum_responses(&divergences))
+        Ok((batch.sum_responses(&logps), batch.sum_responses(&divergences)))
     }
 
     /// As [`Decoder::backward_with_divergence`](super::Decoder::backward_with_divergence).
@@ -49,48 +46,44 @@ impl<T: Number> DecoderOf<T> {
         reference: Head<'_>,
         batch: &PackedBatch,
         [d_logps, d_divergences]: [&[f64]; 2],
-        gradient: &mut [f32],
-    ) {
+        gradient: &mut Gradient<'_>,
+    ) -> Result<(), Infallible> {
         let Some(keep) = self.kept.take() else { panic!("backward without a forward pass before it") };
-        let mut gradient = pass.gradient(gradient);
         let (d_logps, d_divergences) = (batch.spread_responses(d_logps), batch.spread_responses(d_divergences));
-        let chunk = self.divergence_chunk(batch);
-        self.room(batch.rows()).of(&mut self.scratch.dx, self.shape.hidden).fill(0.0);
-        let derivatives = d_logps.chunks(chunk).zip(d_divergences.chunks(chunk));
-        for ((rows, targets, reference), (d_logps, d_divergences)) in
-            chunks(chunk, self.shape.hidden, reference, batch).zip(derivatives)
-        {
-            self.gather_normed(pass, rows);
-            let Scratch { head, logits, reference_logits, .. } = &mut self.scratch;
-            let len = rows.len() * self.shape.hidden;
-            let policy = Head { rows: &head.normed[..len], weights: pass.base(&self.shape.layout.head) };
-            let d_normed = fit(&mut head.d_normed, len);
-            let d_head = gradient.base(&self.shape.layout.head);
-            let (derivatives, scratch) = ([d_logps, d_divergences], [logits, reference_logits]);
+        self.gather_normed(pass, batch.scored_rows.len())?;
+        let (room, width, range) = (self.room(batch.scored_rows.len()), self.shape.hidden, &self.shape.layout.head);
+        let Scratch { head, .. } = &mut self.scratch;
+        let policy = Head { rows: &head.normed, weights: pass.base(range) };
+        let Softmax { logits, reference_logits, .. } = &mut self.softmax;
+        let mut done = 0;
+        for (targets, [policy, reference]) in chunks(width, policy, reference, batch) {
+            let rows = done..done + targets.len();
+            done = rows.end;
+            let d_normed = &mut room.fit(&mut head.d_normed, width)[rows.start * width..rows.end * width];
+            let (derivatives, scratch) =
+                ([&d_logps[rows.clone()], &d_divergences[rows]], [&mut *logits, &mut *reference_logits]);
+            let d_head = gradient.base(range);
             divergence::backward(T::PRECISION, policy, reference, targets, derivatives, d_normed, d_head, scratch);
-            self.norm_backward(pass, rows, &mut gradient);
         }
-        self.backward_blocks(pass, batch, keep, &mut gradient);
-    }
-
-    /// How many scored rows to compare at once.
-    fn divergence_chunk(&self, batch: &PackedBatch) -> usize {
-        divergence::even_chunk(batch.targets.len(), self.shape.vocab())
+        self.norm_backward(pass, batch, gradient)?;
+        self.backward_blocks(pass, batch, keep, gradient)
     }
 }
 
-/// The scored rows of a batch, their targets, and the reference's rows, `chunk` at a time.
+/// The targets of a batch with the rows of both heads that predict them, some at a time.
 fn chunks<'b>(
-    chunk: usize,
     hidden: usize,
+    policy: Head<'b>,
     reference: Head<'b>,
     batch: &'b PackedBatch,
-) -> impl Iterator<Item = (&'b [u32], &'b [u32], Head<'b>)> {
+) -> impl Iterator<Item = (&'b [u32], [Head<'b>; 2])> {
     let expected = batch.scored_rows.len() * hidden;
     assert_eq!(reference.rows.len(), expected, "the reference's rows are not those of this batch");
-    let references = reference.rows.chunks(chunk * hidden).map(move |rows| Head { rows, ..reference });
-    let scored = batch.scored_rows.chunks(chunk).zip(batch.targets.chunks(chunk));
-    scored.zip(references).map(|((rows, targets), reference)| (rows, targets, reference))
+    let chunk = divergence::even_chunk(batch.targets.len(), policy.weights.len() / hidden);
+    let rows =
+        move |head: Head<'b>| head.rows[..expected].chunks(chunk * hidden).map(move |rows| Head { rows, ..head });
+    let heads = rows(policy).zip(rows(reference)).map(|(policy, reference)| [policy, reference]);
+    batch.targets.chunks(chunk).zip(heads)
 }
 
 #[cfg(test)]

@@ -1,10 +1,13 @@
 //! Passes that continue sequences, for generation.
 
-use super::blocks::{DecoderOf, Scratch};
-use super::{PackedModel, Pass};
+use std::convert::Infallible;
+
+use super::PackedModel;
+use super::blocks::DecoderOn;
+use crate::backend::{Backend, Cpu};
 use crate::mixture::Shared;
 use crate::ops::attention::Span;
-use crate::ops::{Number, embedding, fit, linear};
+use crate::ops::{Number, fit, linear};
 
 /// Where generation keeps the keys and values of earlier tokens.
 pub(crate) trait KeyValueCache {
@@ -14,7 +17,7 @@ pub(crate) trait KeyValueCache {
     fn store(&mut self, block: usize, qkv: &[f32]);
 }
 
-impl<T: Number> DecoderOf<T> {
+impl<T: Number> DecoderOn<Cpu<T>> {
     /// The logits `[wanted, vocab]` of the wanted tokens, for tokens that continue the sequences of a cache: the weighted
     /// sum of the policies' logits.
     ///
@@ -31,38 +34,35 @@ impl<T: Number> DecoderOf<T> {
         positions: &[u32],
         wanted: &[usize],
         cache: &mut dyn KeyValueCache,
-    ) -> &[f32] {
+    ) -> Result<&[f32], Infallible> {
         let parts = policies.adapters.len();
         let adapters = packed.map_or(policies.adapters.clone(), |packed| packed.adapters(policies));
-        let pass = Pass::of_parts(T::PRECISION, &policies.model.weights, &adapters).with_packed(packed);
-        let pass = if wanted.len() == tokens.len() { pass.rowwise() } else { pass };
-        self.check_weights(&pass);
+        let of_part = |part: usize| wanted.iter().map(move |&row| (part * tokens.len() + row) as u32);
+        let (scored_rows, wanted) = ((0..parts).flat_map(of_part).collect::<Vec<_>>(), wanted.len());
+        let rowwise = wanted == tokens.len();
+        let (tokens, positions) = (tokens.repeat(parts), positions.repeat(parts));
+        let pass = self.pass_of_parts(&policies.model.weights, &adapters).with_packed(packed);
+        let pass = pass.continuing(&tokens, &positions, &scored_rows, rowwise);
         self.kept = None;
-        let d = self.shape.hidden;
+        let (d, room) = (self.shape.hidden, self.room(tokens.len()));
         let mut x = std::mem::take(&mut self.x);
-        let all = parts * tokens.len();
-        let rows = self.room(all).of(&mut x, d);
-        embedding::forward(pass.base(&self.shape.layout.embedding), &tokens.repeat(parts), rows, d);
-        let positions = positions.repeat(parts);
+        self.backend.embed(room, &pass, &mut x)?;
         let mut tape = std::mem::take(&mut self.tape);
         for index in 0..self.shape.layout.blocks.len() {
-            self.block_forward(&pass, index, &cache.spans(index), &positions, rows, &mut tape);
-            cache.store(index, &T::widened(&tape.qkv[..all * self.shape.heads.qkv_width()]));
+            self.block_forward(&pass.attending(cache.spans(index)), index, room, &mut x, &mut tape)?;
+            cache.store(index, &T::widened(&tape.qkv[..tokens.len() * self.shape.heads.qkv_width()]));
         }
         self.tape = tape;
         self.x = x;
-        let of_part = |part: usize| wanted.iter().map(move |&row| (part * tokens.len() + row) as u32);
-        self.gather_normed(&pass, &(0..parts).flat_map(of_part).collect::<Vec<_>>());
-        let vocab = self.shape.vocab();
-        let Scratch { logits, head, .. } = &mut self.scratch;
-        let normed = policies.weighted_sum(&mut head.normed[..parts * wanted.len() * d]);
-        let logits = fit(logits, wanted.len() * vocab);
+        self.gather_normed(&pass, scored_rows.len())?;
+        let normed = policies.weighted_sum(&mut self.scratch.head.normed[..scored_rows.len() * d]);
+        let logits = fit(&mut self.softmax.logits, wanted * self.shape.vocab());
         match packed {
             Some(packed) => packed.head.forward(normed, logits, false),
             None => {
                 linear::forward_as(true, T::PRECISION)(normed, pass.base(&self.shape.layout.head), logits, d, false)
             }
         }
-        logits
+        Ok(logits)
     }
 }

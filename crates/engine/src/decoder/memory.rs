@@ -53,8 +53,10 @@ impl Decoder {
         };
         let of_rows = (rows + behind) * per_row + rows * kept;
         let rows = rows + behind;
+        // numbers of a row that goes to the head, what it gives, and their derivatives
+        let of_scored = if keep.is_some() { 4 * d + 2 } else { 2 * d + 2 };
         let (head, factor) = if config.head.is_score() {
-            (rows * (4 * d + 1), rows * (4 * d + 1))
+            (rows * of_scored, rows * of_scored)
         } else {
             let scored = scored.max(rows);
             let kept = keep.map_or(0, |keep| logprob::kept_rows(keep == Keep::All, scored, config.vocab_size));
@@ -67,7 +69,7 @@ impl Decoder {
                 Precision::Bf16 => others,
             };
             let chunk = kept.max(others);
-            (softmax * config.vocab_size + chunk * (4 * d + 1) + kept, chunk * config.vocab_size)
+            (softmax * config.vocab_size + scored * of_scored + kept, chunk * config.vocab_size)
         };
         // without instructions for it, a product in bf16 is that of rounded copies of its factors, of which the head's are largest
         let copies =
@@ -83,47 +85,40 @@ impl Decoder {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use half::bf16;
 
-    use super::super::blocks::{DecoderOf, Scratch, Shape};
+    use super::super::blocks::{DecoderOn, Scratch, Shape};
     use super::*;
+    use crate::backend::{Cpu, Softmax};
     use crate::batch::PackedBatch;
     use crate::lora::{Adapter, Projection};
     use crate::model::Model;
     use crate::model::tests::tiny_config;
+    use crate::ops::rope::RopeTable;
     use crate::ops::{Number, lora};
     use crate::{OutputHead, Parameters};
 
     /// Bytes of everything in a decoder that grows, with what grew in vain.
-    fn held<T: Number>(decoder: &DecoderOf<T>) -> usize {
-        let Scratch {
-            normed,
-            qkv,
-            gate_up,
-            activation,
-            logits,
-            rounded_excess,
-            reference_logits,
-            head,
-            dx,
-            d_normed,
-            d_attention,
-            d_qkv,
-            lora,
-        } = &decoder.scratch;
+    fn held<T: Number>(decoder: &DecoderOn<Cpu<T>>) -> usize {
+        let Scratch { normed, qkv, gate_up, activation, head, dx, d_normed, d_attention, d_qkv } = &decoder.scratch;
+        let Softmax { logps, excess, rounded_excess, inverse_sums, logits, rounded_logits, reference_logits } =
+            &decoder.softmax;
         let tapes = || decoder.tapes.iter().chain([&decoder.tape]);
         let narrow = tapes().flat_map(|tape| [&tape.r_attention, &tape.lse, &tape.middle, &tape.r_feed_forward]);
         let narrow = narrow.chain(tapes().flat_map(|tape| &tape.lora));
-        let scratch = [qkv, gate_up, logits, reference_logits, dx, d_normed, d_attention, &decoder.excess];
+        let scratch = [qkv, gate_up, dx, d_normed, d_attention, &decoder.x];
         let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
-        let wide = narrow.chain(scratch).chain(head).chain(&decoder.inputs).chain([&decoder.x, &decoder.inverse_sums]);
+        let softmax = [logps, excess, inverse_sums, logits, reference_logits];
+        let wide = narrow.chain(scratch).chain(head).chain(softmax).chain(&decoder.inputs);
         let passed = tapes().flat_map(|tape| [&tape.qkv, &tape.attention, &tape.gate_up]);
         let passed = passed.chain([normed, activation, d_qkv]).map(|buffer| size_of::<T>() * buffer.capacity());
-        let rounded = [rounded_excess, &decoder.rounded_excess].map(|buffer| size_of::<bf16>() * buffer.capacity());
+        let rounded = [rounded_excess, rounded_logits].map(|buffer| size_of::<bf16>() * buffer.capacity());
         wide.map(|buffer| size_of::<f32>() * buffer.capacity()).sum::<usize>()
             + passed.sum::<usize>()
             + rounded.iter().sum::<usize>()
-            + lora::Scratch::bytes(lora)
+            + lora::Scratch::bytes(&decoder.backend.lora)
     }
 
     #[test]
@@ -175,14 +170,16 @@ mod tests {
         let parameters = Parameters { base: &model.weights, adapter: adapter.as_ref(), dropout_seed: Some(1) };
         let mut gradient = vec![0.0; adapter.as_ref().map_or(model.layout.len, |adapter| adapter.layout.len)];
         for keep in [None, Some(Keep::Inputs), Some(Keep::All)] {
-            let mut decoder = DecoderOf::<T>::new(Shape::new(model, longest));
+            let rope = RopeTable::new(&model.config, longest);
+            let mut decoder = DecoderOn::<Cpu<T>>::on_cpu(Arc::new(Shape::new(model)), rope);
             for (whole, batch) in [(smaller, smaller), (whole, batch)] {
                 let pass = decoder.pass(parameters, whole);
                 match keep {
                     None => drop(decoder.logps(&pass, whole)),
                     Some(keep) => {
-                        decoder.forward(&pass, whole, keep);
-                        decoder.backward(&decoder.pass(parameters, batch), batch, &[0.3, -0.3], &mut gradient);
+                        let Ok(_) = decoder.forward(&pass, whole, keep);
+                        let pass = decoder.pass(parameters, batch);
+                        let Ok(()) = decoder.backward(&pass, batch, &[0.3, -0.3], &mut pass.gradient(&mut gradient));
                     }
                 }
             }

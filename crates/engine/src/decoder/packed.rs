@@ -52,7 +52,7 @@ impl PackedModel {
     }
 
     /// A matrix of block `index`.
-    pub(super) fn product(&self, index: usize, product: Product) -> &Packed {
+    pub(crate) fn product(&self, index: usize, product: Product) -> &Packed {
         &self.blocks[index][product as usize]
     }
 

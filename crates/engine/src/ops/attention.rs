@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use super::linear::Matrix;
 use super::simd::{LANES, exp};
-use super::{Number, fit};
+use super::{Number, fit, number};
 use crate::config::ModelConfig;
 use crate::precision::Precision;
 use crate::profile::{self, Stage, Work};
@@ -278,13 +278,18 @@ pub(crate) fn forward<T: Number>(qkv: &[T], heads: Heads, spans: &[Span], out: &
         return of_rows(T::PRECISION, qkv, heads, spans, out, lse);
     }
     // as keys and values of earlier tokens are
-    let (qkv, mut wide) = (T::widened(qkv), vec![0.0; out.len()]);
-    if single::applies_to(heads, spans) {
-        single::forward(&qkv, heads, spans, &mut wide, lse);
+    let qkv = T::widened(qkv);
+    let mut with_cache = |out: &mut [f32]| match single::applies_to(heads, spans) {
+        true => single::forward(&qkv, heads, spans, out, lse),
+        false => of_rows(T::PRECISION, &qkv, heads, spans, out, lse),
+    };
+    if T::IS_ROUNDED {
+        let mut wide = vec![0.0; out.len()];
+        with_cache(&mut wide);
+        number::round(&wide, out);
     } else {
-        of_rows(T::PRECISION, &qkv, heads, spans, &mut wide, lse);
+        with_cache(bytemuck::cast_slice_mut(out));
     }
-    out.iter_mut().zip(wide).for_each(|(out, x)| *out = T::of_f32(x));
 }
 
 /// As [`forward`], with products in a precision.

@@ -3,18 +3,22 @@
 use std::borrow::Cow;
 use std::fmt::Debug;
 
+use bytemuck::Pod;
 use half::bf16;
 use half::vec::HalfBitsVecExt;
 use rayon::prelude::*;
 
-use super::simd::{of_bf16, to_bf16};
+use super::simd::{dispatch, of_bf16, to_bf16};
 use crate::precision::Precision;
 
 /// Numbers that a task converts.
 const CHUNK: usize = 1 << 14;
 
 /// [`f32`] or [`bf16`].
-pub(crate) trait Number: Copy + Debug + Send + Sync + 'static {
+pub(crate) trait Number: Pod + Debug + Send + Sync {
+    /// What the names of its kernels on GPUs end with.
+    const NAME: &'static str;
+
     /// Whether it is a [`bf16`].
     const IS_ROUNDED: bool;
 
@@ -38,6 +42,7 @@ pub(crate) trait Number: Copy + Debug + Send + Sync + 'static {
 }
 
 impl Number for f32 {
+    const NAME: &'static str = "f32";
     const IS_ROUNDED: bool = false;
 
     #[inline(always)]
@@ -65,6 +70,7 @@ impl Number for f32 {
 }
 
 impl Number for bf16 {
+    const NAME: &'static str = "bf16";
     const IS_ROUNDED: bool = true;
 
     #[inline(always)]
@@ -89,6 +95,17 @@ impl Number for bf16 {
     fn exchange(_: &mut Vec<f32>, _: &mut Vec<Self>) -> bool {
         false
     }
+}
+
+/// Rounds numbers on all threads.
+pub(crate) fn round<T: Number>(from: &[f32], to: &mut [T]) {
+    assert_eq!(from.len(), to.len());
+    to.par_chunks_mut(CHUNK).zip(from.par_chunks(CHUNK)).for_each(|(to, from)| {
+        dispatch(
+            #[inline(always)]
+            || to.iter_mut().zip(from).for_each(|(to, from)| *to = T::of_f32(*from)),
+        );
+    });
 }
 
 /// Copies numbers on all threads.

@@ -164,14 +164,14 @@ pub(crate) fn backward<D: Device, T: Number>(
     tables: &Tables<D>,
     [out, d_out]: [View<'_, T>; 2],
     lse: View<'_, f32>,
-    [delta, workspace]: [&mut Buffer<D, f32>; 2],
-    d_qkv: &mut Buffer<D, T>,
+    [mut delta, mut workspace]: [ViewMut<'_, f32>; 2],
+    mut d_qkv: ViewMut<'_, T>,
 ) -> Result<()> {
     let n = qkv.len() / heads.qkv_width();
     assert!(qkv.len() == n * heads.qkv_width() && tables.rows <= n && heads.query.is_multiple_of(heads.key_value));
     assert!(out.len() == n * heads.query_width() && d_out.len() == out.len() && lse.len() == n * heads.query);
-    assert!(delta.view().len() == lse.len() && d_qkv.view().len() == qkv.len());
-    assert!(workspace.view().len() >= tables.workspace(heads));
+    assert!(delta.len() == lse.len() && d_qkv.len() == qkv.len());
+    assert!(workspace.len() >= tables.workspace(heads));
     let kernels = Kernels::new::<T>(heads);
     let run = |name: &str, suffix: &str, launch: Launch, arguments: &[Argument<'_>]| {
         let name = format!("attention_{name}_{suffix}");
@@ -179,29 +179,28 @@ pub(crate) fn backward<D: Device, T: Number>(
         unsafe { device.launch(&MODULE, &name, launch, arguments) }
     };
     let rows = n * heads.query;
-    let arguments =
-        [out.into(), d_out.into(), delta.view_mut().into(), (rows as u64).into(), (heads.dim as i32).into()];
+    let arguments = [out.into(), d_out.into(), delta.again().into(), (rows as u64).into(), (heads.dim as i32).into()];
     run("delta", T::NAME, Launch::threads(32 * rows), &arguments)?;
 
     let (heads_shape, scale) = (shape(heads).into(), heads.scale().into());
     let launch = kernels.launch(tables.tiles.view().len(), heads.query, heads.dim, 2 * ROWS + 2 * QUERIES, 0);
     let (spans, tiles) = (tables.spans.view().into(), tables.tiles.view().into());
-    let read = [lse.into(), delta.view().into(), d_out.into()];
-    let arguments = [&[qkv.into(), spans, tiles, heads_shape, scale], &read[..], &[d_qkv.view_mut().into()]].concat();
+    let read = [lse.into(), delta.as_view().into(), d_out.into()];
+    let arguments = [&[qkv.into(), spans, tiles, heads_shape, scale], &read[..], &[d_qkv.again().into()]].concat();
     run("query_gradient", kernels.suffix, launch, &kernels.arguments(4, &arguments))?;
 
     let rows_held = 2 * ROWS + 2 * QUERIES;
     let launch = kernels.launch(tables.jobs.view().len(), heads.key_value, heads.dim, rows_held, 2 * QUERIES);
     let (jobs, queries) = (tables.jobs.view().into(), tables.queries.view().into());
-    let read = [lse.into(), delta.view().into(), d_out.into()];
-    let written = [d_qkv.view_mut().into(), workspace.view_mut().into()];
+    let read = [lse.into(), delta.as_view().into(), d_out.into()];
+    let written = [d_qkv.again().into(), workspace.again().into()];
     let arguments = [&[qkv.into(), jobs, queries, heads_shape, scale], &read[..], &written].concat();
     run("key_gradient", kernels.suffix, launch, &kernels.arguments(4, &arguments))?;
 
     let grid = [tables.shared.view().len() as u32, heads.key_value as u32, 1];
     let launch = Launch { grid, ..Launch::blocks(1) };
     let dim = (heads.dim as i32).into();
-    let arguments = [tables.shared.view().into(), workspace.view().into(), heads_shape, dim, d_qkv.view_mut().into()];
+    let arguments = [tables.shared.view().into(), workspace.as_view().into(), heads_shape, dim, d_qkv.again().into()];
     run("add_key_gradients", T::NAME, launch, &arguments)
 }
 
@@ -258,8 +257,8 @@ mod tests {
         let (mut delta, mut workspace) = (nan(lse.len()), nan(tables.workspace(heads)));
         let mut gradient = nans(d_qkv.len());
         let (outs, lse) = ([got.view(), d_out.view()], got_lse.view());
-        let memory = [&mut delta, &mut workspace];
-        backward(device, qkv.view(), heads, &tables, outs, lse, memory, &mut gradient).unwrap();
+        let memory = [delta.view_mut(), workspace.view_mut()];
+        backward(device, qkv.view(), heads, &tables, outs, lse, memory, gradient.view_mut()).unwrap();
         close(&to_f32(&gradient.to_vec(device).unwrap()), &d_qkv, T::tolerance(2.0, 1.0));
     }
 

@@ -7,8 +7,24 @@ use crate::error::Result;
 pub(crate) static MODULE: Module = Module {
     name: "elementwise",
     text: include_str!("../kernels/elementwise.cu"),
-    kernels: &["convert_f32_f32", "convert_f32_bf16", "convert_bf16_f32", "convert_bf16_bf16", "add_f32", "add_bf16"],
+    kernels: &[
+        "clear_f32",
+        "convert_f32_f32",
+        "convert_f32_bf16",
+        "convert_bf16_f32",
+        "convert_bf16_bf16",
+        "add_f32",
+        "add_bf16",
+    ],
 };
+
+/// Sets numbers to zero.
+pub(crate) fn clear(device: &impl Device, x: ViewMut<'_, f32>) -> Result<()> {
+    let count = x.len();
+    let arguments = [x.into(), count.into()];
+    // SAFETY: there are `count` numbers.
+    unsafe { device.launch(&MODULE, "clear_f32", Launch::threads(count), &arguments) }
+}
 
 /// Copies numbers; in bf16 the nearest one, of two equally near ones the even one.
 pub(crate) fn convert<F: Number, T: Number>(device: &impl Device, from: View<'_, F>, to: ViewMut<'_, T>) -> Result<()> {
@@ -68,6 +84,10 @@ mod tests {
             assert_eq!(to.to_vec(device).unwrap(), expected);
             convert(device, on(device, &from).view(), to.view_mut()).unwrap();
             assert_eq!(to.to_vec(device).unwrap(), to_f32(&from));
+            clear(device, to.view_mut().range(1..700)).unwrap();
+            let cleared = to.to_vec(device).unwrap();
+            assert!(cleared[1..700].iter().all(|&x| x == 0.0));
+            assert_eq!([&cleared[..1], &cleared[700..]].concat(), to_f32(&[&from[..1], &from[700..]].concat()));
             // nothing is no fault
             add(device, on::<T>(device, &[]).view(), zeros(device, 0).view_mut()).unwrap();
         }

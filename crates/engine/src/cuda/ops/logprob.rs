@@ -1,8 +1,6 @@
 //! Log-probabilities of given tokens from rows of logits, and what the gradient needs of their softmax; see
 //! [`ops::logprob`](crate::ops::logprob). The products around it are not here.
 
-use half::bf16;
-
 use crate::cuda::Module;
 use crate::cuda::device::{Argument, Device, IndexView, Launch, Number, View, ViewMut};
 use crate::error::Result;
@@ -37,46 +35,24 @@ pub(crate) fn forward(
     unsafe { device.launch(&MODULE, "logprob_forward", Launch::blocks(n), &arguments) }
 }
 
-/// As [`forward`], with what the gradient needs in place of the logits: exp(logit − max), less the row's sum of these at the
-/// target; and in `inverse_sums`, `[n]`, 1/Σ of exp(logit − max).
-pub(crate) fn excess_in_place(
-    device: &impl Device,
-    logits: ViewMut<'_, f32>,
-    targets: IndexView<'_>,
-    logps: ViewMut<'_, f32>,
-    inverse_sums: ViewMut<'_, f32>,
-    vocab: usize,
-) -> Result<()> {
-    let n = targets.len();
-    assert!(targets.bound() <= vocab && logits.len() == n * vocab && logps.len() == n && inverse_sums.len() == n);
-    let logits = Argument::from(logits);
-    let arguments = [logits, targets.into(), logits, logps.into(), inverse_sums.into(), (vocab as i32).into()];
-    // SAFETY: as in `forward`; a thread reads a number for the last time before it writes it.
-    unsafe { device.launch(&MODULE, "logprob_excess_f32", Launch::blocks(n), &arguments) }
-}
-
-/// As [`excess_in_place`], with the excess rounded to bf16 and elsewhere, `[n, vocab]`.
-pub(crate) fn excess_rounded(
+/// As [`forward`], with what the gradient needs, `[n, vocab]`: exp(logit − max), less the row's sum of these at the target; and in
+/// `inverse_sums`, `[n]`, 1/Σ of exp(logit − max).
+pub(crate) fn excess<T: Number>(
     device: &impl Device,
     logits: View<'_, f32>,
     targets: IndexView<'_>,
-    excess: ViewMut<'_, bf16>,
+    excess: ViewMut<'_, T>,
     logps: ViewMut<'_, f32>,
     inverse_sums: ViewMut<'_, f32>,
     vocab: usize,
 ) -> Result<()> {
     let n = targets.len();
-    assert!(
-        targets.bound() <= vocab
-            && logits.len() == n * vocab
-            && excess.len() == n * vocab
-            && logps.len() == n
-            && inverse_sums.len() == n
-    );
+    assert!(targets.bound() <= vocab && logits.len() == n * vocab && excess.len() == n * vocab);
+    assert!(logps.len() == n && inverse_sums.len() == n);
     let arguments =
         [logits.into(), targets.into(), excess.into(), logps.into(), inverse_sums.into(), (vocab as i32).into()];
     // SAFETY: as in `forward`.
-    unsafe { device.launch(&MODULE, "logprob_excess_bf16", Launch::blocks(n), &arguments) }
+    unsafe { device.launch(&MODULE, &format!("logprob_excess_{}", T::NAME), Launch::blocks(n), &arguments) }
 }
 
 /// Multiplies each row by −d_logps·inverse_sums, the factor that the excess lacks. rows, scaled `[n, width]`.
@@ -95,8 +71,26 @@ pub(crate) fn scale<T: Number>(
     unsafe { device.launch(&MODULE, &format!("logprob_scale_{}", T::NAME), Launch::blocks(n), &arguments) }
 }
 
+/// As [`scale`], in place.
+pub(crate) fn scale_in_place<T: Number>(
+    device: &impl Device,
+    rows: ViewMut<'_, T>,
+    d_logps: View<'_, f32>,
+    inverse_sums: View<'_, f32>,
+) -> Result<()> {
+    let n = d_logps.len();
+    let width = rows.len() / n.max(1);
+    assert!(rows.len() == n * width && inverse_sums.len() == n);
+    let rows = Argument::from(rows);
+    let arguments = [rows, d_logps.into(), inverse_sums.into(), rows, (width as i32).into()];
+    // SAFETY: as in `scale`; a thread reads a number before it writes it.
+    unsafe { device.launch(&MODULE, &format!("logprob_scale_{}", T::NAME), Launch::blocks(n), &arguments) }
+}
+
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
     use crate::cuda::device::Indices;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
@@ -123,17 +117,17 @@ mod tests {
             for (n, vocab) in [(2, 1), (3, 19), (5, 256), (4, 3001)] {
                 let logits: Vec<f32> = random(n * vocab, 1).iter().map(|x| 20.0 * x).collect();
                 let targets: Vec<u32> = (0..n).map(|i| (i * 7 % vocab) as u32).collect();
-                let (mut on_logits, on_targets) = (on(&device, &logits), Indices::new(&device, &targets).unwrap());
+                let (on_logits, on_targets) = (on(&device, &logits), Indices::new(&device, &targets).unwrap());
                 let [mut logps, mut inverse_sums] = [(); 2].map(|()| zeros(&device, n));
-                let mut excess = zeros::<bf16>(&device, n * vocab);
+                let (mut excess, mut wide) = (zeros::<bf16>(&device, n * vocab), zeros::<f32>(&device, n * vocab));
                 let (all, targets_view) = (on_logits.view(), on_targets.view());
                 forward(&device, all, targets_view, logps.view_mut(), vocab).unwrap();
                 let alone = logps.to_vec(&device).unwrap();
                 let (l, i) = (logps.view_mut(), inverse_sums.view_mut());
-                excess_rounded(&device, all, targets_view, excess.view_mut(), l, i, vocab).unwrap();
+                super::excess(&device, all, targets_view, excess.view_mut(), l, i, vocab).unwrap();
                 assert_eq!(logps.to_vec(&device).unwrap(), alone);
                 let (l, i) = (logps.view_mut(), inverse_sums.view_mut());
-                excess_in_place(&device, on_logits.view_mut(), targets_view, l, i, vocab).unwrap();
+                super::excess(&device, all, targets_view, wide.view_mut(), l, i, vocab).unwrap();
                 assert_eq!(logps.to_vec(&device).unwrap(), alone);
 
                 let (expected_logps, expected_sums, expected_excess) = expected(&logits, &targets);
@@ -141,7 +135,7 @@ mod tests {
                 assert!(alone.iter().zip(&expected_logps).all(near), "{alone:?} {expected_logps:?}");
                 assert_close(&device, &inverse_sums, &expected_sums);
                 if vocab > 1 {
-                    assert_close(&device, &on_logits, &expected_excess);
+                    assert_close(&device, &wide, &expected_excess);
                     assert_close(&device, &excess, &as_rounded::<bf16>(&expected_excess));
                 }
             }
@@ -161,6 +155,9 @@ mod tests {
             let expected: Vec<f32> =
                 expected.iter().enumerate().map(|(i, x)| x * -d[i / width] * sums[i / width]).collect();
             assert_close(device, &scaled, &expected);
+            let mut in_place = on(device, &rounded::<T>(&rows));
+            scale_in_place(device, in_place.view_mut(), on_d.view(), on_sums.view()).unwrap();
+            assert!(in_place.to_vec(device).unwrap() == scaled.to_vec(device).unwrap());
         }
         for device in devices() {
             check::<f32>(&device);

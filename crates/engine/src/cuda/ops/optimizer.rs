@@ -153,10 +153,10 @@ mod tests {
     /// A number of type W as a step stores it: the nearest, or one of two neighbours at random.
     fn stored<W: OnHost>(w: f32, number: usize, seed: u64) -> W {
         if size_of::<W>() == 4 {
-            return W::of(w);
+            return W::of_f32(w);
         }
         let random = mix(seed ^ mix(number as u64)) as u32 & 0xffff;
-        W::of(f32::from_bits((w.to_bits() + random) & 0xffff_0000))
+        W::of_f32(f32::from_bits((w.to_bits() + random) & 0xffff_0000))
     }
 
     /// Takes steps on the CPU, and through `step` on a device, and compares every bit. `step` gets the number of the step.

@@ -1,7 +1,7 @@
 //! Root-mean-square normalisation; see [`ops::rmsnorm`](crate::ops::rmsnorm).
 
 use crate::cuda::Module;
-use crate::cuda::device::{Buffer, Device, Launch, Number, View, ViewMut};
+use crate::cuda::device::{Device, Launch, Number, View, ViewMut};
 use crate::error::Result;
 
 pub(crate) static MODULE: Module = Module {
@@ -54,32 +54,36 @@ pub(crate) fn recompute<T: Number>(
     unsafe { device.launch(&MODULE, &format!("rmsnorm_recompute_{}", T::NAME), Launch::blocks(n), &arguments) }
 }
 
-/// dx += r·(dy·w − x·r²·mean(dy·w·x)) and, unless the gain is frozen, dw += Σ dy·x·r.
-pub(crate) fn backward<D: Device, T: Number>(
-    device: &D,
+/// Numbers of memory that the gradient of a gain takes.
+pub(crate) fn partial(rows: usize, width: usize) -> usize {
+    rows.div_ceil(ROWS) * width
+}
+
+/// dx += r·(dy·w − x·r²·mean(dy·w·x)) and, unless the gain is frozen, dw += Σ dy·x·r. Beside dw comes memory for [`partial`] numbers.
+pub(crate) fn backward<T: Number>(
+    device: &impl Device,
     x: View<'_, f32>,
     w: View<'_, f32>,
     r: View<'_, f32>,
     dy: View<'_, T>,
     dx: ViewMut<'_, f32>,
-    dw: Option<ViewMut<'_, f32>>,
+    dw: Option<(ViewMut<'_, f32>, ViewMut<'_, f32>)>,
 ) -> Result<()> {
     let (n, width) = (r.len(), w.len());
     assert!(x.len() == n * width && dy.len() == x.len() && dx.len() == x.len());
     let arguments = [x.into(), w.into(), r.into(), dy.into(), dx.into(), (width as i32).into()];
     // SAFETY: the lengths are those of `n` rows.
     unsafe { device.launch(&MODULE, &format!("rmsnorm_backward_{}", T::NAME), Launch::blocks(n), &arguments)? };
-    let Some(dw) = dw else { return Ok(()) };
-    assert_eq!(dw.len(), width);
+    let Some((dw, mut partial)) = dw else { return Ok(()) };
+    assert!(dw.len() == width && partial.len() >= self::partial(n, width));
     let parts = n.div_ceil(ROWS);
-    let mut partial = Buffer::<D, f32>::zeros(device, parts * width)?;
     let columns = Launch::threads(width);
     let shape = Launch { grid: [columns.grid[0], parts as u32, 1], ..columns };
     let [rows, rows_of_block, of_row] = [n, ROWS, width].map(|number| (number as i32).into());
-    let arguments = [x.into(), r.into(), dy.into(), partial.view_mut().into(), rows, rows_of_block, of_row];
+    let arguments = [x.into(), r.into(), dy.into(), partial.again().into(), rows, rows_of_block, of_row];
     // SAFETY: as above, and `partial` has a row for each block.
     unsafe { device.launch(&MODULE, &format!("rmsnorm_gain_{}", T::NAME), shape, &arguments)? };
-    let arguments = [partial.view().into(), dw.into(), (parts as i32).into(), of_row];
+    let arguments = [partial.as_view().into(), dw.into(), (parts as i32).into(), of_row];
     // SAFETY: as above.
     unsafe { device.launch(&MODULE, "rmsnorm_add_gain", columns, &arguments) }
 }
@@ -89,6 +93,7 @@ mod tests {
     use half::bf16;
 
     use super::*;
+    use crate::cuda::device::Buffer;
     use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
     use crate::cuda::tested::{Tested, devices};
     use crate::ops::finite_difference::random;
@@ -111,7 +116,8 @@ mod tests {
         let (mut dx, mut dw) = (on(device, &start), on(device, &start_w));
         let on_dy = on(device, &rounded::<T>(&dy));
         let run = |dx: &mut Buffer<Tested, f32>, dw: Option<&mut Buffer<Tested, f32>>| {
-            let dw = dw.map(Buffer::view_mut);
+            let mut partial = zeros(device, partial(n, width));
+            let dw = dw.map(|dw| (dw.view_mut(), partial.view_mut()));
             backward(device, on_x.view(), on_w.view(), r.view(), on_dy.view(), dx.view_mut(), dw).unwrap();
         };
         run(&mut dx, Some(&mut dw));
