@@ -13,10 +13,13 @@ mod device;
 #[cfg(test)]
 mod emulator;
 mod gpu;
+mod low_rank;
 mod nvrtc;
 mod ops;
+mod pass;
 #[cfg(test)]
 mod tested;
+mod weights;
 
 /// A file of kernels.
 #[derive(Debug)]

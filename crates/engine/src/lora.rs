@@ -221,6 +221,11 @@ impl AdapterLayout {
         Self { specs, len, sites, score_head }
     }
 
+    /// Where the factors at a product of a block lie, if it is adapted.
+    pub(crate) fn site(&self, block: usize, product: Product) -> Option<&Site> {
+        Some(&self.sites[block][product as usize]).filter(|site| !site.targets.is_empty())
+    }
+
     /// Bytes of the [`Scratch`](crate::ops::lora::Scratch) of passes over `rows` tokens, and of what as many blocks as `tapes`
     /// keep.
     pub(crate) fn pass_bytes(&self, options: &LoraOptions, rows: usize, tapes: usize) -> usize {
@@ -445,13 +450,13 @@ impl Adapter {
         product: Product,
         dropout: Option<(u64, &'a [u64])>,
     ) -> Option<LowRank<'a>> {
-        let site = &self.layout.sites[block][product as usize];
+        let site = self.layout.site(block, product)?;
         let dropout = dropout.filter(|_| self.options.dropout > 0.0).map(|(seed, row_keys)| Dropout {
             rate: self.options.dropout,
-            seed: mix(seed ^ mix((Product::ALL.len() * block + product as usize) as u64)),
+            seed: dropout_seed(seed, block, product),
             row_keys,
         });
-        (!site.targets.is_empty()).then(|| LowRank {
+        Some(LowRank {
             site,
             weights: &self.weights,
             rank: self.options.rank,
@@ -469,6 +474,11 @@ impl Adapter {
         hash_weights(&mut hasher, &self.weights);
         hasher.finalize().to_hex().to_string()
     }
+}
+
+/// The seed of the dropout at a product of a block, of that of the pass.
+pub(crate) fn dropout_seed(seed: u64, block: usize, product: Product) -> u64 {
+    mix(seed ^ mix((Product::ALL.len() * block + product as usize) as u64))
 }
 
 #[cfg(test)]

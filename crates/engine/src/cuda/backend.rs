@@ -3,14 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::attention::Plan;
-use super::device::{Buffer, Device, Indices, Number, View, ViewMut};
-use super::ops::attention::{self, Tables};
+use super::device::{Buffer, Device, Number, View, ViewMut};
+use super::low_rank;
+use super::ops::attention;
 use super::ops::rope::Rope;
-use super::ops::rows::{self, RowNumbers};
+use super::ops::rows;
 use super::ops::{elementwise, linear, logprob, rmsnorm, swiglu};
+use super::pass::{Gradient, Pass};
 use crate::backend::{Backend, Derivative, Kept, Room, Site};
-use crate::batch::PackedBatch;
 use crate::decoder::Shape;
 use crate::error::{Error, Result};
 use crate::ops::logprob::cut;
@@ -29,76 +29,8 @@ pub(crate) struct Cuda<D: Device, T> {
     workspace: Buffer<D, f32>,
     /// Memory of the gradient of a norm's gain.
     partial: Buffer<D, f32>,
-}
-
-/// Weights of a model on a device.
-#[derive(Debug)]
-pub(crate) struct Weights<D: Device, T> {
-    /// All of them, in the model's layout.
-    all: Buffer<D, f32>,
-    /// The same as factors of products, unless these are in f32.
-    factors: Buffer<D, T>,
-}
-
-impl<D: Device, T: Number> Weights<D, T> {
-    /// A copy of weights of the host.
-    ///
-    /// # Errors
-    /// Those of [`Buffer::of`] and of kernels.
-    pub(crate) fn new(device: &D, weights: &[f32]) -> Result<Self> {
-        let all = Buffer::of(device, weights)?;
-        let factors = Buffer::zeros(device, if T::IS_ROUNDED { weights.len() } else { 0 })?;
-        let mut new = Self { all, factors };
-        new.round(device)?;
-        Ok(new)
-    }
-
-    /// Makes the factors of the weights that there are now.
-    fn round(&mut self, device: &D) -> Result<()> {
-        if T::IS_ROUNDED { elementwise::convert(device, self.all.view(), self.factors.view_mut()) } else { Ok(()) }
-    }
-
-    fn at(&self, range: &Range<usize>) -> View<'_, f32> {
-        self.all.view().range(range.clone())
-    }
-
-    fn factor(&self, range: &Range<usize>) -> View<'_, T> {
-        self.all.view().as_numbers().unwrap_or_else(|| self.factors.view()).range(range.clone())
-    }
-}
-
-/// The rows of a batch on a device.
-pub(crate) struct Rows<D: Device> {
-    tokens: RowNumbers<D>,
-    positions: Indices<D>,
-    tables: Tables<D>,
-    scored: RowNumbers<D>,
-    targets: Indices<D>,
-    trains: bool,
-}
-
-impl<D: Device> Rows<D> {
-    /// Copies what kernels read of a batch, and where it `trains` what those of the gradient do.
-    ///
-    /// # Errors
-    /// Those of [`Buffer::of`].
-    pub(crate) fn new(device: &D, batch: &PackedBatch, trains: bool) -> Result<Self> {
-        let plan = if trains { Plan::backward(&batch.spans()) } else { Plan::forward(&batch.spans()) };
-        Ok(Self {
-            tokens: RowNumbers::new(device, &batch.tokens)?,
-            positions: Indices::new(device, &batch.positions)?,
-            tables: Tables::new(device, &plan)?,
-            scored: RowNumbers::new(device, &batch.scored_rows)?,
-            targets: Indices::new(device, &batch.targets)?,
-            trains,
-        })
-    }
-}
-
-/// What a pass on a device computes with.
-pub(crate) struct Pass<'p, D: Device, T> {
-    pub(crate) weights: &'p Weights<D, T>,
-    pub(crate) rows: &'p Rows<D>,
+    /// Memory of what adapts products.
+    low_rank: low_rank::Scratch<D, T>,
 }
 
 /// Memory of the vocabulary head.
@@ -149,6 +81,7 @@ impl<D: Device, T: Number> Cuda<D, T> {
             delta: Buffer::default(),
             workspace: Buffer::default(),
             partial: Buffer::default(),
+            low_rank: low_rank::Scratch::default(),
         })
     }
 
@@ -211,11 +144,11 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
     type Sum = T;
     type Buffer<N: Number> = Buffer<D, N>;
     type Pass<'p> = Pass<'p, D, T>;
-    type Gradient<'g> = ViewMut<'g, f32>;
+    type Gradient<'g> = Gradient<'g>;
     type Softmax = Softmax<D, T>;
 
-    fn is_adapted(_: &Pass<'_, D, T>) -> bool {
-        false
+    fn is_adapted(pass: &Pass<'_, D, T>) -> bool {
+        pass.adapter.is_some()
     }
 
     fn rows(pass: &Pass<'_, D, T>) -> usize {
@@ -227,6 +160,7 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         self.delta = Buffer::default();
         self.workspace = Buffer::default();
         self.partial = Buffer::default();
+        self.low_rank = low_rank::Scratch::default();
     }
 
     fn copy<N: Number>(&mut self, room: Room, width: usize, from: &Buffer<D, N>, to: &mut Buffer<D, N>) -> Result<()> {
@@ -249,10 +183,10 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         &mut self,
         pass: &Pass<'_, D, T>,
         dx: &Buffer<D, f32>,
-        gradient: &mut ViewMut<'_, f32>,
+        gradient: &mut Gradient<'_>,
     ) -> Result<()> {
         let (tokens, d) = (&pass.rows.tokens, self.shape.hidden);
-        let d_table = gradient.again().range(self.shape.layout.embedding.clone());
+        let Some(d_table) = gradient.base(&self.shape.layout.embedding) else { return Ok(()) };
         rows::scatter_add(&*self.device, dx.view().range(0..tokens.len() * d), tokens, d_table, d)
     }
 
@@ -291,14 +225,14 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         [x, r]: [&Buffer<D, f32>; 2],
         dy: &Buffer<D, T>,
         dx: &mut Buffer<D, f32>,
-        gradient: &mut ViewMut<'_, f32>,
+        gradient: &mut Gradient<'_>,
     ) -> Result<()> {
         let all = 0..room.rows * gain.len();
         let (x, r, dy) = (x.view().range(all.clone()), r.view().range(0..room.rows), dy.view().range(all.clone()));
-        let (dx, d_gain) = (dx.view_mut().range(all), gradient.again().range(gain.clone()));
+        let dx = dx.view_mut().range(all);
         self.partial.fit(&*self.device, rmsnorm::partial(room.most, gain.len()))?;
-        let partial = self.partial.view_mut();
-        rmsnorm::backward(&*self.device, x, pass.weights.at(gain), r, dy, dx, Some((d_gain, partial)))
+        let d_gain = gradient.base(gain).map(|d_gain| (d_gain, self.partial.view_mut()));
+        rmsnorm::backward(&*self.device, x, pass.weights.at(gain), r, dy, dx, d_gain)
     }
 
     fn project(
@@ -308,12 +242,14 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         site: Site,
         x: &Buffer<D, T>,
         y: &mut Buffer<D, T>,
-        _: &mut Kept<Self>,
+        kept: &mut Kept<Self>,
     ) -> Result<()> {
         let (inputs, outputs) = self.shape.widths(site.product);
-        let y = self.fit(room, y, outputs)?;
+        let mut y = self.fit(room, y, outputs)?;
         let x = x.view().range(0..room.rows * inputs);
-        linear::forward(&*self.device, x, self.factor(pass, site), y, inputs, false)
+        linear::forward(&*self.device, x, self.factor(pass, site), y.again(), inputs, false)?;
+        let Some(low_rank) = pass.low_rank(site) else { return Ok(()) };
+        low_rank.add_forward(&*self.device, room, x, y, &mut kept[site.product as usize], &mut self.low_rank)
     }
 
     fn add_product(
@@ -323,11 +259,14 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         site: Site,
         x: &Buffer<D, T>,
         stream: &mut Buffer<D, f32>,
-        _: &mut Kept<Self>,
+        kept: &mut Kept<Self>,
     ) -> Result<()> {
         let (inputs, outputs) = self.shape.widths(site.product);
-        let (x, stream) = (x.view().range(0..room.rows * inputs), stream.view_mut().range(0..room.rows * outputs));
-        linear::forward(&*self.device, x, self.factor(pass, site), stream, inputs, true)
+        let x = x.view().range(0..room.rows * inputs);
+        let mut stream = stream.view_mut().range(0..room.rows * outputs);
+        linear::forward(&*self.device, x, self.factor(pass, site), stream.again(), inputs, true)?;
+        let Some(low_rank) = pass.low_rank(site) else { return Ok(()) };
+        low_rank.add_forward(&*self.device, room, x, stream, &mut kept[site.product as usize], &mut self.low_rank)
     }
 
     fn input_gradient(
@@ -351,20 +290,23 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
                 dy.view().as_numbers().unwrap_or_else(|| self.passed.view()).range(all)
             }
         };
-        let Some(dx) = dx else { return Ok(()) };
-        let dx = self.fit(room, dx, inputs)?;
-        linear::backward_input(&*self.device, dy, self.factor(pass, site), dx, inputs)
+        let mut dx = dx.map(|dx| self.fit(room, dx, inputs)).transpose()?;
+        if let Some(dx) = &mut dx {
+            linear::backward_input(&*self.device, dy, self.factor(pass, site), dx.again(), inputs)?;
+        }
+        let Some(low_rank) = pass.low_rank(site) else { return Ok(()) };
+        low_rank.backward_input(&*self.device, room, dy, dx, &mut self.low_rank)
     }
 
     fn weight_gradient(
         &mut self,
         room: Room,
-        _: &Pass<'_, D, T>,
+        pass: &Pass<'_, D, T>,
         site: Site,
         dy: Derivative<'_, Self>,
         x: &Buffer<D, T>,
-        _: &Kept<Self>,
-        gradient: &mut ViewMut<'_, f32>,
+        kept: &Kept<Self>,
+        gradient: &mut Gradient<'_>,
     ) -> Result<()> {
         let (inputs, outputs) = self.shape.widths(site.product);
         let dy = match dy {
@@ -373,8 +315,12 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
             Derivative::Stream(dy) => dy.view().as_numbers().unwrap_or_else(|| self.passed.view()),
         };
         let (dy, x) = (dy.range(0..room.rows * outputs), x.view().range(0..room.rows * inputs));
-        let range = self.shape.layout.blocks[site.block].product(site.product).clone();
-        linear::backward_weight(&*self.device, dy, x, gradient.again().range(range), inputs)
+        if let Some(d_w) = gradient.base(self.shape.layout.blocks[site.block].product(site.product)) {
+            return linear::backward_weight(&*self.device, dy, x, d_w, inputs);
+        }
+        let Some(low_rank) = pass.low_rank(site) else { return Ok(()) };
+        let (kept, gradient) = (&kept[site.product as usize], gradient.gradient.again());
+        low_rank.backward_weight(&*self.device, room, [dy, x], kept, gradient, &mut self.low_rank)
     }
 
     fn rotate(
@@ -495,7 +441,7 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         let (n, d, vocab) = (pass.rows.scored.len(), self.shape.hidden, self.shape.vocab());
         softmax.logps.fit(device, n)?;
         if self.shape.scores {
-            let head = pass.weights.factor(&self.shape.layout.head);
+            let head = pass.score_head(&self.shape.layout.head);
             let scores = softmax.logps.view_mut().range(0..n);
             return linear::forward(device, normed.view().range(0..n * d), head, scores, d, false);
         }
@@ -529,7 +475,7 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         is_kept: bool,
         softmax: &mut Softmax<D, T>,
         d_normed: &mut Buffer<D, T>,
-        gradient: &mut ViewMut<'_, f32>,
+        gradient: &mut Gradient<'_>,
     ) -> Result<()> {
         let device = &*self.device;
         let (n, d, vocab) = (room.rows, self.shape.hidden, self.shape.vocab());
@@ -541,8 +487,11 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
             let d_scores: Vec<T> = d_logps.iter().map(|&d| T::of_f32(d)).collect();
             let d_scores = Buffer::of(device, &d_scores)?;
             let normed = normed.view().range(0..n * d);
+            let head = pass.score_head(range);
             linear::backward_input(device, d_scores.view(), head, d_normed, d)?;
-            linear::backward_weight(device, d_scores.view(), normed, gradient.again().range(range.clone()), d)?;
+            if let Some(d_head) = gradient.score_head(range) {
+                linear::backward_weight(device, d_scores.view(), normed, d_head, d)?;
+            }
             if !is_kept {
                 linear::forward(device, normed, head, softmax.logps.view_mut().range(0..n), d, false)?;
             }
@@ -562,10 +511,11 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
                 let mut d_normed = d_normed.again().range(of_rows.clone());
                 linear::backward_input(device, excess, head, d_normed.again(), d)?;
                 logprob::scale_in_place(device, d_normed, d_logps, sums)?;
-                let mut scaled = self.fit(Room::of(rows.len()), scaled, d)?;
-                logprob::scale(device, normed.view().range(of_rows), d_logps, sums, scaled.again())?;
-                let d_head = gradient.again().range(range.clone());
-                linear::backward_weight(device, excess, scaled.as_view(), d_head, d)?;
+                if let Some(d_head) = gradient.base(range) {
+                    let mut scaled = self.fit(Room::of(rows.len()), scaled, d)?;
+                    logprob::scale(device, normed.view().range(of_rows), d_logps, sums, scaled.again())?;
+                    linear::backward_weight(device, excess, scaled.as_view(), d_head, d)?;
+                }
             }
         }
         Ok(())
@@ -577,99 +527,4 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use half::bf16;
-
-    use super::*;
-    use crate::config::{ModelConfig, OutputHead};
-    use crate::cuda::tested::{Tested, devices};
-    use crate::decoder::{Decoder, DecoderOn, Keep};
-    use crate::model::Model;
-    use crate::model::tests::tiny_config;
-
-    const D_LOGPS: [f64; 3] = [0.7, -0.4, 1.1];
-
-    /// A batch, and the same with responses behind it.
-    fn batches(for_scores: bool) -> [PackedBatch; 2] {
-        let mut own = if for_scores { PackedBatch::for_scores() } else { PackedBatch::default() };
-        own = own.with_common(&[1, 6]);
-        own.push(&[1, 6, 5, 3], &[&[4, 2], &[9, 9, 10, 2]]);
-        own.push(&[1, 6, 7], &[&[8, 2]]);
-        let mut whole = own.clone();
-        whole.push_response(1, &[9, 9, 10, 2]);
-        whole.push_response(0, &[8, 2, 6]);
-        [own, whole]
-    }
-
-    fn decoder<T: Number>(device: &Arc<Tested>, model: &Model) -> DecoderOn<Cuda<Tested, T>> {
-        let (shape, table) = (Arc::new(Shape::new(model)), RopeTable::new(&model.config, 16));
-        DecoderOn::new(Cuda::new(device.clone(), shape.clone(), &table).unwrap(), shape)
-    }
-
-    /// Asserts that the parts of a gradient differ from those of another by at most a share of their norm.
-    fn assert_near(model: &Model, got: &[f32], expected: &[f32], share: f64) {
-        for spec in &model.layout.specs {
-            let [got, expected] = [got, expected].map(|gradient| &gradient[spec.range.clone()]);
-            let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
-            let size = norm(&mut expected.iter().copied());
-            let difference = norm(&mut got.iter().zip(expected).map(|(a, b)| a - b)) / size;
-            assert!(size > 0.0 && difference <= share, "{}: {difference}", spec.name);
-        }
-    }
-
-    fn check<T: Number>(device: &Arc<Tested>, model: &Model, share: f64) {
-        let [own, whole] = batches(model.config.head.is_score());
-        let mut cpu = Decoder::new(model, 16);
-        let expected = cpu.logps(&model.weights, &whole);
-        let mut expected_gradient = vec![0.0; model.layout.len];
-        cpu.forward_backward(&model.weights, &own, &D_LOGPS, Keep::All, &mut expected_gradient);
-        let close = |got: &[f64], expected: &[f64]| {
-            assert_eq!(got.len(), expected.len());
-            let largest = expected.iter().fold(0f64, |most, x| most.max(x.abs()));
-            assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= share * largest), "{got:?}, {expected:?}");
-        };
-
-        let weights = Weights::<Tested, T>::new(device, &model.weights).unwrap();
-        let [of_own, of_whole] =
-            [&own, &whole].map(|batch| Rows::new(&**device, batch, batch.rows() == own.rows()).unwrap());
-        let [own_pass, whole_pass] = [&of_own, &of_whole].map(|rows| Pass { weights: &weights, rows });
-        let mut decoder = decoder::<T>(device, model);
-        let zeros = || Buffer::<Tested, f32>::zeros(device, model.layout.len).unwrap();
-        let mut gradients = Vec::new();
-        for keep in [Keep::All, Keep::Inputs] {
-            close(&decoder.forward(&whole_pass, &whole, keep).unwrap(), &expected);
-            let mut gradient = zeros();
-            decoder.backward(&own_pass, &own, &D_LOGPS, &mut gradient.view_mut()).unwrap();
-            gradients.push(gradient.to_vec(device).unwrap());
-            close(&decoder.logps(&own_pass, &own).unwrap(), &expected[..3]);
-        }
-        let mut gradient = zeros();
-        let d_gradient = &mut gradient.view_mut();
-        let logps = decoder.forward_backward(&own_pass, &own, &D_LOGPS, Keep::All, d_gradient).unwrap();
-        close(&logps, &expected[..3]);
-        gradients.push(gradient.to_vec(device).unwrap());
-        for gradient in &gradients {
-            assert_near(model, gradient, &expected_gradient, share);
-        }
-        let mut again = zeros();
-        decoder.forward_backward(&own_pass, &own, &D_LOGPS, Keep::All, &mut again.view_mut()).unwrap();
-        assert!(again.to_vec(device).unwrap() == gradients[2], "the same pass gives the same bits");
-    }
-
-    #[test]
-    fn log_probabilities_and_gradients_are_those_of_the_cpu() {
-        let base = tiny_config();
-        let configs = [
-            base.clone(),
-            ModelConfig { tie_word_embeddings: true, num_key_value_heads: 1, ..base.clone() },
-            ModelConfig { head: OutputHead::Score { pad_token_id: None }, ..base },
-        ];
-        for device in devices().map(Arc::new) {
-            for (seed, config) in configs.iter().enumerate() {
-                check::<f32>(&device, &Model::random(config.clone(), 0.4, seed as u64), 1e-4);
-                // larger weights would magnify the rounding
-                check::<bf16>(&device, &Model::random(config.clone(), 0.1, seed as u64), 2e-2);
-            }
-        }
-    }
-}
+mod tests;

@@ -16,12 +16,13 @@ __device__ void forward(const T *x, const uint64_t *keys, T *y, uint64_t seed, u
 
 // dx += dy · mask / (1 − rate).
 template <typename T>
-__device__ void backward(const T *dy, const uint64_t *keys, float *dx, uint64_t seed, uint64_t threshold, float scale,
+__device__ void backward(const T *dy, const uint64_t *keys, T *dx, uint64_t seed, uint64_t threshold, float scale,
                          int width) {
     int column = column_of_row();
     if (column >= width) return;
     size_t i = (size_t)blockIdx.x * width + column;
-    dx[i] += kept(to_float(dy[i]), keys[blockIdx.x], column, seed, threshold, scale);
+    float added = kept(to_float(dy[i]), keys[blockIdx.x], column, seed, threshold, scale);
+    dx[i] = from_float<T>(to_float(dx[i]) + added);
 }
 
 #define OF_TYPE(T, NAME)                                                                                               \
@@ -29,7 +30,7 @@ __device__ void backward(const T *dy, const uint64_t *keys, float *dx, uint64_t 
                                                       uint64_t threshold, float scale, int width) {                    \
         forward(x, keys, y, seed, threshold, scale, width);                                                            \
     }                                                                                                                  \
-    extern "C" __global__ void dropout_backward_##NAME(const T *dy, const uint64_t *keys, float *dx, uint64_t seed,    \
+    extern "C" __global__ void dropout_backward_##NAME(const T *dy, const uint64_t *keys, T *dx, uint64_t seed,        \
                                                        uint64_t threshold, float scale, int width) {                   \
         backward(dy, keys, dx, seed, threshold, scale, width);                                                         \
     }

@@ -32,12 +32,7 @@ impl Dropout<'_> {
     }
 
     /// dx += dy·mask/(1 − rate). dy, dx `[rows, width]`.
-    pub(crate) fn backward<T: Number>(
-        &self,
-        device: &impl Device,
-        dy: View<'_, T>,
-        dx: ViewMut<'_, f32>,
-    ) -> Result<()> {
+    pub(crate) fn backward<T: Number>(&self, device: &impl Device, dy: View<'_, T>, dx: ViewMut<'_, T>) -> Result<()> {
         assert_eq!(dy.len(), dx.len());
         let len = dy.len();
         // SAFETY: both have `len` numbers.
@@ -88,16 +83,16 @@ mod tests {
             let cpu = dropout::Dropout { rate: 0.3, seed: 1 << 63 | 5, row_keys: &keys };
             let (x, start) = (random(keys.len() * width, 1), random(keys.len() * width, 2));
             let (on_x, mut y) = (on(device, &rounded::<T>(&x)), zeros::<T>(device, x.len()));
-            let (mut dx, mut expected) = (on(device, &start), vec![0.0; x.len()]);
+            let (mut dx, mut expected) = (on(device, &rounded::<T>(&start)), vec![0.0; x.len()]);
             on_device.forward(device, on_x.view(), y.view_mut()).unwrap();
             on_device.backward(device, on_x.view(), dx.view_mut()).unwrap();
             cpu.forward(&as_rounded::<T>(&x), &mut expected);
             assert_close(device, &y, &expected);
             let dropped = |y: &[T]| y.iter().map(|y| y.to_f32() == 0.0).collect::<Vec<_>>();
             assert!(dropped(&y.to_vec(device).unwrap()).iter().zip(&expected).all(|(&d, &e)| d == (e == 0.0)));
-            let mut expected = start;
+            let mut expected = as_rounded::<T>(&start);
             cpu.backward(&as_rounded::<T>(&x), &mut expected);
-            assert_eq!(dx.to_vec(device).unwrap(), expected);
+            assert_eq!(dx.to_vec(device).unwrap(), rounded::<T>(&expected));
         }
         for device in devices() {
             check::<f32>(&device);
