@@ -178,21 +178,21 @@ pub(crate) trait Backend: Debug + Sized + 'static {
         gradient: &mut Self::Gradient<'_>,
     ) -> Result<(), Self::Error>;
 
-    /// Rotates queries and keys by the positions of their rows. What is in `sums` afterwards is arbitrary.
+    /// Takes queries, keys and values over from `sums`, and rotates queries and keys by the positions of their rows.
     fn rotate(
         &mut self,
         room: Room,
         pass: &Self::Pass<'_>,
-        sums: &mut Self::Buffer<Self::Sum>,
+        sums: &Self::Buffer<Self::Sum>,
         qkv: &mut Self::Buffer<Self::Number>,
     ) -> Result<(), Self::Error>;
 
-    /// The derivative for what [`rotate`](Self::rotate) rotates. What is in `d_rotated` afterwards is arbitrary.
+    /// The derivative for what [`rotate`](Self::rotate) takes over.
     fn rotate_backward(
         &mut self,
         room: Room,
         pass: &Self::Pass<'_>,
-        d_rotated: &mut Self::Buffer<Self::Sum>,
+        d_rotated: &Self::Buffer<Self::Sum>,
         d_qkv: &mut Self::Buffer<Self::Number>,
     ) -> Result<(), Self::Error>;
 

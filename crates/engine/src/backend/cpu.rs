@@ -227,7 +227,7 @@ impl<T: Number> Backend for Cpu<T> {
         Ok(())
     }
 
-    fn rotate(&mut self, room: Room, pass: &Pass<'_>, sums: &mut Vec<f32>, qkv: &mut Vec<T>) -> Result<(), Infallible> {
+    fn rotate(&mut self, room: Room, pass: &Pass<'_>, sums: &Vec<f32>, qkv: &mut Vec<T>) -> Result<(), Infallible> {
         let heads = self.shape.heads;
         let (width, rotated) = (heads.qkv_width(), heads.query + heads.key_value);
         self.rope.forward(&sums[..room.rows * width], room.fit(qkv, width), width, rotated, pass.positions);
@@ -238,7 +238,7 @@ impl<T: Number> Backend for Cpu<T> {
         &mut self,
         room: Room,
         pass: &Pass<'_>,
-        d_rotated: &mut Vec<f32>,
+        d_rotated: &Vec<f32>,
         d_qkv: &mut Vec<T>,
     ) -> Result<(), Infallible> {
         let heads = self.shape.heads;

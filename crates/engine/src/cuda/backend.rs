@@ -91,13 +91,6 @@ impl<D: Device, T: Number> Cuda<D, T> {
         Ok(buffer.view_mut().range(0..room.rows * width))
     }
 
-    /// Exchanges sums with the place where they are kept, which is made as large.
-    fn exchange(&self, room: Room, sums: &mut Buffer<D, T>, kept: &mut Buffer<D, T>, width: usize) -> Result<()> {
-        kept.fit(&*self.device, room.most * width)?;
-        std::mem::swap(sums, kept);
-        Ok(())
-    }
-
     /// The weights of a product as a factor.
     fn factor<'p>(&self, pass: &Pass<'p, D, T>, site: Site) -> View<'p, T> {
         pass.weights.factor(self.shape.layout.blocks[site.block].product(site.product))
@@ -323,32 +316,24 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         low_rank.backward_weight(&*self.device, room, [dy, x], kept, gradient, &mut self.low_rank)
     }
 
-    fn rotate(
-        &mut self,
-        room: Room,
-        pass: &Pass<'_, D, T>,
-        sums: &mut Buffer<D, T>,
-        qkv: &mut Buffer<D, T>,
-    ) -> Result<()> {
+    fn rotate(&mut self, room: Room, pass: &Pass<'_, D, T>, sums: &Buffer<D, T>, qkv: &mut Buffer<D, T>) -> Result<()> {
         let heads = self.shape.heads;
         let (width, rotated) = (heads.qkv_width(), heads.query + heads.key_value);
-        self.exchange(room, sums, qkv, width)?;
-        let qkv = qkv.view_mut().range(0..room.rows * width);
-        self.rope.forward(&*self.device, qkv, width, rotated, pass.rows.positions.view())
+        let (sums, qkv) = (sums.view().range(0..room.rows * width), self.fit(room, qkv, width)?);
+        self.rope.forward(&*self.device, sums, qkv, width, rotated, pass.rows.positions.view())
     }
 
     fn rotate_backward(
         &mut self,
         room: Room,
         pass: &Pass<'_, D, T>,
-        d_rotated: &mut Buffer<D, T>,
+        d_rotated: &Buffer<D, T>,
         d_qkv: &mut Buffer<D, T>,
     ) -> Result<()> {
         let heads = self.shape.heads;
         let (width, rotated) = (heads.qkv_width(), heads.query + heads.key_value);
-        self.exchange(room, d_rotated, d_qkv, width)?;
-        let d_qkv = d_qkv.view_mut().range(0..room.rows * width);
-        self.rope.backward(&*self.device, d_qkv, width, rotated, pass.rows.positions.view())
+        let (d_rotated, d_qkv) = (d_rotated.view().range(0..room.rows * width), self.fit(room, d_qkv, width)?);
+        self.rope.backward(&*self.device, d_rotated, d_qkv, width, rotated, pass.rows.positions.view())
     }
 
     fn attend(
@@ -395,7 +380,8 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         y: &mut Buffer<D, T>,
     ) -> Result<()> {
         let width = self.shape.intermediate;
-        self.exchange(room, sums, gate_up, 2 * width)?;
+        gate_up.fit(&*self.device, room.most * 2 * width)?;
+        std::mem::swap(sums, gate_up);
         let y = self.fit(room, y, width)?;
         swiglu::forward(&*self.device, gate_up.view().range(0..room.rows * 2 * width), y, width)
     }

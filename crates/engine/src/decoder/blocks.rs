@@ -84,16 +84,15 @@ pub(crate) struct DecoderOn<B: Backend> {
 #[derive(Debug)]
 pub(super) struct Scratch<B: Backend> {
     pub(super) normed: B::Buffer<B::Number>,
-    /// Sums for queries, keys and values, and their gradients.
-    pub(super) qkv: B::Buffer<B::Sum>,
-    /// Sums for gate and up, and the gradient of the activation.
-    pub(super) gate_up: B::Buffer<B::Sum>,
-    pub(super) activation: B::Buffer<B::Number>,
+    /// Sums for queries, keys and values, and for gate and up; derivatives for what is rotated, and for the activation.
+    pub(super) sums: B::Buffer<B::Sum>,
+    /// The activation; the derivatives for queries, keys and values.
+    pub(super) passed: B::Buffer<B::Number>,
     pub(super) head: HeadScratch<B>,
+    /// The derivative for the residual stream.
     pub(super) dx: B::Buffer<f32>,
-    pub(super) d_normed: B::Buffer<B::Sum>,
-    pub(super) d_attention: B::Buffer<B::Sum>,
-    pub(super) d_qkv: B::Buffer<B::Number>,
+    /// The derivatives for normalised rows, and for attention.
+    pub(super) d_taken: B::Buffer<B::Sum>,
 }
 
 // not derived, which would ask as much of B
@@ -101,14 +100,11 @@ impl<B: Backend> Default for Scratch<B> {
     fn default() -> Self {
         Self {
             normed: Default::default(),
-            qkv: Default::default(),
-            gate_up: Default::default(),
-            activation: Default::default(),
+            sums: Default::default(),
+            passed: Default::default(),
             head: HeadScratch::default(),
             dx: Default::default(),
-            d_normed: Default::default(),
-            d_attention: Default::default(),
-            d_qkv: Default::default(),
+            d_taken: Default::default(),
         }
     }
 }
@@ -317,16 +313,16 @@ impl<B: Backend> DecoderOn<B> {
         let Self { backend, shape, scratch, .. } = self;
         let (block, site) = (&shape.layout.blocks[index], |product| Site { block: index, product });
         backend.norm(room, pass, &block.attention_norm, x, &mut scratch.normed, &mut tape.r_attention)?;
-        backend.project(room, pass, site(Product::Qkv), &scratch.normed, &mut scratch.qkv, &mut tape.lora)?;
-        backend.rotate(room, pass, &mut scratch.qkv, &mut tape.qkv)?;
+        backend.project(room, pass, site(Product::Qkv), &scratch.normed, &mut scratch.sums, &mut tape.lora)?;
+        backend.rotate(room, pass, &scratch.sums, &mut tape.qkv)?;
         backend.attend(room, pass, &tape.qkv, &mut tape.attention, &mut tape.lse)?;
         backend.add_product(room, pass, site(Product::Output), &tape.attention, x, &mut tape.lora)?;
 
         backend.copy(room, shape.hidden, x, &mut tape.middle)?;
         backend.norm(room, pass, &block.feed_forward_norm, x, &mut scratch.normed, &mut tape.r_feed_forward)?;
-        backend.project(room, pass, site(Product::GateUp), &scratch.normed, &mut scratch.gate_up, &mut tape.lora)?;
-        backend.activate(room, &mut scratch.gate_up, &mut tape.gate_up, &mut scratch.activation)?;
-        backend.add_product(room, pass, site(Product::Down), &scratch.activation, x, &mut tape.lora)
+        backend.project(room, pass, site(Product::GateUp), &scratch.normed, &mut scratch.sums, &mut tape.lora)?;
+        backend.activate(room, &mut scratch.sums, &mut tape.gate_up, &mut scratch.passed)?;
+        backend.add_product(room, pass, site(Product::Down), &scratch.passed, x, &mut tape.lora)
     }
 
     /// Takes `scratch.dx`, the gradient of the last block's output, through all blocks to the embedding.
@@ -365,30 +361,30 @@ impl<B: Backend> DecoderOn<B> {
         use Derivative::{Passed, Stream};
         let Self { backend, shape, scratch, inputs, .. } = self;
         let (block, site) = (&shape.layout.blocks[index], |product| Site { block: index, product });
-        let Scratch { normed, qkv, gate_up, activation, dx, d_normed, d_attention, d_qkv, .. } = scratch;
+        let Scratch { normed, sums, passed, dx, d_taken, .. } = scratch;
         let (down, up) = (site(Product::Down), site(Product::GateUp));
         let (norm, of_norm) = (&block.feed_forward_norm, [&tape.middle, &tape.r_feed_forward]);
         backend.norm_again(room, pass, norm, of_norm, normed)?;
-        backend.input_gradient(room, pass, down, Stream(dx), Some(gate_up))?;
-        backend.activate_backward(room, &mut tape.gate_up, gate_up, activation)?;
-        backend.weight_gradient(room, pass, down, Stream(dx), activation, &tape.lora, gradient)?;
-        backend.input_gradient(room, pass, up, Passed(&tape.gate_up), Some(d_normed))?;
+        backend.input_gradient(room, pass, down, Stream(dx), Some(sums))?;
+        backend.activate_backward(room, &mut tape.gate_up, sums, passed)?;
+        backend.weight_gradient(room, pass, down, Stream(dx), passed, &tape.lora, gradient)?;
+        backend.input_gradient(room, pass, up, Passed(&tape.gate_up), Some(d_taken))?;
         backend.weight_gradient(room, pass, up, Passed(&tape.gate_up), normed, &tape.lora, gradient)?;
-        backend.norm_backward(room, pass, norm, of_norm, d_normed, dx, gradient)?;
+        backend.norm_backward(room, pass, norm, of_norm, d_taken, dx, gradient)?;
 
         let (output, product) = (site(Product::Output), site(Product::Qkv));
-        backend.input_gradient(room, pass, output, Stream(dx), Some(d_attention))?;
+        backend.input_gradient(room, pass, output, Stream(dx), Some(d_taken))?;
         backend.weight_gradient(room, pass, output, Stream(dx), &tape.attention, &tape.lora, gradient)?;
-        backend.attend_backward(room, pass, [&tape.qkv, &tape.attention], &tape.lse, d_attention, qkv)?;
-        backend.rotate_backward(room, pass, qkv, d_qkv)?;
+        backend.attend_backward(room, pass, [&tape.qkv, &tape.attention], &tape.lse, d_taken, sums)?;
+        backend.rotate_backward(room, pass, sums, passed)?;
         let (norm, of_norm) = (&block.attention_norm, [&inputs[index], &tape.r_attention]);
         backend.norm_again(room, pass, norm, of_norm, normed)?;
         // before the first block there is the embedding alone
         let further = index > 0 || !B::is_adapted(pass);
-        backend.input_gradient(room, pass, product, Passed(d_qkv), further.then_some(&mut *d_normed))?;
-        backend.weight_gradient(room, pass, product, Passed(d_qkv), normed, &tape.lora, gradient)?;
+        backend.input_gradient(room, pass, product, Passed(passed), further.then_some(&mut *d_taken))?;
+        backend.weight_gradient(room, pass, product, Passed(passed), normed, &tape.lora, gradient)?;
         if further {
-            backend.norm_backward(room, pass, norm, of_norm, d_normed, dx, gradient)?;
+            backend.norm_backward(room, pass, norm, of_norm, d_taken, dx, gradient)?;
         }
         Ok(())
     }

@@ -43,7 +43,7 @@ impl Decoder {
         };
         // numbers per row of a `BlockTape`, of the residual stream, and of `Scratch`
         let tape = 2 + heads + d + passed(qkv + query + 2 * f);
-        let (stream, forward, backward) = (d, passed(d + f) + qkv + 2 * f, 2 * d + query + passed(qkv));
+        let (stream, forward, backward) = (d, passed(d + f.max(qkv)) + qkv.max(2 * f), d + d.max(query));
         // what every row has at any time, and what is kept of it
         let (per_row, kept) = match keep {
             Some(Keep::All) if behind == 0 => (stream + forward + backward, blocks * (d + tape)),
@@ -102,18 +102,18 @@ mod tests {
 
     /// Bytes of everything in a decoder that grows, with what grew in vain.
     fn held<T: Number>(decoder: &DecoderOn<Cpu<T>>) -> usize {
-        let Scratch { normed, qkv, gate_up, activation, head, dx, d_normed, d_attention, d_qkv } = &decoder.scratch;
+        let Scratch { normed, sums, passed, head, dx, d_taken } = &decoder.scratch;
         let Softmax { logps, excess, rounded_excess, inverse_sums, logits, rounded_logits, reference_logits } =
             &decoder.softmax;
         let tapes = || decoder.tapes.iter().chain([&decoder.tape]);
         let narrow = tapes().flat_map(|tape| [&tape.r_attention, &tape.lse, &tape.middle, &tape.r_feed_forward]);
         let narrow = narrow.chain(tapes().flat_map(|tape| &tape.lora));
-        let scratch = [qkv, gate_up, dx, d_normed, d_attention, &decoder.x];
+        let scratch = [sums, dx, d_taken, &decoder.x];
         let head = [&head.x, &head.r, &head.normed, &head.d_x, &head.d_normed];
         let softmax = [logps, excess, inverse_sums, logits, reference_logits];
         let wide = narrow.chain(scratch).chain(head).chain(softmax).chain(&decoder.inputs);
-        let passed = tapes().flat_map(|tape| [&tape.qkv, &tape.attention, &tape.gate_up]);
-        let passed = passed.chain([normed, activation, d_qkv]).map(|buffer| size_of::<T>() * buffer.capacity());
+        let of_tapes = tapes().flat_map(|tape| [&tape.qkv, &tape.attention, &tape.gate_up]);
+        let passed = of_tapes.chain([normed, passed]).map(|buffer| size_of::<T>() * buffer.capacity());
         let rounded = [rounded_excess, rounded_logits].map(|buffer| size_of::<bf16>() * buffer.capacity());
         wide.map(|buffer| size_of::<f32>() * buffer.capacity()).sum::<usize>()
             + passed.sum::<usize>()

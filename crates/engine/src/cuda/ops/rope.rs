@@ -1,7 +1,7 @@
 //! Rotary position embedding; see [`ops::rope`](crate::ops::rope).
 
 use crate::cuda::Module;
-use crate::cuda::device::{Buffer, Device, IndexView, Launch, Number, ViewMut};
+use crate::cuda::device::{Buffer, Device, IndexView, Launch, Number, View, ViewMut};
 use crate::error::Result;
 use crate::ops::rope::RopeTable;
 
@@ -24,48 +24,51 @@ impl<D: Device> Rope<D> {
         Ok(Self { head_dim: table.head_dim(), table: Buffer::of(device, table.values())? })
     }
 
-    /// Rotates the first `heads` heads of each row by its position. x `[n, stride]`, positions `[n]`.
+    /// y = x with the first `heads` heads of each row rotated by its position. x, y `[n, stride]`, positions `[n]`.
     ///
     /// # Panics
     /// If a position is not in the table.
     pub(crate) fn forward<T: Number>(
         &self,
         device: &D,
-        x: ViewMut<'_, T>,
+        x: View<'_, T>,
+        y: ViewMut<'_, T>,
         stride: usize,
         heads: usize,
         positions: IndexView<'_>,
     ) -> Result<()> {
-        self.rotate(device, x, stride, heads, positions, 1.0)
+        self.rotate(device, x, y, [stride, heads], positions, 1.0)
     }
 
-    /// Turns the gradient with respect to the rotated rows into that with respect to the plain ones.
+    /// Turns the gradient dy with respect to the rotated rows into dx, that with respect to the plain ones.
     pub(crate) fn backward<T: Number>(
         &self,
         device: &D,
+        dy: View<'_, T>,
         dx: ViewMut<'_, T>,
         stride: usize,
         heads: usize,
         positions: IndexView<'_>,
     ) -> Result<()> {
-        self.rotate(device, dx, stride, heads, positions, -1.0)
+        self.rotate(device, dy, dx, [stride, heads], positions, -1.0)
     }
 
     fn rotate<T: Number>(
         &self,
         device: &D,
-        x: ViewMut<'_, T>,
-        stride: usize,
-        heads: usize,
+        x: View<'_, T>,
+        y: ViewMut<'_, T>,
+        [stride, heads]: [usize; 2],
         positions: IndexView<'_>,
         sign: f32,
     ) -> Result<()> {
         let (rows, dim) = (positions.len(), self.head_dim);
-        assert!(x.len() == rows * stride && heads * dim <= stride);
+        assert!(x.len() == rows * stride && y.len() == x.len() && heads * dim <= stride);
         assert!(positions.bound() * dim <= self.table.view().len());
-        let shape = Launch::elements(rows, heads * (dim / 2));
+        let shape = Launch::elements(rows, heads * (dim / 2) + stride - heads * dim);
+        let table = self.table.view().into();
         let [stride, heads, dim] = [stride, heads, dim].map(|number| (number as i32).into());
-        let arguments = [x.into(), self.table.view().into(), positions.into(), stride, heads, dim, sign.into()];
+        let arguments = [x.into(), y.into(), table, positions.into(), stride, heads, dim, sign.into()];
         // SAFETY: the heads are in the rows, and the positions in the table.
         unsafe { device.launch(&MODULE, &format!("rope_{}", T::NAME), shape, &arguments) }
     }
@@ -78,7 +81,7 @@ mod tests {
     use super::*;
     use crate::config::ModelConfig;
     use crate::cuda::device::Indices;
-    use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded};
+    use crate::cuda::ops::tests::{OnHost, as_rounded, assert_close, on, rounded, zeros};
     use crate::cuda::tested::{Tested, devices};
     use crate::model::tests::tiny_config;
     use crate::ops::finite_difference::random;
@@ -91,9 +94,10 @@ mod tests {
             let positions: Vec<u32> = (0..31).map(|i| i * i * 7 % 200).collect();
             let (stride, heads, on_positions) = (6 * 5 + 1, 3, Indices::new(device, &positions).unwrap());
             let start = random(positions.len() * stride, 1);
-            let (mut x, mut dx) = (on(device, &rounded::<T>(&start)), on(device, &rounded::<T>(&start)));
-            rope.forward(device, x.view_mut(), stride, heads, on_positions.view()).unwrap();
-            rope.backward(device, dx.view_mut(), stride, heads, on_positions.view()).unwrap();
+            let (from, [mut x, mut dx]) =
+                (on(device, &rounded::<T>(&start)), [(); 2].map(|()| zeros(device, start.len())));
+            rope.forward::<T>(device, from.view(), x.view_mut(), stride, heads, on_positions.view()).unwrap();
+            rope.backward::<T>(device, from.view(), dx.view_mut(), stride, heads, on_positions.view()).unwrap();
             let start = as_rounded::<T>(&start);
             let [mut expected_x, mut expected_dx] = [(); 2].map(|()| vec![0.0; start.len()]);
             cpu.forward(&start, &mut expected_x, stride, heads, &positions);
