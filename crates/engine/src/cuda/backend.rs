@@ -311,9 +311,9 @@ impl<D: Device, T: Number> Backend for Cuda<D, T> {
         if let Some(d_w) = gradient.base(self.shape.layout.blocks[site.block].product(site.product)) {
             return linear::backward_weight(&*self.device, dy, x, d_w, inputs);
         }
-        let Some(low_rank) = pass.low_rank(site) else { return Ok(()) };
-        let (kept, gradient) = (&kept[site.product as usize], gradient.gradient.again());
-        low_rank.backward_weight(&*self.device, room, [dy, x], kept, gradient, &mut self.low_rank)
+        let (Some(low_rank), Gradient::Adapter(gradient, _)) = (pass.low_rank(site), gradient) else { return Ok(()) };
+        let kept = &kept[site.product as usize];
+        low_rank.backward_weight(&*self.device, room, [dy, x], kept, gradient.again(), &mut self.low_rank)
     }
 
     fn rotate(&mut self, room: Room, pass: &Pass<'_, D, T>, sums: &Buffer<D, T>, qkv: &mut Buffer<D, T>) -> Result<()> {

@@ -69,28 +69,35 @@ impl<'p, D: Device, T: Number> Pass<'p, D, T> {
 
     /// The gradient that this pass adds to, in the layout of what is trained.
     pub(crate) fn gradient<'g>(&self, gradient: ViewMut<'g, f32>) -> Gradient<'g> {
-        Gradient { gradient, score_head: self.adapter.map(|adapter| adapter.score_head().cloned()) }
+        match self.adapter {
+            Some(adapter) => Gradient::Adapter(gradient, adapter.score_head().cloned()),
+            None => Gradient::Base(gradient),
+        }
     }
 }
 
 /// Where a backward pass adds the gradient, in the layout of what is trained.
 #[derive(Debug)]
-pub(crate) struct Gradient<'g> {
-    /// All of it.
-    pub(super) gradient: ViewMut<'g, f32>,
-    /// Of an adapter, the place of the score head, if it has its own.
-    score_head: Option<Option<Range<usize>>>,
+pub(crate) enum Gradient<'g> {
+    Base(ViewMut<'g, f32>),
+    /// With the place of the score head, if the adapter has its own.
+    Adapter(ViewMut<'g, f32>, Option<Range<usize>>),
 }
 
 impl Gradient<'_> {
     /// The gradient of the model's weights at a place, unless they are frozen.
     pub(super) fn base(&mut self, range: &Range<usize>) -> Option<ViewMut<'_, f32>> {
-        self.score_head.is_none().then(|| self.gradient.again().range(range.clone()))
+        match self {
+            Self::Base(gradient) => Some(gradient.again().range(range.clone())),
+            Self::Adapter(..) => None,
+        }
     }
 
     /// The gradient of the score head, which is at `range` of the model.
     pub(super) fn score_head(&mut self, range: &Range<usize>) -> Option<ViewMut<'_, f32>> {
-        let place = self.score_head.clone().unwrap_or_else(|| Some(range.clone()))?;
-        Some(self.gradient.again().range(place))
+        match self {
+            Self::Base(gradient) => Some(gradient.again().range(range.clone())),
+            Self::Adapter(gradient, place) => Some(gradient.again().range(place.clone()?)),
+        }
     }
 }

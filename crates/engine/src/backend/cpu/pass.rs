@@ -25,7 +25,7 @@ pub(crate) struct Pass<'a> {
     /// Whether every row is computed by itself, so that its bits do not depend on how many there are.
     rowwise: bool,
     /// The arithmetic of matrix products.
-    pub(crate) precision: Precision,
+    precision: Precision,
     /// Matrices to read instead of the model's, in a pass that does not train.
     packed: Option<&'a PackedModel>,
     /// The rows' tokens, and their positions in their sequences.
